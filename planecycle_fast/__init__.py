@@ -1,0 +1,30 @@
+"""PlaneCycle, fast: pretrained 2D networks on 3D volumes, without training.
+
+    import planecycle_fast as pcf
+    lifted = pcf.lift(model)         # a Hugging Face or timm vision transformer
+    features = lifted(volume)        # (B, 3, D, height, width) -> VolumeFeatures
+
+See the README, or the docstrings of `lift`, `LiftedModel` and `plane_cycle`.
+"""
+
+from . import ops
+from .adapters import Adapter
+from .backends import backends, use_backend
+from .features import VolumeFeatures
+from .lift import lift, unlift
+from .lifted import LiftedModel
+from .operator import plane_cycle
+from .version import __version__
+
+__all__ = [
+    "Adapter",
+    "LiftedModel",
+    "VolumeFeatures",
+    "__version__",
+    "backends",
+    "lift",
+    "ops",
+    "plane_cycle",
+    "unlift",
+    "use_backend",
+]

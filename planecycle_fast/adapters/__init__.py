@@ -1,0 +1,47 @@
+"""Adapters for the model families that `lift` knows. None of their libraries is imported here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Adapter, is_instance_of
+from .huggingface import HuggingFaceDinov2, HuggingFaceDINOv3
+from .timm import TimmDINOv3, TimmVisionTransformer
+
+ADAPTERS = (HuggingFaceDINOv3, HuggingFaceDinov2, TimmDINOv3, TimmVisionTransformer)
+SUPPORTED = (
+    "transformers DINOv3ViTModel, Dinov2Model and Dinov2WithRegistersModel; "
+    "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers)"
+)
+HOW_TO = "for any other ViT subclass planecycle_fast.Adapter and pass it: lift(model, adapter=MyAdapter)"
+_WINDOWED = ("SamModel", "SamVisionModel", "SamVisionEncoder", "Sam2Model", "VisionTransformerSAM", "ImageEncoderViT")
+
+
+def find_adapter(model: nn.Module) -> type[Adapter]:
+    """The adapter class for `model`.
+
+    Raises:
+        TypeError: not an nn.Module.
+        ValueError: no adapter knows this model; the message says what is supported.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for adapter in ADAPTERS:
+        if adapter.matches(model):
+            return adapter
+    got = f"{type(model).__module__}.{type(model).__name__}"
+    if type(model).__name__ in _WINDOWED:
+        raise ValueError(
+            f"model {got} attends in windows with relative positions of a fixed size (SAM), which cannot be "
+            f"moved to another plane; supported: {SUPPORTED}"
+        )
+    inner = next((name for name, child in model.named_modules() if name and _known(child)), None)
+    hint = f"; model.{inner} is supported: lift that" if inner else ""
+    raise ValueError(f"model must be of a supported class, got {got}{hint}; supported: {SUPPORTED}; {HOW_TO}")
+
+
+def _known(module: nn.Module) -> bool:
+    return any(adapter.matches(module) for adapter in ADAPTERS)
+
+
+__all__ = ["ADAPTERS", "Adapter", "find_adapter", "is_instance_of"]

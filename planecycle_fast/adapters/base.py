@@ -1,0 +1,107 @@
+"""What `lift` needs to know about a family of 2D models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..rope import Rope
+
+SinCos = tuple[Tensor, Tensor]  # sin and cos, (L, hd) each
+
+
+class Adapter(ABC):
+    """A 2D model seen as: embed, blocks, final norm. Subclass it to lift a model of your own.
+
+    An adapter holds the model and nothing else that changes; it runs the model's own modules. Four
+    methods and three attributes are enough; `rope` is for models with axial rotary embedding::
+
+        class MyViT(pcf.Adapter):
+            num_globals, has_cls, patch_size = 1, True, (16, 16)
+
+            @property
+            def blocks(self):
+                return self.model.blocks
+
+            def embed(self, images):
+                return self.model.embed(images)
+
+            def call_block(self, block, tokens, grid, sincos):
+                return block(tokens)
+
+            def norm(self, tokens):
+                return self.model.norm(tokens)
+
+        lifted = pcf.lift(model, adapter=MyViT)
+    """
+
+    num_globals: int  # g: class and register tokens per slice, before the patches
+    has_cls: bool  # whether the first global is a class token
+    patch_size: tuple[int, int]  # pixels (height, width) of one patch
+    in_channels: int = 3
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The model's layers, first to last."""
+
+    @abstractmethod
+    def embed(
+        self,
+        images: Tensor,  # (N, in_channels, height, width)
+    ) -> Tensor:  # (N, g + h*w, C), h = height / patch, globals first
+        """Everything before the first block."""
+
+    @abstractmethod
+    def call_block(
+        self,
+        block: nn.Module,
+        tokens: Tensor,  # (N, g + L, C), globals first
+        grid: tuple[int, ...],  # (n0, n1) or (n0, n1, n2): the plane, L = n0*n1[*n2]
+        sincos: SinCos | None,  # RoPE tables of that plane, None without `rope`
+    ) -> Tensor:  # (N, g + L, C)
+        """One layer on sequences of any plane."""
+
+    @abstractmethod
+    def norm(
+        self,
+        tokens: Tensor,  # (N, rows, C)
+    ) -> Tensor:  # (N, rows, C)
+        """Everything after the last block, up to the features: usually the final norm."""
+
+    def rope(self, volume: Tensor) -> Rope | None:
+        """The model's rotary embedding as it is now (periods may have been loaded or cast), or None.
+
+        `volume` (B, 3, D, height, width) is the input, for models whose tables follow its dtype.
+        """
+        return None
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the model cannot embed slices of this size, in pixels."""
+        patch_h, patch_w = self.patch_size
+        if height % patch_h or width % patch_w:
+            raise ValueError(
+                f"volume's slices must be a multiple of the patch, {patch_h} x {patch_w} pixels, got {height} x {width}"
+            )
+
+
+def is_instance_of(model: Any, *qualified: str) -> bool:
+    """Whether the model's class or a base is called `package.ClassName`, without importing the package."""
+    names = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__}
+    return not names.isdisjoint(qualified)
+
+
+def is_exactly(model: Any, qualified: str) -> bool:
+    """As `is_instance_of`, but of this very class: a subclass may compute something else."""
+    return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}" == qualified
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """14 or (14, 14) to (14, 14)."""
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)

@@ -1,0 +1,25 @@
+"""What a lifted model returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class VolumeFeatures(NamedTuple):
+    """Features of a batch of volumes, in canonical order whatever plane the layer looked along.
+
+    S, the number of sets of globals per volume, is D by default, 1 for flatten3d, and the slices P of
+    the layer's plane under ``globals_at="plane"``.
+    """
+
+    patches: Tensor  # (B, D, H, W, C)
+    cls: Tensor | None  # (B, S, C), None for a model without a class token
+    registers: Tensor | None  # (B, S, r, C), None for a model without register tokens
+
+    def pooled(self) -> Tensor:
+        """One vector per volume, (B, C): the mean class token, or the mean patch where there is none."""
+        if self.cls is not None:
+            return self.cls.mean(1)
+        return self.patches.mean((1, 2, 3))

@@ -1,0 +1,69 @@
+"""`lift` turns a 2D vision transformer into its 3D form; `unlift` gives the 2D model back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from .adapters import Adapter, find_adapter
+from .backends import check_attention, pick
+from .lifted import LiftedModel
+from .planes import DEFAULT_CYCLE, Plane, parse_cycle
+from .pooling import check_pooling
+
+MODES = ("planecycle", "slice2d", "flatten3d")
+
+
+def lift(
+    model: nn.Module,
+    mode: str = "planecycle",
+    cycle_order: str | Sequence[str | Plane] = DEFAULT_CYCLE,
+    pool_method: str = "PCg",
+    globals_at: str = "depth",
+    backend: str = "auto",
+    attention: str = "auto",
+    adapter: Callable[[nn.Module], Adapter] | None = None,
+) -> LiftedModel:
+    """A module that runs the 2D `model` on volumes, layer by layer along the planes of a cycle.
+
+    Nothing is trained, copied or changed: the lifted model shares the very parameters, submodules and
+    state_dict keys of `model`, so training, casting, loading and LoRA show in both. For an independent
+    one, lift a ``copy.deepcopy(model)``. (Paper sections 2.2 and 2.3.)
+
+    Args:
+        model: a 2D vision transformer; see `planecycle_fast.adapters` for the supported classes.
+        mode: "planecycle"; "slice2d", every slice by itself, which equals the 2D model; "flatten3d",
+            all tokens of the volume in one sequence, at D times the cost of attention.
+        cycle_order: planes of "planecycle", of any length, repeated over the layers.
+        pool_method: "PCg" or "PCm", how globals pass between planes of "planecycle".
+        globals_at: "depth" or "plane", where they rest between layers of "planecycle".
+        backend: "auto" or a name of `backends()`.
+        attention: "auto": the model's own.
+        adapter: a class or function that makes an `Adapter` for `model`, for models of your own.
+
+    Raises:
+        TypeError: model is no nn.Module, or cycle_order no sequence of names.
+        ValueError: an unsupported model, or an unknown or unusable name in any other argument.
+    """
+    if isinstance(model, LiftedModel):
+        raise ValueError(f"model is lifted already ({model.extra_repr()}); lift unlift(model) instead")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    cycle = parse_cycle(cycle_order)
+    check_pooling(pool_method, globals_at)
+    if backend != "auto":
+        pick(backend)
+    check_attention(attention)
+    adapter = (adapter or find_adapter(model))(model)
+    # The other modes are cycles too. "HW" never pools; "DHW" keeps one set of globals per volume.
+    if mode != "planecycle":
+        cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
+    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend)
+
+
+def unlift(lifted: LiftedModel) -> nn.Module:
+    """The 2D model that was lifted: `unlift(lift(model)) is model`. Raises TypeError for anything else."""
+    if not isinstance(lifted, LiftedModel):
+        raise TypeError(f"lifted must be a model made by lift(), got {type(lifted).__name__}")
+    return lifted.adapter.model

@@ -1,0 +1,193 @@
+"""The module that `lift` makes: the 2D model's own parts, run along the planes of a volume."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter
+from .features import VolumeFeatures
+from .ops import plane_switch
+from .planes import HW, Plane, Sizes
+from .pooling import transition
+from .rope import PlaneTables
+
+
+class LiftedModel(nn.Module):
+    """A 2D model that takes volumes. Made by `lift`; attributes it lacks are those of the 2D model.
+
+    Blocks are called once per layer with tokens in plane order, ``(B*P, g + L, C)``: that is what
+    forward hooks on a block see. See `planecycle_fast.planes` for the order of each plane.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        mode: str,
+        planes: tuple[Plane, ...],
+        pool_method: str,
+        globals_at: str,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        host = adapter.model
+        # Sharing the dictionaries themselves is what makes both models one: keys, Parameter objects,
+        # replaced submodules (LoRA) and assigned parameters are the same in both, copies included.
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = host.__dict__[shared]
+        self.adapter = adapter
+        self.mode = mode
+        self.planes = planes
+        self.pool_method = pool_method
+        self.globals_at = globals_at
+        self.backend = backend
+
+    @property
+    def training(self) -> bool:
+        """Shared with the 2D model, like everything else."""
+        return self.adapter.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "adapter" in self.__dict__:  # not yet while nn.Module.__init__ runs
+            self.adapter.model.training = mode
+
+    @property
+    def cycle_order(self) -> tuple[str, ...]:
+        """Names of the planes that the layers take in turn."""
+        return tuple(plane.name for plane in self.planes)
+
+    @property
+    def blocks(self) -> Any:
+        """The layers, first to last."""
+        return self.adapter.blocks
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "adapter" not in self.__dict__ or name.startswith("__"):
+                raise
+        return getattr(self.adapter.model, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftedModel:
+        self.adapter.model._apply(fn, recurse)  # hosts override this, to keep buffers in fp32 for example
+        return self
+
+    def extra_repr(self) -> str:
+        order = ",".join(self.cycle_order)
+        return f"mode={self.mode}, cycle_order={order}, pool_method={self.pool_method}, globals_at={self.globals_at}"
+
+    def forward(
+        self,
+        volume: Tensor,  # (B, 3, D, height, width), pixels
+    ) -> VolumeFeatures:
+        """Features of the last layer after the model's final norm.
+
+        Raises:
+            TypeError: volume is not a floating-point tensor.
+            ValueError: wrong rank, channels or size, an empty volume, or another device or dtype than
+                the model's.
+        """
+        sizes = self._check(volume)
+        (tokens, plane) = deque(self._layers(volume, sizes, len(self.blocks)), maxlen=1).pop()
+        return self._features(tokens, plane, sizes, norm=True)
+
+    def intermediate(
+        self,
+        volume: Tensor,  # (B, 3, D, height, width), pixels
+        n: int | Sequence[int] = 1,
+        norm: bool = True,
+    ) -> list[VolumeFeatures]:
+        """Features after several layers, in layer order.
+
+        Args:
+            volume: as for `forward`.
+            n: how many of the last layers, or the indices of layers (negative ones count from the end).
+            norm: apply the model's final norm to each.
+
+        Raises ValueError for layers that the model lacks, and whatever `forward` raises.
+        """
+        sizes = self._check(volume)
+        wanted = self._wanted(n)
+        layers = enumerate(self._layers(volume, sizes, max(wanted) + 1))
+        return [self._features(tokens, plane, sizes, norm) for i, (tokens, plane) in layers if i in wanted]
+
+    def _layers(self, volume: Tensor, sizes: Sizes, count: int) -> Iterator[tuple[Tensor, Plane]]:
+        """Runs `count` layers; after each yields its tokens, (B*P, g + L, C), and their plane."""
+        tables = PlaneTables(self.adapter.rope(volume), self.training)
+        images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        tokens, plane = self.adapter.embed(images), HW
+        for block, following in zip(self.blocks, islice(cycle(self.planes), count)):
+            tokens = self._switch(tokens, plane, following, sizes)
+            plane, grid = following, following.grid(sizes)
+            tokens = self.adapter.call_block(block, tokens, grid, tables.for_block(grid))
+            yield tokens, plane
+
+    def _switch(self, tokens: Tensor, old: Plane, new: Plane, sizes: Sizes) -> Tensor:
+        m = transition(old.slices(sizes), new.slices(sizes), sizes[0], self.pool_method, self.globals_at)
+        return plane_switch(tokens, old, new, sizes, self.adapter.num_globals, m, self.backend)
+
+    def _features(self, tokens: Tensor, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
+        """Canonical features of tokens (B*P, g + L, C) in the order of `plane`."""
+        g = self.adapter.num_globals
+        if self.globals_at == "depth":  # pool the residual, before the norm
+            back = transition(plane.slices(sizes), sizes[0], sizes[0])
+            tokens, plane = plane_switch(tokens, plane, HW, sizes, g, back, self.backend), HW
+        if norm:
+            tokens = self.adapter.norm(tokens)
+        tokens = tokens.unflatten(0, (-1, plane.slices(sizes)))  # (B, S, g + L, C)
+        patches = tokens[:, :, g:].reshape(-1, *(sizes[a] for a in plane.axes), tokens.shape[-1])
+        patches = patches.permute(0, *(1 + plane.axes.index(a) for a in HW.axes), 4)
+        registers = tokens[:, :, int(self.adapter.has_cls) : g]
+        return VolumeFeatures(
+            patches=patches,
+            cls=tokens[:, :, 0] if self.adapter.has_cls else None,
+            registers=registers if registers.shape[2] else None,
+        )
+
+    def _wanted(self, n: int | Sequence[int]) -> set[int]:
+        count = len(self.blocks)
+        if isinstance(n, int) and not isinstance(n, bool):
+            if not 1 <= n <= count:
+                raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
+            return set(range(count - n, count))
+        if not isinstance(n, Sequence) or not all(isinstance(i, int) for i in n):
+            raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
+        wrong = [i for i in n if not -count <= i < count]
+        if wrong or not n:
+            raise ValueError(f"n must hold indices of the model's {count} layers, got {list(n)}")
+        return {i % count for i in n}
+
+    def _check(self, volume: Tensor) -> Sizes:
+        """Validates the volume; returns its size (D, H, W) in tokens."""
+        if not isinstance(volume, Tensor):
+            raise TypeError(f"volume must be a torch.Tensor, got {type(volume).__name__}")
+        if not volume.is_floating_point():
+            raise TypeError(f"volume must have a floating-point dtype, got {volume.dtype}")
+        channels = self.adapter.in_channels
+        if volume.ndim != 5 or volume.shape[1] != channels:
+            raise ValueError(
+                f"volume must have shape (B, {channels}, D, height, width), got {tuple(volume.shape)}"
+                + ("; repeat the one channel of a scan to three" if volume.ndim == 5 and volume.shape[1] == 1 else "")
+            )
+        if volume.numel() == 0:
+            raise ValueError(f"volume must not be empty, got shape {tuple(volume.shape)}")
+        self.adapter.check_image_size(*volume.shape[3:])
+        parameter = next(self.parameters(), volume)
+        if volume.device != parameter.device:
+            raise ValueError(f"volume must be on the model's device, {parameter.device}, got {volume.device}")
+        if volume.dtype != parameter.dtype and not _autocast(volume):
+            raise ValueError(f"volume must have the model's dtype, {parameter.dtype}, got {volume.dtype}")
+        patch_h, patch_w = self.adapter.patch_size
+        return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w
+
+
+def _autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

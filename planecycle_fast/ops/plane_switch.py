@@ -1,0 +1,77 @@
+"""plane_switch: rows from one plane's order to another's, globals through M.
+
+New patch row (p, i, j) is the old row that holds the same voxel (`planes.row_map`); the new globals of
+a volume are M times the old ones (`pooling.Transition`). Equivalent to the authors' ``movedim``,
+``reshape``, ``adaptive_avg_pool1d`` and ``cat``, in one pass over the rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import pick
+from ..planes import Plane, Sizes
+from ..pooling import Transition
+
+
+def plane_switch_ref(
+    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,  # (D, H, W) in tokens
+    num_globals: int,  # g
+    transition: Transition,  # M, (P2, P1)
+) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`
+    """Pure PyTorch, any device and floating dtype, differentiable any number of times.
+
+    Returns `x` itself where rows and M both stay as they are.
+    """
+    g, channels = num_globals, x.shape[-1]
+    if old.axes == new.axes and (g == 0 or transition.is_identity):
+        return x
+    volumes = x.unflatten(0, (-1, old.slices(sizes)))  # (B, P1, g + L1, C)
+    out = x.new_empty(len(volumes), new.slices(sizes), g + new.length(sizes), channels)
+    # The one gather: views name the voxels of both orders, each row is read once and written once.
+    source = volumes[:, :, g:].reshape(-1, *(sizes[a] for a in old.axes), channels)
+    target = out[:, :, g:].view(-1, *(sizes[a] for a in new.axes), channels)
+    target.copy_(source.permute(0, *(1 + old.axes.index(a) for a in new.axes), 4))
+    if g:
+        out[:, :, :g] = transition.apply(volumes[:, :, :g])
+    return out.flatten(0, 1)
+
+
+def plane_switch(
+    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,  # (D, H, W) in tokens
+    num_globals: int,  # g
+    transition: Transition,  # M, (P2, P1)
+    backend: str = "auto",
+) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`
+    """`plane_switch_ref` on the backend asked for.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: shapes that do not belong together, or a backend that is unknown or not usable.
+    """
+    pick(backend)  # only "reference" exists so far: any other usable name would be dispatched here
+    _check(x, old, new, sizes, num_globals, transition)
+    return plane_switch_ref(x, old, new, sizes, num_globals, transition)
+
+
+def _check(x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    slices, rows = old.slices(sizes), num_globals + old.length(sizes)
+    if x.ndim != 3 or x.shape[0] % max(slices, 1) or x.shape[1] != rows:
+        raise ValueError(
+            f"x must have shape (B*{slices}, {rows}, C) for {num_globals} globals and a {old} plane of "
+            f"(D, H, W) = {tuple(sizes)}, got {tuple(x.shape)}"
+        )
+    expected = (new.slices(sizes), slices)
+    if (transition.num_next, transition.num_prev) != expected:
+        raise ValueError(
+            f"transition must be a matrix {expected} from {old} to {new}, "
+            f"got {(transition.num_next, transition.num_prev)}"
+        )

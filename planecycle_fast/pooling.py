@@ -1,0 +1,131 @@
+"""How global tokens (class and register tokens) pass from one plane to the next.
+
+Between two layers the globals of P_prev slices become those of P_next slices. Every rule is a matrix
+M (P_next, P_prev) on the slice axis of the residual stream, built from two pieces (paper section 2.3):
+
+    A(n -> m)      adaptive average pooling, with the bins of torch's adaptive_avg_pool1d:
+                   row i averages columns floor(i*n/m) up to, not including, ceil((i+1)*n/m)
+    mean(n -> m)   the mean of all n slices, repeated m times
+
+    pool_method   globals_at="plane" (Algorithm 1)   globals_at="depth" (the authors' released code)
+    PCg           A(P_prev -> P_next)                A(D -> P_next) @ A(P_prev -> D)
+    PCm           mean(P_prev -> P_next)             mean(D -> P_next) @ A(P_prev -> D)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+POOL_METHODS = ("PCg", "PCm")
+GLOBALS_AT = ("depth", "plane")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One matrix M (num_next, num_prev), in the forms that different callers need.
+
+    `via` is the number of slices between the two steps (D under globals_at="depth"), or None for a
+    single step. `mean` makes the last step a mean instead of A.
+    """
+
+    num_prev: int
+    num_next: int
+    via: int | None = None
+    mean: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether M is the identity matrix, so that nothing needs to be computed.
+
+        Passing through `via` slices is lossless when `via` is a multiple of the slices: each of them
+        is repeated equally often and averaged again.
+        """
+        if self.num_prev != self.num_next:
+            return False
+        if self.mean:
+            return self.num_prev == 1
+        return self.via is None or self.via % self.num_prev == 0
+
+    def dense(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+        """M as a matrix, (num_next, num_prev). Each row sums to 1."""
+        if self.mean:
+            return self.mean_weights(dtype, device).expand(self.num_next, self.num_prev)
+        if self.via is None:
+            return _average(self.num_prev, self.num_next, dtype, device)
+        return _average(self.via, self.num_next, dtype, device) @ _average(self.num_prev, self.via, dtype, device)
+
+    def bands(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """First and last non-zero column of every row of M: two int64 tensors, (num_next,)."""
+        rows = torch.arange(self.num_next, device=device)
+        if self.mean:
+            return torch.zeros_like(rows), torch.full_like(rows, self.num_prev - 1)
+        first, end = rows, rows + 1
+        steps = [self.num_next, self.num_prev] if self.via is None else [self.num_next, self.via, self.num_prev]
+        for fine, coarse in pairwise(steps):  # from M's rows back to its columns
+            first, end = first * coarse // fine, -(-end * coarse // fine)
+        return first, end - 1
+
+    def mean_weights(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+        """The row that M repeats under PCm, (num_prev,): reduce once with it, then broadcast.
+
+        Raises ValueError for PCg, whose rows differ.
+        """
+        if not self.mean:
+            raise ValueError("mean_weights exist for pool_method 'PCm' only, got a transition of 'PCg'")
+        if self.via is None:
+            return torch.full((self.num_prev,), 1 / self.num_prev, dtype=dtype, device=device)
+        return _average(self.num_prev, self.via, dtype, device).mean(0)
+
+    def apply(
+        self,
+        globals_: Tensor,  # (B, num_prev, g, C), floating point
+    ) -> Tensor:  # (B, num_next, g, C), same dtype
+        """M times the globals, summed in at least float32. PCm reduces once and broadcasts."""
+        if self.is_identity:
+            return globals_
+        acc = torch.promote_types(globals_.dtype, torch.float32)
+        rows = globals_.to(acc).flatten(2)  # (B, num_prev, g*C)
+        if self.mean:
+            pooled = (self.mean_weights(acc, rows.device) @ rows).unsqueeze(1).expand(-1, self.num_next, -1)
+        else:
+            pooled = self.dense(acc, rows.device) @ rows
+        return pooled.unflatten(2, globals_.shape[2:]).to(globals_.dtype)
+
+
+def _average(n: int, m: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A(n -> m), (m, n)."""
+    rows, columns = torch.arange(m, device=device)[:, None], torch.arange(n, device=device)
+    first, end = rows * n // m, -(-(rows + 1) * n // m)
+    return ((columns >= first) & (columns < end)).to(dtype) / (end - first).to(dtype)
+
+
+def transition(
+    num_prev: int, num_next: int, depth: int, pool_method: str = "PCg", globals_at: str = "depth"
+) -> Transition:
+    """The transition of the globals from one plane to the next.
+
+    Args:
+        num_prev, num_next: slices P of the old and of the new plane.
+        depth: D, the slices of the volume.
+        pool_method: "PCg" (grouped averages) or "PCm" (one mean for all).
+        globals_at: "depth": back to D slices after every layer, as the authors' code does;
+            "plane": straight from plane to plane, Algorithm 1 of the paper.
+
+    Raises:
+        ValueError: an unknown pool_method or globals_at.
+    """
+    check_pooling(pool_method, globals_at)
+    via = depth if globals_at == "depth" and num_prev != depth else None
+    return Transition(num_prev, num_next, via, mean=pool_method == "PCm")
+
+
+def check_pooling(pool_method: str, globals_at: str) -> None:
+    """Raises ValueError for an unknown pool_method or globals_at."""
+    if pool_method not in POOL_METHODS:
+        raise ValueError(f"pool_method must be one of {', '.join(POOL_METHODS)}, got {pool_method!r}")
+    if globals_at not in GLOBALS_AT:
+        raise ValueError(f"globals_at must be one of {', '.join(GLOBALS_AT)}, got {globals_at!r}")

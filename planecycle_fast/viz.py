@@ -1,0 +1,109 @@
+"""Pictures of features: principal components as colours, in three views."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .optional import require
+
+VIEWS = ("axial", "coronal", "sagittal")
+
+
+def pca_colours(
+    features: dict[str, Tensor],  # by name, (D, H, W, C) each
+    mask: Tensor,  # (D, H, W) bool, the tokens that count
+) -> dict[str, Tensor]:  # by name, (D, H, W, 3) in [0, 1]
+    """First three principal components as red, green and blue, on one scale for all names.
+
+    Components are those of all names' masked features together, so equal colours mean equal features
+    across names as well. Tokens outside the mask are black.
+    """
+    rows = torch.cat([f[mask] for f in features.values()]).float()  # (n, C)
+    mean = rows.mean(0)
+    with torch.random.fork_rng(devices=[]):  # pca_lowrank draws; the caller's generator stays as it is
+        torch.manual_seed(0)
+        _, _, basis = torch.pca_lowrank(rows, q=8, center=True)
+    basis = basis[:, :3]
+    basis = basis * basis.sum(0).sign()  # components come with either sign
+    low, high = torch.quantile(_sample((rows - mean) @ basis), torch.tensor([0.02, 0.98]), dim=0)
+    colours = {}
+    for name, f in features.items():
+        scaled = (((f.float() - mean) @ basis) - low) / (high - low)
+        colours[name] = scaled.clamp(0, 1) * mask[..., None]
+    return colours
+
+
+def _sample(rows: Tensor, most: int = 100_000) -> Tensor:
+    """Evenly spaced rows: quantiles of very many rows cost much and say the same."""
+    return rows[:: -(-len(rows) // most)]
+
+
+def three_views(
+    image: Tensor,  # (D, H, W) in [0, 1], voxels of the same volume
+    colours: dict[str, Tensor],  # by name, (D, H, W, 3) in [0, 1]
+    path: str | Path,
+    title: str,
+    at: tuple[float, float, float] = (0.5, 0.5, 0.5),
+) -> None:
+    """Writes a picture: a row per view, the image and one column per name of `colours`.
+
+    `at` is where to cut, as fractions of D, H and W. Pictures keep the volume's proportions if its
+    tokens are cubes. The file appears whole or not at all.
+
+    Raises MissingPackageError without matplotlib, OSError if the file cannot be written.
+    """
+    figure_module = require("matplotlib.figure", "demo")
+    path = Path(path)
+    columns = {"volume": image[..., None].expand(-1, -1, -1, 3), **colours}
+    depth, rows, width = next(iter(colours.values())).shape[:3]
+    # Rows are as high as their pictures: all views have one scale, up to the width of a column.
+    heights = [rows / width, depth / width, depth / rows]
+    figure = figure_module.Figure(figsize=(4.2 * len(columns), 4.2 * sum(heights) + 1.4), layout="constrained")
+    axes = figure.subplots(3, len(columns), squeeze=False, height_ratios=heights)
+    for column, (name, cells) in enumerate(columns.items()):
+        for row, view in enumerate(VIEWS):
+            ax = axes[row, column]
+            ax.imshow(cut(cells, row, at[row]).numpy(), interpolation="nearest", aspect="auto")
+            ax.set_box_aspect(heights[row])
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0:
+                ax.set_title(name, fontsize=17)
+            if column == 0:
+                ax.set_ylabel(view, fontsize=17)
+    figure.suptitle(title, fontsize=13)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=100, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cut(
+    cells: Tensor,  # (D, H, W, 3)
+    view: int,
+    at: float,
+) -> Tensor:  # (rows, columns, 3)
+    """One slice across axis `view` (0 axial, 1 coronal, 2 sagittal), the head up."""
+    index = min(int(at * cells.shape[view]), cells.shape[view] - 1)
+    flat = cells.select(view, index)
+    return flat if view == 0 else flat.flip(0)  # D goes up
+
+
+def adjacent_cosine(
+    features: Tensor,  # (D, H, W, C)
+    mask: Tensor,  # (D, H, W) bool
+) -> float:
+    """Mean cosine between features of the same place in neighbouring slices, where both are masked.
+
+    NaN for a single slice.
+    """
+    cosine = torch.nn.functional.cosine_similarity(features[1:].float(), features[:-1].float(), dim=-1)
+    both = mask[1:] & mask[:-1]
+    return float(cosine[both].mean()) if both.any() else float(np.nan)
