@@ -1,0 +1,106 @@
+"""Small real models of every supported family, with weights that show every part.
+
+Built by their own libraries; only sizes are reduced. `bare` hosts see a slice's image and return all
+tokens after the final norm, (N, g + L, C), through the library's own forward.
+"""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+import transformers as tr
+
+GRID = (3, 5)  # patches of a slice
+
+
+@dataclass
+class Host:
+    name: str
+    build: object
+    num_globals: int
+    patch: int
+    head_dim: int
+    rope: bool = True
+
+    def make(self, **settings):
+        model = self.build(**settings).eval()
+        randomise(model)
+        return model
+
+    def volume(self, batch=2, depth=4, dtype=torch.float32, grid=GRID):
+        return torch.randn(batch, 3, depth, grid[0] * self.patch, grid[1] * self.patch, dtype=dtype)
+
+    def tokens(self, model, images):
+        if self.name.startswith("hf"):
+            return model(images).last_hidden_state
+        return model.forward_features(images)
+
+
+def randomise(model):
+    for name, p in model.named_parameters():
+        if any(part in name for part in ("gamma", "lambda", ".ls")):
+            torch.nn.init.normal_(p, 0.3, 0.1)
+        elif "bias" in name or "token" in name or "pos" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    for name, b in model.named_buffers():
+        assert "k_bias" not in name or not b.any()
+
+
+def hf_dinov3(**settings):
+    small = dict(
+        hidden_size=64, num_attention_heads=2, num_hidden_layers=5, intermediate_size=96, num_register_tokens=4
+    )
+    return tr.DINOv3ViTModel(tr.DINOv3ViTConfig(**(small | settings)))
+
+
+def hf_dinov3_gated(**settings):
+    return hf_dinov3(use_gated_mlp=True, hidden_act="silu", query_bias=False, num_register_tokens=0, **settings)
+
+
+def hf_dinov2(**settings):
+    small = dict(hidden_size=64, num_attention_heads=2, num_hidden_layers=5, image_size=56, patch_size=14)
+    return tr.Dinov2Model(tr.Dinov2Config(**(small | settings)))
+
+
+def hf_dinov2_swiglu(**settings):
+    return hf_dinov2(use_swiglu_ffn=True, **settings)
+
+
+def hf_dinov2_registers(**settings):
+    small = dict(hidden_size=64, num_attention_heads=2, num_hidden_layers=5, image_size=56, patch_size=14)
+    return tr.Dinov2WithRegistersModel(tr.Dinov2WithRegistersConfig(num_register_tokens=4, **(small | settings)))
+
+
+def timm_model(name, **small):
+    def build(**settings):
+        return timm.create_model(name, pretrained=False, num_classes=0, **({"depth": 5} | small | settings))
+
+    return build
+
+
+def timm_dinov3(size, suffix="", **small):
+    return timm_model(f"vit_{size}_patch16_dinov3{suffix}", embed_dim=64, num_heads=2, **small)
+
+
+def timm_dinov2(size, **small):
+    return timm_model(f"vit_{size}_dinov2", dynamic_img_size=True, img_size=56, embed_dim=64, num_heads=2, **small)
+
+
+HOSTS = [
+    Host("hf-dinov3", hf_dinov3, 5, 16, 32),
+    Host("hf-dinov3-gated", hf_dinov3_gated, 1, 16, 32),
+    Host("hf-dinov2", hf_dinov2, 1, 14, 32, rope=False),
+    Host("hf-dinov2-swiglu", hf_dinov2_swiglu, 1, 14, 32, rope=False),
+    Host("hf-dinov2-registers", hf_dinov2_registers, 5, 14, 32, rope=False),
+    Host("timm-dinov3-s", timm_dinov3("small"), 5, 16, 32),
+    Host("timm-dinov3-s-qkvb", timm_dinov3("small", "_qkvb"), 5, 16, 32),
+    Host("timm-dinov3-s+", timm_dinov3("small_plus"), 5, 16, 32),
+    Host("timm-dinov3-b", timm_dinov3("base"), 5, 16, 32),
+    Host("timm-dinov3-l-qkvb", timm_dinov3("large", "_qkvb"), 5, 16, 32),
+    Host("timm-dinov3-h+", timm_dinov3("huge_plus"), 5, 16, 32),
+    Host("timm-dinov3-7b", timm_dinov3("7b", depth=2), 5, 16, 32),
+    Host("timm-dinov2-s", timm_dinov2("small_patch14"), 1, 14, 32, rope=False),
+    Host("timm-dinov2-s-reg4", timm_dinov2("small_patch14_reg4"), 5, 14, 32, rope=False),
+    Host("timm-dinov2-g", timm_dinov2("giant_patch14", mlp_ratio=4), 1, 14, 32, rope=False),
+]
+BY_NAME = {host.name: host for host in HOSTS}

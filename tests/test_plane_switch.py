@@ -1,0 +1,115 @@
+"""plane_switch: rows move bit for bit, globals go through M."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planecycle_fast.ops import plane_switch, plane_switch_ref
+from planecycle_fast.planes import DW, HW, PLANES, row_map
+from planecycle_fast.pooling import Transition, transition
+
+PAIRS = list(itertools.product(PLANES.values(), repeat=2))
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def tokens(plane, sizes, g, batch=2, channels=6, dtype=torch.float64):
+    return torch.randn(batch * plane.slices(sizes), g + plane.length(sizes), channels, dtype=dtype)
+
+
+def m_between(old, new, sizes, *settings):
+    return transition(old.slices(sizes), new.slices(sizes), sizes[0], *settings)
+
+
+@given(
+    pair=st.sampled_from(PAIRS),
+    sizes=st.tuples(*[st.integers(1, 6)] * 3),
+    g=st.sampled_from([0, 1, 5]),
+    settings=st.tuples(st.sampled_from(["PCg", "PCm"]), st.sampled_from(["depth", "plane"])),
+)
+def test_rows_follow_the_row_map(pair, sizes, g, settings):
+    old, new = pair
+    x, m = tokens(old, sizes, g), m_between(old, new, sizes, *settings)
+    out = plane_switch(x, old, new, sizes, g, m)
+    rows = x.view(2, -1, 6)[:, row_map(old, new, sizes, g).index()]
+    assert torch.equal(out.view(2, new.slices(sizes), -1, 6)[:, :, g:].flatten(1, 2), rows)
+    expected = m.apply(x.view(2, old.slices(sizes), -1, 6)[:, :, :g])
+    assert torch.equal(out.view(2, new.slices(sizes), -1, 6)[:, :, :g], expected)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("old, new", PAIRS, ids=str)
+def test_there_and_back_is_bit_exact(old, new, dtype):
+    sizes, g = (3, 4, 5), 2
+    x = tokens(old, sizes, g, dtype=dtype)
+    there = plane_switch(x, old, new, sizes, g, m_between(old, new, sizes))
+    back = plane_switch(there, new, old, sizes, g, m_between(new, old, sizes))
+    assert back.dtype == dtype
+    assert torch.equal(back[:, g:], x[:, g:])
+
+
+def test_nothing_is_done_where_nothing_changes():
+    x = tokens(HW, (3, 4, 5), 2)
+    assert plane_switch(x, HW, HW, (3, 4, 5), 2, transition(3, 3, 3)) is x
+    assert plane_switch(x, HW, HW, (3, 4, 5), 2, transition(3, 3, 3, "PCm")) is not x
+    patches = x[:, 2:].contiguous()
+    assert plane_switch(patches, HW, HW, (3, 4, 5), 0, transition(3, 3, 3, "PCm")) is patches
+
+
+def test_a_strided_input_gives_the_same():
+    sizes, g = (3, 4, 5), 2
+    x, m = tokens(HW, sizes, g), m_between(HW, DW, sizes)
+    wide = torch.stack([x, x], -1)[..., 0]
+    assert not wide.is_contiguous()
+    assert torch.equal(plane_switch(wide, HW, DW, sizes, g, m), plane_switch(x, HW, DW, sizes, g, m))
+
+
+@pytest.mark.parametrize("settings", list(itertools.product(["PCg", "PCm"], ["depth", "plane"])), ids=str)
+@pytest.mark.parametrize("old, new", PAIRS, ids=str)
+def test_gradients(old, new, settings):
+    sizes, g = (3, 2, 4), 1
+    x = tokens(old, sizes, g, batch=1, channels=2).requires_grad_()
+    m = m_between(old, new, sizes, *settings)
+
+    def call(x):
+        return plane_switch(x, old, new, sizes, g, m)
+
+    assert torch.autograd.gradcheck(call, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_reference_is_called_by_that_name_too():
+    x, m = tokens(HW, (3, 4, 5), 2), transition(3, 4, 3)
+    assert torch.equal(plane_switch_ref(x, HW, DW, (3, 4, 5), 2, m), plane_switch(x, HW, DW, (3, 4, 5), 2, m))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            {"x": torch.zeros(6, 22, 4).int()},
+            TypeError,
+            "x must be a floating-point tensor, got torch.int32",
+        ),
+        ({"x": [1.0]}, TypeError, "x must be a floating-point tensor, got list"),
+        ({"x": torch.zeros(6, 21, 4)}, ValueError, r"x must have shape \(B\*3, 22, C\) .* got \(6, 21, 4\)"),
+        ({"x": torch.zeros(7, 22, 4)}, ValueError, r"x must have shape .* got \(7, 22, 4\)"),
+        ({"x": torch.zeros(6, 22)}, ValueError, r"x must have shape .* got \(6, 22\)"),
+        (
+            {"transition": Transition(3, 5)},
+            ValueError,
+            r"transition must be a matrix \(4, 3\) .*, got \(5, 3\)",
+        ),
+        ({"backend": "metal"}, ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'metal'"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' is not usable: .*; usable: reference"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_bad_input(change, error, message):
+    arguments = {"x": torch.zeros(6, 22, 4), "old": HW, "new": DW, "sizes": (3, 4, 5), "num_globals": 2}
+    arguments |= {"transition": transition(3, 4, 3)} | change
+    with pytest.raises(error, match=message):
+        plane_switch(**arguments)

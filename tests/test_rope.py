@@ -1,0 +1,143 @@
+"""RoPE tables: the formula, and the tables of the libraries themselves, to the bit."""
+
+import math
+
+import pytest
+import timm
+import torch
+import transformers as tr
+
+from planecycle_fast.adapters import find_adapter
+from planecycle_fast.rope import Augmentation, PlaneTables, Rope, coordinates, make_periods, section_sizes
+
+from . import naive
+from .hosts import BY_NAME
+
+GRIDS = [(3, 5), (1, 7), (6, 1), (4, 4)]
+
+
+@pytest.mark.parametrize("normalize", ["separate", "min", "max"])
+@pytest.mark.parametrize("plane, sizes", [("HW", (2, 3, 5)), ("DW", (7, 1, 2)), ("DH", (4, 4, 1)), ("DHW", (2, 3, 5))])
+def test_tables_follow_the_formula(plane, sizes, normalize):
+    periods = make_periods(8, 100.0, dtype=torch.float64)
+    rope = Rope(periods, normalize=normalize, coord_dtype=torch.float64)
+    grid = [sizes[a] for a in naive.ROPE_AXES[plane]]
+    for got, expected in zip(rope.sincos(grid), naive.make_rope(32, normalize)(plane, sizes)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+
+
+def test_angles_are_the_separable_form_of_the_dense_tables():
+    rope = Rope(make_periods(4, 100.0))
+    first, second = rope.angles((3, 5))
+    assert (first.shape, second.shape) == ((3, 4), (5, 4))
+    sin, _ = rope.sincos((3, 5))
+    dense = torch.cat([first[:, None].expand(3, 5, 4), second.expand(3, 5, 4)], -1).sin()
+    assert torch.equal(sin, dense.flatten(0, 1).repeat(1, 2))
+
+
+def test_sections_and_periods():
+    assert section_sizes(64, 2) == (16, 16)
+    assert section_sizes(64, 3) == (8, 12, 12)
+    assert section_sizes(128, 3) == (16, 24, 24)
+    expected = [100.0 ** (j / 12) for j in range(12)]
+    torch.testing.assert_close(make_periods(12, 100.0), torch.tensor(expected))
+    between = make_periods(5, min_period=0.5, max_period=8.0)
+    torch.testing.assert_close(between, torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]))
+    three = Rope(make_periods(16, 100.0)).axis_periods(3)
+    assert [len(p) for p in three] == [8, 12, 12]
+    assert all(p[0] == 1 for p in three)  # each with its own full range
+    ranged = Rope(make_periods(16, min_period=2.0, max_period=8.0), base=None, min_period=2.0, max_period=8.0)
+    assert all(p[0] == 2 and math.isclose(p[-1], 8, rel_tol=1e-6) for p in ranged.axis_periods(3))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_hugging_face_tables_to_the_bit(grid):
+    model = BY_NAME["hf-dinov3"].make()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        image = torch.zeros(1, 3, grid[0] * 16, grid[1] * 16, dtype=dtype)
+        cos, sin = model.rope_embeddings(image)
+        got = find_adapter(model)(model).rope(image[:, :, None]).sincos(grid)
+        assert torch.equal(got[0], sin) and torch.equal(got[1], cos), dtype
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_timm_tables_to_the_bit(grid):
+    model = BY_NAME["timm-dinov3-s"].make()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        expected = model.rope.get_embed(shape=grid)
+        got = torch.cat(find_adapter(model)(model).rope(torch.zeros(0, dtype=dtype)).sincos(grid), -1)
+        assert got.dtype == expected.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        assert torch.equal(got, expected), dtype
+
+
+AUGMENTS = [{"shift": 0.4}, {"jitter": 1.5}, {"rescale": 2.0}, {"shift": 0.4, "jitter": 1.5, "rescale": 2.0}]
+
+
+@pytest.mark.parametrize("augments", AUGMENTS, ids=lambda a: "+".join(a))
+def test_hugging_face_draws(augments):
+    settings = {"pos_embed_rescale": None} | {f"pos_embed_{k}": v for k, v in augments.items()}
+    model = BY_NAME["hf-dinov3"].make(**settings).train()
+    image = torch.zeros(1, 3, 48, 80)
+    torch.manual_seed(3)
+    cos, sin = model.rope_embeddings(image)
+    torch.manual_seed(3)
+    tables = PlaneTables(find_adapter(model)(model).rope(image[:, :, None]), training=True)
+    got = tables.for_block((3, 5))
+    assert torch.equal(got[0], sin) and torch.equal(got[1], cos)
+    assert tables.for_block((3, 5)) is got  # one draw serves the whole forward
+
+
+@pytest.mark.parametrize("augments", AUGMENTS, ids=lambda a: "+".join(a))
+def test_timm_draws(augments):
+    rope = timm.layers.RotaryEmbeddingDinoV3(32, **{f"{k}_coords": v for k, v in augments.items()}).train()
+    torch.manual_seed(3)
+    expected = rope.get_embed(shape=(3, 5))
+    torch.manual_seed(3)
+    ours = Rope(rope.periods, draw_device=torch.device("cpu"), **augments)
+    assert torch.equal(torch.cat(PlaneTables(ours, training=True).for_block((3, 5)), -1), expected)
+
+
+def test_draws_per_block_differ_and_eval_draws_nothing():
+    rope = Rope(make_periods(4, 100.0), shift=0.5, draw_per_block=True)
+    tables = PlaneTables(rope, training=True)
+    assert not torch.equal(tables.for_block((3, 5))[0], tables.for_block((3, 5))[0])
+    state = torch.get_rng_state()
+    assert torch.equal(PlaneTables(rope, training=False).for_block((3, 5))[0], rope.sincos((3, 5))[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_augmentation_of_three_axes():
+    rope = Rope(make_periods(16, 100.0), shift=0.5, jitter=2.0, rescale=1.5)
+    draw = rope.draw(3)
+    assert (draw.shift.shape, draw.jitter.shape, draw.rescale.shape) == ((3,), (3,), (1,))
+    coords = coordinates((2, 3, 4))
+    moved = draw.apply(coords)
+    for axis in range(3):
+        expected = (coords[axis] + draw.shift[axis]) * draw.jitter[axis] * draw.rescale
+        torch.testing.assert_close(moved[axis], expected)
+    assert Augmentation().apply(coords)[1] is coords[1]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: coordinates((2, 3), "mean"), "normalize must be one of separate, min, max, got 'mean'"),
+        (lambda: section_sizes(24, 3), "head_dim must be a multiple of 16 for 3D RoPE, got 24"),
+        (lambda: section_sizes(6, 2), "head_dim must be a multiple of 4 for 2D RoPE, got 6"),
+        (lambda: section_sizes(64, 4), "num_axes must be 2 or 3, got 4"),
+        (lambda: make_periods(4), "give either base, or min_period and max_period, got base=None"),
+        (lambda: make_periods(4, 100.0, 1.0, 2.0), "give either base, or min_period and max_period"),
+        (lambda: make_periods(4, min_period=1.0), "give either base, or min_period and max_period"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_bfloat16_hugging_face_model_keeps_its_cast_frequencies():
+    model = BY_NAME["hf-dinov3"].make().bfloat16()
+    assert isinstance(model, tr.DINOv3ViTModel)
+    assert find_adapter(model)(model).rope(torch.zeros(1, dtype=torch.bfloat16)).periods.dtype == torch.bfloat16
