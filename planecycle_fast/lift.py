@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from .adapters import Adapter, find_adapter
 from .backends import check_attention, pick
 from .lifted import LiftedModel
-from .planes import DEFAULT_CYCLE, Plane, parse_cycle
+from .planes import DEFAULT_CYCLE, DHW, Plane, parse_cycle
 from .pooling import check_pooling
+from .rope import section_sizes
 
 MODES = ("planecycle", "slice2d", "flatten3d")
 
@@ -55,11 +57,26 @@ def lift(
     if backend != "auto":
         pick(backend)
     check_attention(attention)
-    adapter = (adapter or find_adapter(model))(model)
+    adapter = _make_adapter(model, adapter)
     # The other modes are cycles too. "HW" never pools; "DHW" keeps one set of globals per volume.
     if mode != "planecycle":
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
+    if DHW in cycle and (rope := adapter.rope(torch.float32)) is not None:
+        section_sizes(rope.head_dim, num_axes=3)  # raises for a head dimension that has no three sections
     return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend)
+
+
+def _make_adapter(model: nn.Module, adapter: Callable[[nn.Module], Adapter] | None) -> Adapter:
+    if adapter is None:
+        return find_adapter(model)(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(adapter):
+        raise TypeError(f"adapter must be a class or function that makes an Adapter, got {type(adapter).__name__}")
+    made = adapter(model)
+    if not isinstance(made, Adapter):
+        raise TypeError(f"adapter must make an Adapter, got {type(made).__name__}")
+    return made
 
 
 def unlift(lifted: LiftedModel) -> nn.Module:

@@ -120,7 +120,7 @@ class LiftedModel(nn.Module):
 
     def _layers(self, volume: Tensor, sizes: Sizes, count: int) -> Iterator[tuple[Tensor, Plane]]:
         """Runs `count` layers; after each yields its tokens, (B*P, g + L, C), and their plane."""
-        tables = PlaneTables(self.adapter.rope(volume), self.training)
+        tables = PlaneTables(self.adapter.rope(volume.dtype), self.training)
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         tokens, plane = self.adapter.embed(images), HW
         for block, following in zip(self.blocks, islice(cycle(self.planes), count)):

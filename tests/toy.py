@@ -90,7 +90,7 @@ class ToyAdapter(pcf.Adapter):
     def norm(self, tokens):
         return self.model.norm(tokens)
 
-    def rope(self, volume):
+    def rope(self, dtype):
         if self.model.periods is None:
             return None
         return Rope(self.model.periods, normalize=self.model.normalize, coord_dtype=self.model.periods.dtype)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..rope import Rope
@@ -75,10 +76,10 @@ class Adapter(ABC):
     ) -> Tensor:  # (N, rows, C)
         """Everything after the last block, up to the features: usually the final norm."""
 
-    def rope(self, volume: Tensor) -> Rope | None:
+    def rope(self, dtype: torch.dtype) -> Rope | None:
         """The model's rotary embedding as it is now (periods may have been loaded or cast), or None.
 
-        `volume` (B, 3, D, height, width) is the input, for models whose tables follow its dtype.
+        `dtype` is that of the input volume, for models whose tables follow it.
         """
         return None
 

@@ -38,14 +38,14 @@ class HuggingFaceDINOv3(Adapter):
     def norm(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
 
-    def rope(self, volume: Tensor) -> Rope:
+    def rope(self, dtype: torch.dtype) -> Rope:
         embedding, config = self.model.rope_embeddings, self.model.config
         return Rope(
             periods=embedding.inv_freq,
             periods_are_inverse=True,
             base=embedding.base,
             coord_dtype=torch.float32,  # whatever the model's dtype
-            table_dtype=volume.dtype,
+            table_dtype=dtype,
             shift=config.pos_embed_shift,
             jitter=config.pos_embed_jitter,
             rescale=config.pos_embed_rescale,

@@ -87,7 +87,7 @@ class TimmDINOv3(_Timm):
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return self._run(_call_qkv_linear(block), tokens, rope=torch.cat(sincos, dim=-1))
 
-    def rope(self, volume: Tensor) -> Rope:
+    def rope(self, dtype: torch.dtype) -> Rope:
         rope = self.model.rope
         periods_given = rope.min_period is not None and rope.max_period is not None
         return Rope(
