@@ -1,0 +1,5 @@
+"""Benchmarks import timm, which needs a torchvision that imports."""
+
+from planecycle_fast.torchvision_fix import mend_torchvision
+
+mend_torchvision()

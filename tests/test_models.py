@@ -1,0 +1,81 @@
+"""Models by name, with and without a hub."""
+
+import pytest
+import torch
+
+import planecycle_fast as pcf
+from planecycle_fast import models
+from planecycle_fast.models import hub_reachable, load_model
+
+from .hosts import BY_NAME
+
+
+def test_offline_is_seen_at_once(monkeypatch):
+    assert not hub_reachable()  # HF_HUB_OFFLINE, set for all tests
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert not hub_reachable(0.5)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert hub_reachable()
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "timm/vit_small_patch14_dinov2"])
+def test_timm_names_without_a_hub(name):
+    model, note = load_model(name)
+    assert note.startswith("RANDOM weights") and "no hub can be reached" in note
+    assert not model.training and model.num_classes == 0
+    pcf.lift(model)(torch.zeros(1, 3, 2, *[2 * s for s in model.patch_embed.patch_size]))
+    again, _ = load_model(name)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    "name, kind, globals_, layers",
+    [
+        ("facebook/dinov2-small", "Dinov2Model", 1, 12),
+        ("facebook/dinov2-with-registers-base", "Dinov2WithRegistersModel", 5, 12),
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3ViTModel", 5, 12),
+        ("facebook/dinov3-vits16plus-pretrain-lvd1689m", "DINOv3ViTModel", 5, 12),
+    ],
+)
+def test_hugging_face_names_without_a_hub(name, kind, globals_, layers):
+    model, note = load_model(name)
+    assert type(model).__name__ == kind and note.startswith(f"RANDOM weights for {name}")
+    lifted = pcf.lift(model)
+    assert (lifted.adapter.num_globals, len(lifted.blocks)) == (globals_, layers)
+
+
+PARAMETERS = {"s16": 21.6e6, "s16plus": 28.7e6, "b16": 85.7e6, "l16": 303e6, "h16plus": 840e6, "7b16": 6716e6}
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_known_configurations_have_the_published_size(size):
+    import transformers
+
+    config = models._known_config(transformers, f"facebook/dinov3-vit{size}-pretrain-lvd1689m")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.005)
+
+
+def test_a_local_folder(tmp_path):
+    host = BY_NAME["hf-dinov3"]
+    saved = host.make()
+    saved.save_pretrained(tmp_path / "mine")
+    model, note = load_model(str(tmp_path / "mine"))
+    assert note == f"weights from {tmp_path / 'mine'}"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters()))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must be a folder written by save_pretrained"):
+        load_model(str(tmp_path / "empty"))
+
+
+def test_unknown_names():
+    with pytest.raises(
+        ValueError, match="model must be a known timm or Hugging Face name or a local folder, got 'dino4'"
+    ):
+        load_model("dino4")
+    with pytest.raises(ValueError, match="model someone/something is not in the local cache, no hub can be reached"):
+        load_model("someone/something")
