@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 BACKENDS = ("triton", "cpu", "reference")
 ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
-_override: ContextVar[str | None] = ContextVar("planecycle_fast_backend", default=None)
+_override: str | None = None  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
 def why_not(backend: str) -> str | None:
@@ -38,7 +37,7 @@ def backends() -> dict[str, str | None]:
 def pick(backend: str = "auto") -> str:
     """The backend to use. Raises ValueError, with the reason, for one that is unknown or not usable."""
     if backend == "auto":
-        backend = _override.get() or os.environ.get(VARIABLE, "auto")
+        backend = _override or os.environ.get(VARIABLE, "auto")
     if backend == "auto":
         return next(name for name in BACKENDS if why_not(name) is None)
     reason = why_not(backend)
@@ -49,13 +48,14 @@ def pick(backend: str = "auto") -> str:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block, "auto" means `backend`. Raises ValueError like `pick`, on entering."""
+    """Within the block, "auto" means `backend`, in all threads. Raises ValueError like `pick`, on entering."""
+    global _override
     pick(backend)
-    token = _override.set(None if backend == "auto" else backend)
+    before, _override = _override, None if backend == "auto" else backend
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def check_attention(attention: str) -> None:

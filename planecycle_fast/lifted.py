@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .adapters import Adapter
 from .features import VolumeFeatures
 from .ops import plane_switch
-from .planes import HW, Plane, Sizes
+from .planes import HW, Plane, Sizes, permutation
 from .pooling import transition
 from .rope import PlaneTables
 
@@ -95,8 +94,7 @@ class LiftedModel(nn.Module):
                 the model's.
         """
         sizes = self._check(volume)
-        (tokens, plane) = deque(self._layers(volume, sizes, len(self.blocks)), maxlen=1).pop()
-        return self._features(tokens, plane, sizes, norm=True)
+        return self._run(volume, sizes, {len(self.blocks) - 1}, norm=True)[0]
 
     def intermediate(
         self,
@@ -114,20 +112,22 @@ class LiftedModel(nn.Module):
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
         sizes = self._check(volume)
-        wanted = self._wanted(n)
-        layers = enumerate(self._layers(volume, sizes, max(wanted) + 1))
-        return [self._features(tokens, plane, sizes, norm) for i, (tokens, plane) in layers if i in wanted]
+        return self._run(volume, sizes, self._wanted(n), norm)
 
-    def _layers(self, volume: Tensor, sizes: Sizes, count: int) -> Iterator[tuple[Tensor, Plane]]:
-        """Runs `count` layers; after each yields its tokens, (B*P, g + L, C), and their plane."""
+    def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
+        """Runs the layers up to the last one wanted; the features after each one wanted."""
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training)
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        tokens, plane = self.adapter.embed(images), HW
-        for block, following in zip(self.blocks, islice(cycle(self.planes), count)):
-            tokens = self._switch(tokens, plane, following, sizes)
-            plane, grid = following, following.grid(sizes)
+        tokens, plane = self.adapter.embed(images), HW  # (B*P, g + L, C) from here on
+        features = []
+        for i, block in enumerate(islice(self.blocks, max(wanted) + 1)):
+            following = self.planes[i % len(self.planes)]
+            tokens, plane = self._switch(tokens, plane, following, sizes), following
+            grid = plane.grid(sizes)
             tokens = self.adapter.call_block(block, tokens, grid, tables.for_block(grid))
-            yield tokens, plane
+            if i in wanted:
+                features.append(self._features(tokens, plane, sizes, norm))
+        return features
 
     def _switch(self, tokens: Tensor, old: Plane, new: Plane, sizes: Sizes) -> Tensor:
         m = transition(old.slices(sizes), new.slices(sizes), sizes[0], self.pool_method, self.globals_at)
@@ -142,11 +142,10 @@ class LiftedModel(nn.Module):
         if norm:
             tokens = self.adapter.norm(tokens)
         tokens = tokens.unflatten(0, (-1, plane.slices(sizes)))  # (B, S, g + L, C)
-        patches = tokens[:, :, g:].reshape(-1, *(sizes[a] for a in plane.axes), tokens.shape[-1])
-        patches = patches.permute(0, *(1 + plane.axes.index(a) for a in HW.axes), 4)
+        patches = tokens[:, :, g:].reshape(-1, *plane.ordered(sizes), tokens.shape[-1])
         registers = tokens[:, :, int(self.adapter.has_cls) : g]
         return VolumeFeatures(
-            patches=patches,
+            patches=patches.permute(permutation(plane, HW)),
             cls=tokens[:, :, 0] if self.adapter.has_cls else None,
             registers=registers if registers.shape[2] else None,
         )

@@ -12,7 +12,8 @@ A volume has three token axes, D, H and W (numbers 0, 1, 2). A *plane* says whic
 *Plane order* is the tensor ``(B*P, g + L, C)``, contiguous, the g global tokens of a sequence first.
 ``HW`` order is what a 2D ViT sees slice by slice, and is called canonical.
 
-Everything that moves rows (the reference, the Triton kernels, the C++ code) follows `row_map`.
+`Plane.axes` is the one place that says so. Everything that moves rows derives from it: the reference by
+`permutation`, kernels and C++ code by `row_map`, the same map as an affine function of coordinates.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class Plane:
 
     def slices(self, sizes: Sizes) -> int:
         """P, the number of sequences per volume of `sizes` = (D, H, W) tokens."""
-        return math.prod(sizes[a] for a in self.batch)
+        return math.prod([sizes[a] for a in self.batch])
 
     def grid(self, sizes: Sizes) -> tuple[int, ...]:
         """(n0, n1), or (n0, n1, n2) for DHW: the sizes of one sequence's axes."""
-        return tuple(sizes[a] for a in self.sequence)
+        return tuple([sizes[a] for a in self.sequence])
+
+    def ordered(self, sizes: Sizes) -> tuple[int, int, int]:
+        """`sizes` = (D, H, W) in the order of this plane's `axes`."""
+        return tuple([sizes[a] for a in self.axes])
 
     def length(self, sizes: Sizes) -> int:
         """L, the number of patches in one sequence."""
@@ -97,6 +102,11 @@ def parse_cycle(cycle_order: str | Sequence[str | Plane]) -> tuple[Plane, ...]:
     return tuple(parse_plane(plane, f"cycle_order[{i}]") for i, plane in enumerate(cycle_order))
 
 
+def permutation(old: Plane, new: Plane) -> tuple[int, ...]:
+    """How to permute patches (B, *old.ordered(sizes), C) into (B, *new.ordered(sizes), C)."""
+    return (0, *[1 + old.axes.index(axis) for axis in new.axes], 4)
+
+
 @dataclass(frozen=True)
 class RowMap:
     """Where each patch row of a new plane comes from, as an affine function of its coordinates.
@@ -127,7 +137,7 @@ def row_map(old: Plane, new: Plane, sizes: Sizes, num_globals: int = 0) -> RowMa
     for axis in old.batch:  # one step along the batch axis skips a sequence and its globals
         stride[axis] = num_globals + rows
     return RowMap(
-        sizes=tuple(sizes[a] for a in new.axes),
-        strides=tuple(stride[a] for a in new.axes),
+        sizes=new.ordered(sizes),
+        strides=new.ordered([stride[axis] for axis in range(3)]),
         offset=num_globals,
     )

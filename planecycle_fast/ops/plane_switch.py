@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import pick
-from ..planes import Plane, Sizes
+from ..planes import Plane, Sizes, permutation
 from ..pooling import Transition
 
 
@@ -32,9 +32,9 @@ def plane_switch_ref(
     volumes = x.unflatten(0, (-1, old.slices(sizes)))  # (B, P1, g + L1, C)
     out = x.new_empty(len(volumes), new.slices(sizes), g + new.length(sizes), channels)
     # The one gather: views name the voxels of both orders, each row is read once and written once.
-    source = volumes[:, :, g:].reshape(-1, *(sizes[a] for a in old.axes), channels)
-    target = out[:, :, g:].view(-1, *(sizes[a] for a in new.axes), channels)
-    target.copy_(source.permute(0, *(1 + old.axes.index(a) for a in new.axes), 4))
+    source = volumes[:, :, g:].reshape(-1, *old.ordered(sizes), channels)
+    target = out[:, :, g:].view(-1, *new.ordered(sizes), channels)
+    target.copy_(source.permute(permutation(old, new)))
     if g:
         out[:, :, :g] = transition.apply(volumes[:, :, :g])
     return out.flatten(0, 1)
