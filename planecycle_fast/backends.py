@@ -14,7 +14,7 @@ BACKENDS = ("triton", "cpu", "reference")
 ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
-_override: str | None = None  # a plain global: torch.compile guards on it, so a compiled model follows it
+_overrides: list[str] = []  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
 def why_not(backend: str) -> str | None:
@@ -37,7 +37,7 @@ def backends() -> dict[str, str | None]:
 def pick(backend: str = "auto") -> str:
     """The backend to use. Raises ValueError, with the reason, for one that is unknown or not usable."""
     if backend == "auto":
-        backend = _override or os.environ.get(VARIABLE, "auto")
+        backend = _overrides[-1] if _overrides else os.environ.get(VARIABLE, "auto")
     if backend == "auto":
         return next(name for name in BACKENDS if why_not(name) is None)
     reason = why_not(backend)
@@ -49,13 +49,12 @@ def pick(backend: str = "auto") -> str:
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block, "auto" means `backend`, in all threads. Raises ValueError like `pick`, on entering."""
-    global _override
     pick(backend)
-    before, _override = _override, None if backend == "auto" else backend
+    _overrides.append(backend)
     try:
         yield
     finally:
-        _override = before
+        _overrides.remove(backend)
 
 
 def check_attention(attention: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from .optional import MissingPackageError, require
+from .optional import require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line itself
             raise
-        return _fail(error.format_message(), getattr(error, "exit_code", 1))
+        message, status = error.format_message(), getattr(error, "exit_code", 1)
+        return _fail(message, status) if message else status  # no message: help was printed instead
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -77,6 +78,3 @@ def _build():
 def entry() -> None:
     """The console script."""
     sys.exit(main())
-
-
-__all__ = ["MissingPackageError", "entry", "main"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,17 @@ from .ops import plane_switch
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import transition
 from .rope import PlaneTables
+
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class LiftedModel(nn.Module):
@@ -37,14 +48,12 @@ class LiftedModel(nn.Module):
         host = adapter.model
         # Sharing the dictionaries themselves is what makes both models one: keys, Parameter objects,
         # replaced submodules (LoRA) and assigned parameters are the same in both, copies included.
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for shared in _SHARED:
             self.__dict__[shared] = host.__dict__[shared]
-        self.adapter = adapter
-        self.mode = mode
-        self.planes = planes
-        self.pool_method = pool_method
-        self.globals_at = globals_at
-        self.backend = backend
+        # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
+        self.__dict__.update(
+            adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at, backend=backend
+        )
 
     @property
     def training(self) -> bool:
@@ -67,6 +76,8 @@ class LiftedModel(nn.Module):
         return self.adapter.blocks
 
     def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
+            return object.__getattribute__(self, name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -74,9 +85,24 @@ class LiftedModel(nn.Module):
                 raise
         return getattr(self.adapter.model, name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftedModel:
-        self.adapter.model._apply(fn, recurse)  # hosts override this, to keep buffers in fp32 for example
+    def __setattr__(self, name: str, value: Any) -> None:
+        host = self.__dict__["adapter"].model if "adapter" in self.__dict__ else None
+        if host is not None and name in host.__dict__ and name not in self.__dict__ and name != "training":
+            setattr(host, name, value)  # what one reads through the lifted model, one sets through it
+        else:
+            super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> LiftedModel:
+        self.adapter.model.train(mode)  # hosts override this, to keep norms frozen for example
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftedModel:
+        host = self.adapter.model  # hosts override this too, to keep buffers in fp32 for example
+        host._apply(fn) if recurse else host._apply(fn, recurse=False)
+        return self
+
+    def _replicate_for_data_parallel(self) -> LiftedModel:
+        raise TypeError("a lifted model cannot be replicated by DataParallel; use DistributedDataParallel")
 
     def extra_repr(self) -> str:
         order = ",".join(self.cycle_order)
@@ -116,7 +142,7 @@ class LiftedModel(nn.Module):
 
     def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
         """Runs the layers up to the last one wanted; the features after each one wanted."""
-        tables = PlaneTables(self.adapter.rope(volume.dtype), self.training)
+        tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         tokens, plane = self.adapter.embed(images), HW  # (B*P, g + L, C) from here on
         features = []
@@ -152,16 +178,16 @@ class LiftedModel(nn.Module):
 
     def _wanted(self, n: int | Sequence[int]) -> set[int]:
         count = len(self.blocks)
-        if isinstance(n, int) and not isinstance(n, bool):
+        if _is_index(n):
             if not 1 <= n <= count:
                 raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
             return set(range(count - n, count))
-        if not isinstance(n, Sequence) or not all(isinstance(i, int) for i in n):
+        if isinstance(n, (str, bytes)) or not isinstance(n, Iterable) or not all(_is_index(i) for i in n):
             raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
-        wrong = [i for i in n if not -count <= i < count]
-        if wrong or not n:
-            raise ValueError(f"n must hold indices of the model's {count} layers, got {list(n)}")
-        return {i % count for i in n}
+        indices = [int(i) for i in n]
+        if not indices or not all(-count <= i < count for i in indices):
+            raise ValueError(f"n must hold indices of the model's {count} layers, got {indices}")
+        return {i % count for i in indices}
 
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
@@ -178,15 +204,21 @@ class LiftedModel(nn.Module):
         if volume.numel() == 0:
             raise ValueError(f"volume must not be empty, got shape {tuple(volume.shape)}")
         self.adapter.check_image_size(*volume.shape[3:])
-        parameter = next(self.parameters(), volume)
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), volume)
         if volume.device != parameter.device:
             raise ValueError(f"volume must be on the model's device, {parameter.device}, got {volume.device}")
-        if volume.dtype != parameter.dtype and not _autocast(volume):
+        if volume.dtype != parameter.dtype and not _autocast_casts(volume, parameter):
             raise ValueError(f"volume must have the model's dtype, {parameter.dtype}, got {volume.dtype}")
         patch_h, patch_w = self.adapter.patch_size
         return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w
 
 
-def _autocast(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocast_casts(*tensors: Tensor) -> bool:
+    """Whether autocast is on and makes these tensors' dtypes equal; it leaves float64 alone."""
+    device = tensors[0].device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return on and all(t.dtype != torch.float64 for t in tensors)
+
+
+def _is_index(n: Any) -> bool:
+    return hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) and getattr(n, "ndim", 0) == 0

@@ -70,9 +70,10 @@ def hub_reachable(timeout: float = 3.0) -> bool:
         return False
     if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy knows
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = url.port or {"http": 80}.get(url.scheme, 443)
     try:
-        socket.create_connection((host, 443), timeout).close()
+        socket.create_connection((url.hostname, port), timeout).close()
     except OSError:
         return False
     return True
@@ -101,7 +102,8 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
             f"model {name} is not in the local cache, no hub can be reached, and its architecture is not known here; "
             "expected a local folder, a timm name, or facebook/dinov2-* or facebook/dinov3-vit*"
         )
-    return transformers.AutoModel.from_config(_seeded(config)).eval(), _random_note(name)
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(config).eval(), _random_note(name)
 
 
 def _known_config(transformers, name: str):
@@ -142,12 +144,22 @@ def _from_timm(name: str) -> tuple[nn.Module, str]:
             return timm.create_model(name, pretrained=True, **settings).eval(), f"weights of timm {name} from the hub"
         except (OSError, RuntimeError) as error:
             raise ValueError(f"model {name} cannot be loaded from the hub: {_line(error)}") from error
-    return timm.create_model(_seeded(name), pretrained=False, **settings).eval(), _random_note(name)
-
-
-def _seeded(passed):
+    if (file := _cached_by_timm(timm, name)) is not None:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file}, **settings)
+        return model.eval(), f"weights of timm {name} from the local cache"
     torch.manual_seed(0)
-    return passed
+    return timm.create_model(name, pretrained=False, **settings).eval(), _random_note(name)
+
+
+def _cached_by_timm(timm, name: str) -> str | None:
+    """The weights file of a timm model in the hub's local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache  # timm needs it, so it is there
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return None
+    found = try_to_load_from_cache(config.hf_hub_id, "model.safetensors")
+    return found if isinstance(found, str) else None
 
 
 def _random_note(name: str) -> str:

@@ -45,7 +45,7 @@ def plane_cycle(
     """
     plane = parse_plane(plane)
     check_pooling(pool_method, globals_at)
-    _check_inputs(x, g, layout)
+    _check_inputs(x, g, layer, layout)
     batch, sizes, num_globals = x.shape[0], tuple(x.shape[1:4]), 0 if g is None else g.shape[2]
     depth, slices, grid = sizes[0], plane.slices(sizes), plane.grid(sizes)
 
@@ -58,8 +58,8 @@ def plane_cycle(
         t = t.unflatten(1, grid).movedim(-1, 1)  # (B*P, C, n0, n1), a view
 
     out = layer(t, grid)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"layer must return a tensor, got {type(out).__name__}")
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(f"layer must return a floating-point tensor, got {getattr(out, 'dtype', type(out).__name__)}")
     channel_dim = 1 if layout == "maps" else 2
     expected = list(t.shape)
     expected[channel_dim] = out.shape[channel_dim] if out.ndim == t.ndim else -1
@@ -82,7 +82,9 @@ def plane_cycle(
     return x, g
 
 
-def _check_inputs(x: Tensor, g: Tensor | None, layout: str) -> None:
+def _check_inputs(x: Tensor, g: Tensor | None, layer: Callable, layout: str) -> None:
+    if not callable(layer):
+        raise TypeError(f"layer must be callable, got {type(layer).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -92,7 +94,7 @@ def _check_inputs(x: Tensor, g: Tensor | None, layout: str) -> None:
     if g is None:
         return
     if layout == "maps":
-        raise ValueError(f"g must be None with layout 'maps', got a tensor of shape {tuple(g.shape)}")
+        raise ValueError(f"g must be None with layout 'maps', got {type(g).__name__}")
     if not isinstance(g, Tensor) or not g.is_floating_point():
         raise TypeError(f"g must be a floating-point tensor or None, got {getattr(g, 'dtype', type(g).__name__)}")
     if g.ndim != 4 or g.shape[0] != x.shape[0] or g.shape[1] == 0 or g.shape[3] != x.shape[4]:

@@ -72,9 +72,9 @@ DEFAULT_CYCLE = ("HW", "DW", "DH", "HW")  # paper section 2.3
 
 def parse_plane(plane: str | Plane, argument: str = "plane") -> Plane:
     """The plane called `plane`. Raises TypeError or ValueError, naming `argument`."""
-    if isinstance(plane, Plane):
+    if isinstance(plane, Plane) and plane in PLANES.values():
         return plane
-    if not isinstance(plane, str):
+    if not isinstance(plane, (str, Plane)):
         raise TypeError(f"{argument} must be the name of a plane, got {type(plane).__name__} {plane!r}")
     if plane not in PLANES:
         raise ValueError(f"{argument} must be one of {', '.join(PLANES)}, got {plane!r}")
@@ -92,7 +92,7 @@ def parse_cycle(cycle_order: str | Sequence[str | Plane]) -> tuple[Plane, ...]:
         ValueError: an empty cycle or an unknown plane.
     """
     if isinstance(cycle_order, str):
-        cycle_order = [name.strip() for name in cycle_order.split(",") if name.strip()]
+        cycle_order = [name.strip() for name in cycle_order.split(",")] if cycle_order.strip() else []
     if not isinstance(cycle_order, Sequence):
         raise TypeError(
             f"cycle_order must be a sequence of plane names, got {type(cycle_order).__name__} {cycle_order!r}"

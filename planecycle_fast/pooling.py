@@ -52,11 +52,8 @@ class Transition:
 
     def dense(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
         """M as a matrix, (num_next, num_prev). Each row sums to 1."""
-        if self.mean:
-            return self.mean_weights(dtype, device).expand(self.num_next, self.num_prev)
-        if self.via is None:
-            return _average(self.num_prev, self.num_next, dtype, device)
-        return _average(self.via, self.num_next, dtype, device) @ _average(self.num_prev, self.via, dtype, device)
+        unit_vectors = torch.eye(self.num_prev, dtype=dtype, device=device)[None, :, None]  # (1, num_prev, 1, num_prev)
+        return self.apply(unit_vectors)[0, :, 0]
 
     def bands(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """First and last non-zero column of every row of M: two int64 tensors, (num_next,)."""
@@ -76,31 +73,39 @@ class Transition:
         """
         if not self.mean:
             raise ValueError("mean_weights exist for pool_method 'PCm' only, got a transition of 'PCg'")
-        if self.via is None:
-            return torch.full((self.num_prev,), 1 / self.num_prev, dtype=dtype, device=device)
-        return _average(self.num_prev, self.via, dtype, device).mean(0)
+        return self.dense(dtype, device)[0]
 
     def apply(
         self,
         globals_: Tensor,  # (B, num_prev, g, C), floating point
     ) -> Tensor:  # (B, num_next, g, C), same dtype
-        """M times the globals, summed in at least float32. PCm reduces once and broadcasts."""
+        """M times the globals, summed in at least float32, under autocast too. PCm reduces once and broadcasts."""
         if self.is_identity:
             return globals_
-        acc = torch.promote_types(globals_.dtype, torch.float32)
-        rows = globals_.to(acc).flatten(2)  # (B, num_prev, g*C)
+        rows = globals_.to(torch.promote_types(globals_.dtype, torch.float32)).flatten(2)  # (B, num_prev, g*C)
+        if self.via is not None:
+            rows = _average(rows, self.via)
         if self.mean:
-            pooled = (self.mean_weights(acc, rows.device) @ rows).unsqueeze(1).expand(-1, self.num_next, -1)
+            rows = rows.mean(1, keepdim=True).expand(-1, self.num_next, -1)
         else:
-            pooled = self.dense(acc, rows.device) @ rows
-        return pooled.unflatten(2, globals_.shape[2:]).to(globals_.dtype)
+            rows = _average(rows, self.num_next)
+        return rows.unflatten(2, globals_.shape[2:]).to(globals_.dtype)
 
 
-def _average(n: int, m: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A(n -> m), (m, n)."""
-    rows, columns = torch.arange(m, device=device)[:, None], torch.arange(n, device=device)
-    first, end = rows * n // m, -(-(rows + 1) * n // m)
-    return ((columns >= first) & (columns < end)).to(dtype) / (end - first).to(dtype)
+def _average(
+    rows: Tensor,  # (B, n, K)
+    m: int,
+) -> Tensor:  # (B, m, K)
+    """A(n -> m). By gathering bins: a matrix product would round under autocast, and spread NaN to every bin."""
+    n = rows.shape[1]
+    if n == m:
+        return rows
+    bins = torch.arange(m, device=rows.device)
+    first, end = bins * n // m, -(-(bins + 1) * n // m)
+    columns = first[:, None] + torch.arange(-(-n // m) + 1, device=rows.device)  # (m, width), as wide as any bin
+    outside = columns >= end[:, None]
+    picked = rows[:, columns.clamp(max=n - 1)]  # (B, m, width, K)
+    return picked.masked_fill(outside[..., None], 0).sum(2) / (end - first)[:, None]
 
 
 def transition(

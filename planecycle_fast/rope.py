@@ -185,13 +185,13 @@ class Rope:
 class PlaneTables:
     """Dense tables of one forward pass: made once per plane, augmented in training as the host does."""
 
-    def __init__(self, rope: Rope | None, training: bool) -> None:
+    def __init__(self, rope: Rope | None, training: bool, num_axes: int = 2) -> None:
         self.rope = rope
         self.augments = rope is not None and training and rope.augments
         self._draws: dict[int, Augmentation] = {}  # by number of axes, where one draw serves the forward
         self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         if self.augments and not rope.draw_per_block:
-            self._draws = {2: rope.draw(2)}  # before anything else of this forward draws
+            self._draw(num_axes)  # of the first plane, before anything else of this forward draws
 
     def for_block(self, grid: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Sine and cosine, (L, hd) each, for the next block's plane; None without RoPE."""

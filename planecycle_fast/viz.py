@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .optional import require
@@ -27,13 +28,13 @@ def pca_colours(
     mean = rows.mean(0)
     with torch.random.fork_rng(devices=[]):  # pca_lowrank draws; the caller's generator stays as it is
         torch.manual_seed(0)
-        _, _, basis = torch.pca_lowrank(rows, q=8, center=True)
-    basis = basis[:, :3]
+        _, _, basis = torch.pca_lowrank(rows, q=min(8, *rows.shape), center=True)
+    basis = F.pad(basis[:, :3], (0, max(0, 3 - basis.shape[1])))  # (C, 3), also of one or two tokens
     basis = basis * basis.sum(0).sign()  # components come with either sign
     low, high = torch.quantile(_sample((rows - mean) @ basis), torch.tensor([0.02, 0.98]), dim=0)
     colours = {}
     for name, f in features.items():
-        scaled = (((f.float() - mean) @ basis) - low) / (high - low)
+        scaled = (((f.float() - mean) @ basis) - low) / (high - low).clamp_min(1e-12)
         colours[name] = scaled.clamp(0, 1) * mask[..., None]
     return colours
 
@@ -104,6 +105,6 @@ def adjacent_cosine(
 
     NaN for a single slice.
     """
-    cosine = torch.nn.functional.cosine_similarity(features[1:].float(), features[:-1].float(), dim=-1)
+    cosine = F.cosine_similarity(features[1:].float(), features[:-1].float(), dim=-1)
     both = mask[1:] & mask[:-1]
     return float(cosine[both].mean()) if both.any() else float(np.nan)

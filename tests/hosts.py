@@ -82,6 +82,11 @@ def timm_dinov3(size, suffix="", **small):
     return timm_model(f"vit_{size}_patch16_dinov3{suffix}", embed_dim=64, num_heads=2, **small)
 
 
+def timm_vit(**small):
+    name, sizes = "vit_small_patch16_224", dict(img_size=64, embed_dim=64, num_heads=2)
+    return timm_model(name, dynamic_img_size=True, **sizes, **small)
+
+
 def timm_dinov2(size, **small):
     return timm_model(f"vit_{size}_dinov2", dynamic_img_size=True, img_size=56, embed_dim=64, num_heads=2, **small)
 
@@ -101,6 +106,9 @@ HOSTS = [
     Host("timm-dinov3-7b", timm_dinov3("7b", depth=2), 5, 16, 32),
     Host("timm-dinov2-s", timm_dinov2("small_patch14"), 1, 14, 32, rope=False),
     Host("timm-dinov2-s-reg4", timm_dinov2("small_patch14_reg4"), 5, 14, 32, rope=False),
+    Host("timm-dinov3-no-globals", timm_dinov3("small", class_token=False, num_reg_tokens=0), 0, 16, 32),
+    Host("timm-dinov3-registers-only", timm_dinov3("small", class_token=False), 4, 16, 32),
+    Host("timm-vit-no-globals", timm_vit(class_token=False, global_pool="avg"), 0, 16, 32, rope=False),
     Host("timm-dinov2-g", timm_dinov2("giant_patch14", mlp_ratio=4), 1, 14, 32, rope=False),
 ]
 BY_NAME = {host.name: host for host in HOSTS}

@@ -7,7 +7,7 @@ import planecycle_fast as pcf
 
 from .hosts import BY_NAME
 
-ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov2-s-reg4"]
+ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4"]
 
 
 @pytest.fixture(autouse=True)
@@ -17,15 +17,24 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", [*ONE_GRAPH, "timm-dinov3-s-qkvb"])
+@pytest.mark.parametrize("name", ONE_GRAPH)
 def test_forward(name):
     host = BY_NAME[name]
     lifted, volume = pcf.lift(host.make()), host.volume()
-    # timm's _qkvb blocks are copied shallowly in every forward, which splits the graph.
-    compiled = torch.compile(lifted, backend="eager", fullgraph=name in ONE_GRAPH)
+    compiled = torch.compile(lifted, backend="eager", fullgraph=True)
     with torch.no_grad():
         for got, expected in zip(compiled(volume), lifted(volume)):
             assert got is expected is None or torch.equal(got, expected)
+
+
+def test_blocks_that_are_compiled_already():
+    host = BY_NAME["timm-dinov3-s-qkvb"]
+    model, volume = host.make(), host.volume()
+    with torch.no_grad():
+        expected = pcf.lift(model)(volume).patches
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, backend="eager")
+        assert torch.equal(pcf.lift(model)(volume).patches, expected)
 
 
 def test_gradients():

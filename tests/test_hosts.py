@@ -8,9 +8,7 @@ import transformers as tr
 import planecycle_fast as pcf
 
 from .hosts import BY_NAME, HOSTS
-
-# timm's _qkvb models add their bias in another operation than the lifted model does.
-BIT_EXACT = [h for h in HOSTS if "qkvb" not in h.name]
+from .test_lift_parity import globals_of, naive_of_host
 
 
 def host_features(host, model, volume):
@@ -21,7 +19,7 @@ def host_features(host, model, volume):
 
 def all_tokens(features):
     """Back to (B, D, g + L, C)."""
-    parts = [features.cls[:, :, None], features.registers, features.patches.flatten(2, 3)]
+    parts = (globals_of(features), features.patches.flatten(2, 3))
     return torch.cat([p for p in parts if p is not None], 2)
 
 
@@ -32,20 +30,18 @@ def test_slice2d_is_the_2d_model(host, settings):
     with torch.no_grad():
         got = all_tokens(pcf.lift(model, **settings)(volume))
         expected = host_features(host, model, volume)
-    if host in BIT_EXACT:
-        assert torch.equal(got, expected)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("host", BIT_EXACT, ids=lambda h: h.name)
+@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
 def test_slice2d_in_other_dtypes(host, dtype):
     model, volume = host.make().to(dtype), host.volume(dtype=dtype)
     with torch.no_grad():
         assert torch.equal(all_tokens(pcf.lift(model, mode="slice2d")(volume)), host_features(host, model, volume))
 
 
-@pytest.mark.parametrize("host", BIT_EXACT, ids=lambda h: h.name)
+@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
 def test_slice2d_under_autocast(host):
     model, volume = host.make(), host.volume()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -54,7 +50,7 @@ def test_slice2d_under_autocast(host):
         pcf.lift(model)(volume.bfloat16())  # the cast of the input is autocast's to make
 
 
-@pytest.mark.parametrize("host", BIT_EXACT, ids=lambda h: h.name)
+@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
 def test_slice2d_in_training_draws_as_the_host_does(host):
     settings = {"drop_path_rate": 0.5}
     if host.name == "hf-dinov3":
@@ -122,6 +118,57 @@ def gradients(model, volume):
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("host", [h for h in HOSTS if h.num_globals], ids=lambda h: h.name)
+def test_planecycle_under_autocast_is_as_good_as_the_plain_code(host):
+    model, volume, settings = host.make(), host.volume(depth=7), (("DW", "HW", "DH"), "PCg", "depth")
+    sizes = (7, 3, 5)
+    with torch.no_grad():
+        exact = naive_of_host(host, model.double(), volume.double(), sizes, "planecycle", settings)
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = pcf.lift(model, cycle_order=settings[0])(volume)
+            plain = naive_of_host(host, model, volume, sizes, "planecycle", settings)
+    for got, (theirs, truth) in zip((features.patches, globals_of(features)), zip(plain, exact)):
+        assert (got - truth).abs().mean() < 1.1 * (theirs - truth).abs().mean()
+
+
+def test_qkvb_calls_qkv_only_where_it_is_more_than_a_linear_layer():
+    host = BY_NAME["timm-dinov3-s-qkvb"]
+    lifted, volume = pcf.lift(host.make()), host.volume()
+    with torch.no_grad():
+        plain = lifted(volume).patches
+        calls = []
+        handle = lifted.blocks[1].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+        hooked = lifted(volume).patches
+        handle.remove()
+    assert calls == [1]
+    torch.testing.assert_close(hooked, plain, rtol=0, atol=1e-5)
+    assert not any(block.attn.qkv_bias_separate for block in lifted.blocks)
+
+
+def test_settings_of_timms_rope_are_read():
+    base = timm.create_model("vit_small_patch16_dinov3", num_classes=0, embed_dim=64, num_heads=2, depth=1)
+    volume = torch.randn(2, 3, 3, 32, 80)
+    for settings in (
+        {"jitter_coords": 1.7},
+        {"shift_coords": 0.3, "rescale_coords": 1.5},
+        {"normalize_coords": "max"},
+        {"normalize_coords": "min"},
+        {"temperature": None, "min_period": 0.7, "max_period": 30.0},
+    ):
+        base.rope = timm.layers.RotaryEmbeddingDinoV3(32, **settings)
+        base.train()
+        torch.manual_seed(5)
+        expected = base.forward_features(volume.transpose(1, 2).flatten(0, 1))
+        torch.manual_seed(5)
+        assert torch.equal(all_tokens(pcf.lift(base, mode="slice2d")(volume)).flatten(0, 1), expected), settings
+        three = pcf.lift(base, mode="flatten3d").adapter.rope(torch.float32).axis_periods(3)
+        first = settings.get("min_period", 1.0)
+        last = settings.get("max_period", 100 ** (5 / 6))
+        for periods in three[1:]:
+            torch.testing.assert_close(periods[[0, -1]], torch.tensor([first, last]))
+
+
 META_7B = {
     "timm": lambda: timm.create_model("vit_7b_patch16_dinov3", num_classes=0, device="meta"),
     "hf": lambda: tr.DINOv3ViTModel(
@@ -162,5 +209,6 @@ def test_timms_fixed_size_models(name):
         features = pcf.lift(model, mode="slice2d")(volume)
         expected = model.forward_features(volume[0].transpose(0, 1))[:, model.num_prefix_tokens :]
     assert torch.equal(features.patches[0].flatten(1, 2), expected)
-    with pytest.raises(ValueError, match=r"fixed size, .* got .*; build the model with dynamic_img_size=True"):
-        pcf.lift(model)(torch.randn(1, 3, 3, size * 2, size))
+    for wrong in ((size * 2, size), (size, size * 2)):
+        with pytest.raises(ValueError, match=r"fixed size, .* got .*; build the model with dynamic_img_size=True"):
+            pcf.lift(model)(torch.randn(1, 3, 3, *wrong))

@@ -105,7 +105,10 @@ BAD = [
     (dict(plane=2), TypeError, "plane must be the name of a plane, got int 2"),
     (dict(pool_method="avg"), ValueError, "pool_method must be one of PCg, PCm, got 'avg'"),
     (dict(globals_at="end"), ValueError, "globals_at must be one of depth, plane, got 'end'"),
-    (dict(layer=lambda t, n: (t,)), TypeError, "layer must return a tensor, got tuple"),
+    (dict(layer=lambda t, n: (t,)), TypeError, "layer must return a floating-point tensor, got tuple"),
+    (dict(layer=lambda t, n: t.int()), TypeError, "layer must return a floating-point tensor, got torch.int32"),
+    (dict(layer="conv"), TypeError, "layer must be callable, got str"),
+    (dict(g="cls", layout="maps"), ValueError, "g must be None with layout 'maps', got str"),
     (
         dict(layer=lambda t, n: t[:, 1:]),
         ValueError,

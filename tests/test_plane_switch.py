@@ -83,7 +83,7 @@ def test_gradients(old, new, settings):
 
 def test_reference_is_called_by_that_name_too():
     x, m = tokens(HW, (3, 4, 5), 2), transition(3, 4, 3)
-    assert torch.equal(plane_switch_ref(x, HW, DW, (3, 4, 5), 2, m), plane_switch(x, HW, DW, (3, 4, 5), 2, m))
+    assert torch.equal(plane_switch_ref(x, HW, DW, (3, 4, 5), 2, m), plane_switch(x, "HW", "DW", (3, 4, 5), 2, m))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,12 @@ def test_reference_is_called_by_that_name_too():
             ValueError,
             r"transition must be a matrix \(4, 3\) .*, got \(5, 3\)",
         ),
+        ({"transition": None}, TypeError, "transition must be a pooling.Transition, got NoneType"),
+        ({"old": "HX"}, ValueError, "old must be one of HW, DW, DH, DHW, got 'HX'"),
+        ({"new": 3}, TypeError, "new must be the name of a plane, got int 3"),
+        ({"sizes": (3, 4)}, ValueError, r"sizes must be \(D, H, W\), at least 1 each, got \(3, 4\)"),
+        ({"sizes": (3, 0, 5)}, ValueError, r"sizes must be \(D, H, W\), at least 1 each, got \(3, 0, 5\)"),
+        ({"num_globals": -1}, ValueError, "num_globals must be at least 0, got -1"),
         ({"backend": "metal"}, ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'metal'"),
         ({"backend": "triton"}, ValueError, "backend 'triton' is not usable: .*; usable: reference"),
     ],

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from planecycle_fast.planes import DEFAULT_CYCLE, PLANES, parse_cycle, parse_plane, row_map
+from planecycle_fast.planes import DEFAULT_CYCLE, PLANES, Plane, parse_cycle, parse_plane, row_map
 
 from . import naive
 
@@ -49,7 +49,7 @@ def test_parse_cycle():
     assert parse_cycle([PLANES["DH"]]) == (PLANES["DH"],)
 
 
-@pytest.mark.parametrize("cycle", [(), [], "", " , "])
+@pytest.mark.parametrize("cycle", [(), [], "", "  "])
 def test_empty_cycle(cycle):
     with pytest.raises(ValueError, match="cycle_order must name at least one plane, got an empty cycle"):
         parse_cycle(cycle)
@@ -64,3 +64,7 @@ def test_unknown_planes():
         parse_cycle(4)
     with pytest.raises(ValueError, match="plane must be one of"):
         parse_plane("hw")
+    with pytest.raises(ValueError, match=r"cycle_order\[1\] must be one of HW, DW, DH, DHW, got ''"):
+        parse_cycle("HW,,DW")
+    with pytest.raises(ValueError, match="plane must be one of"):
+        parse_plane(Plane("XY", (0,), (1, 1)))

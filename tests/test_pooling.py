@@ -74,6 +74,27 @@ def test_what_is_not_the_identity():
     assert Transition(1, 1, mean=True).is_identity  # one set of globals stays what it is
 
 
+@pytest.mark.parametrize("pool_method", POOL_METHODS)
+def test_autocast_does_not_round_the_globals(pool_method):
+    m, g = transition(7, 5, 6, pool_method), torch.randn(2, 7, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast, dense = m.apply(g), m.dense(torch.float32)
+    assert torch.equal(under_autocast, m.apply(g))
+    assert torch.equal(dense, m.dense(torch.float32))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("pool_method", POOL_METHODS)
+def test_one_bad_value_reaches_only_the_slices_that_torch_pooling_gives_it_to(pool_method, value):
+    for num_prev, num_next, depth in CASES[::7]:
+        g = torch.randn(1, num_prev, 1, 2, dtype=torch.float64)
+        g[0, num_prev // 2, 0, 0] = value
+        expected = chain(g, depth, num_next, pool_method, "depth")
+        torch.testing.assert_close(
+            transition(num_prev, num_next, depth, pool_method).apply(g), expected, equal_nan=True
+        )
+
+
 def test_bfloat16_is_summed_in_float32():
     g = torch.randn(1, 100, 2, 8).bfloat16()
     m = transition(100, 3, 100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import Adapter, is_instance_of
+from .base import Adapter
 from .huggingface import HuggingFaceDinov2, HuggingFaceDINOv3
 from .timm import TimmDINOv3, TimmVisionTransformer
 
@@ -44,4 +44,4 @@ def _known(module: nn.Module) -> bool:
     return any(adapter.matches(module) for adapter in ADAPTERS)
 
 
-__all__ = ["ADAPTERS", "Adapter", "find_adapter", "is_instance_of"]
+__all__ = ["ADAPTERS", "Adapter", "find_adapter"]

@@ -26,7 +26,7 @@ class HuggingFaceDINOv3(Adapter):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.model.layer
+        return getattr(self.model, "model", self.model).layer  # moved into an encoder after transformers 5.0
 
     def embed(self, images: Tensor) -> Tensor:
         return self.model.embeddings(images)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,15 @@ class _Timm(Adapter):
                 f"{height} x {width}; build the model with dynamic_img_size=True for other sizes"
             )
 
-    def _run(self, block: nn.Module, tokens: Tensor, **kwargs: Tensor) -> Tensor:
+    def _run(self, call: Callable[..., Tensor], tokens: Tensor, **kwargs: Tensor) -> Tensor:
         if self.model.grad_checkpointing:  # as timm's own forward does
-            return checkpoint(block, tokens, use_reentrant=False, **kwargs)
-        return block(tokens, **kwargs)
+            return checkpoint(call, tokens, use_reentrant=False, **kwargs)
+        return call(tokens, **kwargs)
+
+
+def _plain_patches(model: nn.Module) -> bool:
+    """Not a hybrid, whose patches are those of a CNN's feature map."""
+    return type(model.patch_embed).__name__ == "PatchEmbed"
 
 
 class TimmVisionTransformer(_Timm):
@@ -54,7 +59,7 @@ class TimmVisionTransformer(_Timm):
 
     @staticmethod
     def matches(model: nn.Module) -> bool:
-        return is_exactly(model, "timm.VisionTransformer")
+        return is_exactly(model, "timm.VisionTransformer") and _plain_patches(model)
 
     def embed(self, images: Tensor) -> Tensor:
         tokens = self.model._pos_embed(self.model.patch_embed(images))
@@ -72,6 +77,7 @@ class TimmDINOv3(_Timm):
         rope = getattr(model, "rope", None)
         return (
             is_exactly(model, "timm.Eva")
+            and _plain_patches(model)
             and type(rope).__name__ == "RotaryEmbeddingDinoV3"
             and (rope.rotate_half, rope.grid_offset, rope.grid_indexing) == (True, 0, "ij")
             and model.pos_embed is None
@@ -82,10 +88,11 @@ class TimmDINOv3(_Timm):
         model, patches = self.model, self.model.patch_embed(images)
         patches = patches.flatten(1, -2)  # (N, h*w, C), from NHWC with dynamic sizes
         globals_ = [t.expand(len(patches), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
-        return model.norm_pre(model.pos_drop(torch.cat([*globals_, patches], dim=1)))
+        tokens = torch.cat([*globals_, patches], dim=1) if globals_ else patches
+        return model.norm_pre(model.pos_drop(tokens))
 
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
-        return self._run(_call_qkv_linear(block), tokens, rope=torch.cat(sincos, dim=-1))
+        return self._run(partial(_call_qkv_module, block), tokens, rope=torch.cat(sincos, dim=-1))
 
     def rope(self, dtype: torch.dtype) -> Rope:
         rope = self.model.rope
@@ -104,20 +111,25 @@ class TimmDINOv3(_Timm):
         )
 
 
-def _call_qkv_linear(module: nn.Module) -> nn.Module:
-    """The block, such that attention calls its `qkv` module and adds the bias after it.
+def _call_qkv_module(block: nn.Module, tokens: Tensor, rope: Tensor) -> Tensor:
+    """The block, such that its `qkv` is called where it is more than a linear layer.
 
-    timm's `_qkvb` models pass the bare weight to F.linear, so that LoRA or hooks on `qkv` have no
-    effect. A shallow copy with `qkv_bias_separate` set calls the module; it shares every parameter,
-    submodule and hook with the original, which stays as it is.
+    timm's `_qkvb` models pass qkv's bare weight to F.linear, so that LoRA, quantisation or a hook on it
+    have no effect. With `qkv_bias_separate` timm calls the module and adds the bias after it.
     """
-    if getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate:
-        view = copy.copy(module)
-        view.qkv_bias_separate = True
-        return view
-    children = {name: _call_qkv_linear(child) for name, child in module._modules.items() if child is not None}
-    if all(child is module._modules[name] for name, child in children.items()):
-        return module
-    view = copy.copy(module)
-    view._modules = {**module._modules, **children}
-    return view
+    changed = [m for m in block.modules() if _ignores_qkv_module(m)]
+    for attention in changed:
+        attention.qkv_bias_separate = True
+    try:
+        return block(tokens, rope=rope)
+    finally:
+        for attention in changed:
+            attention.qkv_bias_separate = False
+
+
+def _ignores_qkv_module(module: nn.Module) -> bool:
+    if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
+        return False
+    qkv = module.qkv
+    hooks = (qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks)
+    return type(qkv) is not nn.Linear or any(hooks)

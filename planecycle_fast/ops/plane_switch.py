@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import pick
-from ..planes import Plane, Sizes, permutation
+from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
 
 
@@ -42,8 +42,8 @@ def plane_switch_ref(
 
 def plane_switch(
     x: Tensor,  # (B*P1, g + L1, C), plane order of `old`
-    old: Plane,
-    new: Plane,
+    old: Plane | str,
+    new: Plane | str,
     sizes: Sizes,  # (D, H, W) in tokens
     num_globals: int,  # g
     transition: Transition,  # M, (P2, P1)
@@ -52,10 +52,12 @@ def plane_switch(
     """`plane_switch_ref` on the backend asked for.
 
     Raises:
-        TypeError: x is not a floating-point tensor.
-        ValueError: shapes that do not belong together, or a backend that is unknown or not usable.
+        TypeError: x is not a floating-point tensor, or transition no `Transition`.
+        ValueError: an unknown plane, sizes or shapes that do not belong together, or a backend that is
+            unknown or not usable.
     """
     pick(backend)  # only "reference" exists so far: any other usable name would be dispatched here
+    old, new = parse_plane(old, "old"), parse_plane(new, "new")
     _check(x, old, new, sizes, num_globals, transition)
     return plane_switch_ref(x, old, new, sizes, num_globals, transition)
 
@@ -63,8 +65,14 @@ def plane_switch(
 def _check(x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ValueError(f"sizes must be (D, H, W), at least 1 each, got {tuple(sizes)}")
+    if num_globals < 0:
+        raise ValueError(f"num_globals must be at least 0, got {num_globals}")
+    if not isinstance(transition, Transition):
+        raise TypeError(f"transition must be a pooling.Transition, got {type(transition).__name__}")
     slices, rows = old.slices(sizes), num_globals + old.length(sizes)
-    if x.ndim != 3 or x.shape[0] % max(slices, 1) or x.shape[1] != rows:
+    if x.ndim != 3 or x.shape[0] % slices or x.shape[1] != rows:
         raise ValueError(
             f"x must have shape (B*{slices}, {rows}, C) for {num_globals} globals and a {old} plane of "
             f"(D, H, W) = {tuple(sizes)}, got {tuple(x.shape)}"
