@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -67,6 +68,9 @@ def test_volumes(lifted, method, bad, error, message):
         ([2], ValueError, r"n must hold indices of the model's 2 layers, got \[2\]"),
         ([0, -3], ValueError, r"n must hold indices of the model's 2 layers, got \[0, -3\]"),
         ([], ValueError, r"n must hold indices of the model's 2 layers, got \[\]"),
+        ([True, False], TypeError, r"n must be a number of layers or a sequence of indices, got \[True, False\]"),
+        (b"\x00", TypeError, "n must be a number of layers or a sequence of indices"),
+        (None, TypeError, "n must be a number of layers or a sequence of indices, got None"),
         (True, TypeError, "n must be a number of layers or a sequence of indices, got True"),
         ("last", TypeError, "n must be a number of layers or a sequence of indices, got 'last'"),
         ([0.5], TypeError, r"n must be a number of layers or a sequence of indices, got \[0.5\]"),
@@ -81,17 +85,33 @@ def test_which_intermediate_layers():
     model, v = toy_lift(ToyViT(depth=4).double()), torch.randn(1, 3, 2, 4, 6).double()
     every = [f.patches for f in model.intermediate(v, 4)]
     assert torch.equal(every[-1], model(v).patches)
-    for n, expected in (
-        (1, [3]),
-        (2, [2, 3]),
-        ([0, 2], [0, 2]),
-        ([2, 0, 0], [0, 2]),
-        ((-1, 1), [1, 3]),
-        (range(2), [0, 1]),
-    ):
+    choices = [(1, [3]), (2, [2, 3]), ([0, 2], [0, 2]), ([2, 0, 0], [0, 2]), ((-1, 1), [1, 3]), (range(2), [0, 1])]
+    for n, expected in [*choices, (np.int64(2), [2, 3]), (np.arange(2), [0, 1])]:
         got = model.intermediate(v, n)
         assert len(got) == len(expected)
         assert all(torch.equal(f.patches, every[i]) for f, i in zip(got, expected))
+
+
+def test_no_layer_runs_in_vain():
+    model, ran = toy_lift(ToyViT(depth=4).double()), []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.intermediate(torch.randn(1, 3, 2, 4, 6).double(), [1, 0])
+    assert ran == [0, 1]
+
+
+def test_float64_under_autocast(lifted):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must have the model's dtype"):
+        lifted(volume(dtype=torch.float64))
+
+
+def test_the_models_dtype_is_that_of_its_floating_point_parameters():
+    model = ToyViT(depth=2)
+    quantised = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model.__dict__["_parameters"] = {"quantised": quantised, **model._parameters}
+    assert next(model.parameters()) is quantised
+    with pytest.raises(ValueError, match="volume must have the model's dtype, torch.float32, got torch.float64"):
+        toy_lift(model)(volume(dtype=torch.float64))
 
 
 LIFTS = [
@@ -120,6 +140,10 @@ def test_lift(change, error, message):
 def timm_model(name, **settings):
     with torch.device("meta"):
         return timm.create_model(name, num_classes=0, **settings)
+
+
+def timm_dinov3(**settings):
+    return timm_model("vit_small_patch16_dinov3", depth=1, **settings)
 
 
 def sam():
@@ -155,6 +179,11 @@ MODELS = [
         ValueError,
         "model drops patches",
     ),
+    (lambda: timm_model("vit_small_resnet26d_224"), ValueError, f"VisionTransformer; {SUPPORTED}"),  # a hybrid
+    (lambda: timm_dinov3(rope_rotate_half=False), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
+    (lambda: timm_dinov3(rope_grid_offset=0.5), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
+    (lambda: timm_dinov3(rope_grid_indexing="xy"), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
+    (lambda: timm_dinov3(use_abs_pos_emb=True), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
     (lambda: toy_lift(ToyViT()), ValueError, "model is lifted already .*; lift unlift"),
 ]
 

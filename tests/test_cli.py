@@ -85,6 +85,20 @@ def test_status_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"planecycle-fast {pcf.__version__}\n")
 
 
+def test_no_arguments_print_the_help_and_nothing_else(capsys):
+    assert main([]) in (0, 2)
+    out, err = capsys.readouterr()
+    assert "Usage: planecycle-fast" in out + err and "planecycle-fast: \n" not in err
+
+
+@pytest.mark.parametrize("size", ["14", "28"])
+def test_a_very_small_scan(tmp_path, size):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(4, 5, 6)))
+    done = command("demo", "--volume", "a.npy", "--size", size, "--out", "p.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert is_png(tmp_path / "p.png")
+
+
 def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -121,6 +135,18 @@ def test_colours_have_one_scale_and_respect_the_mask():
     assert colours["a"].shape == (3, 4, 5, 3) and not colours["a"][0].any()
     assert colours["a"].min() >= 0 and colours["a"].max() <= 1
     assert colours["other"][1:].std() < colours["a"][1:].std()  # not stretched to its own range
+
+
+def test_colours_do_not_depend_on_the_sign_of_a_component(monkeypatch):
+    a, mask, pca = torch.randn(3, 4, 5, 8), torch.ones(3, 4, 5, dtype=torch.bool), torch.pca_lowrank
+    expected = pca_colours({"a": a}, mask)["a"]
+
+    def negated(*arguments, **settings):
+        u, s, v = pca(*arguments, **settings)
+        return -u, s, -v
+
+    monkeypatch.setattr(torch, "pca_lowrank", negated)
+    assert torch.equal(pca_colours({"a": a}, mask)["a"], expected)
 
 
 def test_views_are_cut_across_their_axis_with_the_head_up():

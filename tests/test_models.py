@@ -1,11 +1,18 @@
 """Models by name, with and without a hub."""
 
+import socket
+import sys
+
+import huggingface_hub
 import pytest
+import safetensors.torch
+import timm
 import torch
 
 import planecycle_fast as pcf
 from planecycle_fast import models
 from planecycle_fast.models import hub_reachable, load_model
+from planecycle_fast.optional import MissingPackageError
 
 from .hosts import BY_NAME
 
@@ -16,6 +23,10 @@ def test_offline_is_seen_at_once(monkeypatch):
     for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert not hub_reachable(0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_reachable()
     assert not hub_reachable(0.5)
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     assert hub_reachable()
@@ -29,6 +40,27 @@ def test_timm_names_without_a_hub(name):
     pcf.lift(model)(torch.zeros(1, 3, 2, *[2 * s for s in model.patch_embed.patch_size]))
     again, _ = load_model(name)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_a_timm_model_in_the_local_cache(tmp_path, monkeypatch):
+    source = timm.create_model("vit_small_patch16_dinov3", num_classes=0)
+    folder = tmp_path / "models--timm--vit_small_patch16_dinov3.lvd1689m"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    state = {k: v.contiguous() for k, v in source.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "snapshots" / "abc" / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model, note = load_model("vit_small_patch16_dinov3")
+    assert note == "weights of timm vit_small_patch16_dinov3 from the local cache"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters()))
+
+
+@pytest.mark.parametrize("name, package, extra", [("vit_tiny", "timm", "timm"), ("a/b", "transformers", "hf")])
+def test_missing_libraries_name_their_extra(monkeypatch, name, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"'{package}' is not installed; .* 'planecycle-fast\[{extra}\]'"):
+        load_model(name)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import planecycle_fast as pcf
 
 from .hosts import BY_NAME, HOSTS
-from .toy import PATCH, ToyViT, toy_lift
+from .toy import PATCH, ToyAdapter, ToyViT, toy_lift
 
 FAMILIES = [BY_NAME[n] for n in ("hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4")]
 families = pytest.mark.parametrize("host", FAMILIES, ids=lambda h: h.name)
@@ -153,9 +153,17 @@ def test_two_lifts_at_once_differ_only_in_their_planes():
 def test_hooks(host):
     lifted, volume = pcf.lift(host.make()), host.volume(batch=2, depth=4)  # 3 x 5 patches per slice
     seen, whole = [], []
+
+    def see(way, i, block):
+        def hook(module, args, out=None):
+            assert module is block  # not a copy: what a hook keeps on it stays
+            seen.append((i, way, (args[0] if out is None else out).shape))
+
+        return hook
+
     for i, block in enumerate(lifted.blocks):
-        block.register_forward_pre_hook(lambda m, args, i=i: seen.append((i, "in", args[0].shape)))
-        block.register_forward_hook(lambda m, args, out, i=i: seen.append((i, "out", out.shape)))
+        block.register_forward_pre_hook(see("in", i, block))
+        block.register_forward_hook(see("out", i, block))
     lifted.register_forward_hook(lambda m, args, out: whole.append(out))
     features = lifted(volume)
     assert whole == [features]
@@ -171,6 +179,72 @@ def test_a_hook_changes_the_stream():
     assert not torch.allclose(run(lifted, volume), before)
     handle.remove()
     assert torch.equal(run(lifted, volume), before)
+
+
+class RootHost(ToyViT):
+    """A host that does things of its own at its root, with names that `LiftedModel` uses too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.adapter = torch.nn.Linear(2, 2)
+        self.planes = torch.nn.Parameter(torch.zeros(3))
+        self.flag = False
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    @staticmethod
+    def rename(module, state, prefix, *_):
+        if f"{prefix}old_tokens" in state:
+            state[f"{prefix}tokens"] = state.pop(f"{prefix}old_tokens")
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()  # frozen
+        return self
+
+    def _apply(self, fn):
+        super()._apply(fn)
+        self.periods = self.periods.double()
+        return self
+
+
+def test_what_a_host_does_at_its_root():
+    model = RootHost()
+    lifted = toy_lift(model)
+    assert "scratch" not in lifted.state_dict() and list(lifted.state_dict()) == list(model.state_dict())
+    assert lifted.planes[0].name == "HW" and {"adapter.weight", "planes"} <= set(lifted.state_dict())
+
+    assert not lifted.train().norm.training and lifted.blocks[0].training and model.training
+    lifted.float()
+    assert model.periods.dtype == torch.float64 and model.tokens.dtype == torch.float32
+    assert lifted.double() is lifted
+
+    state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    state["old_tokens"] = state.pop("tokens") + 1
+    assert lifted.load_state_dict(state) == ([], [])
+    assert model.tokens.eq(1).all()
+
+    lifted.flag = True
+    assert model.flag is True and lifted.flag is True
+    lifted.note = "mine"
+    assert not hasattr(model, "note")
+    lifted.norm = torch.nn.Identity()
+    assert model.norm is lifted.norm
+
+
+def test_an_error_in_an_adapter_is_shown_as_it_is():
+    class Wrong(ToyAdapter):
+        @property
+        def blocks(self):
+            return self.model.blockz
+
+    with pytest.raises(AttributeError, match="'ToyViT' object has no attribute 'blockz'"):
+        pcf.lift(ToyViT(), adapter=Wrong)(torch.zeros(1, 3, 2, 4, 6))
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(TypeError, match="use DistributedDataParallel"):
+        toy_lift(ToyViT())._replicate_for_data_parallel()
 
 
 TARGETS = {"hf": ["q_proj", "v_proj"], "timm": ["qkv"]}

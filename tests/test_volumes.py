@@ -2,13 +2,14 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 
-from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD, intensities, load_scan, model_input
+from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD, Scan, intensities, load_scan, model_input
 
 
 def save(path, array, affine=None, dtype=np.float32):
@@ -85,9 +86,9 @@ SCANS = {
     "some NaN": ("a.nii", lambda p: save(p, WITH_NAN), "must hold finite voxels, got 156 NaN or infinite ones"),
     "infinite": ("a.npy", lambda p: np.save(p, NOISE / 0), "must hold finite voxels"),
     "constant": ("a.nii", lambda p: save(p, NOISE * 0 + 7), "must hold an image, got the one value 7 everywhere"),
-    "huge gz": ("a.nii.gz", huge, "must need at most 4 GiB, got a header that asks for 1.01e[+]05 GiB"),
-    "huge": ("a.nii", huge, "must need at most 4 GiB, got a header that asks for"),
-    "huge npy": ("a.npy", huge_npy, "must need at most 4 GiB, got a header that asks for"),
+    "huge gz": ("a.nii.gz", huge, "must need at most 8 GiB to be read, got a header that asks for 5.03e[+]05 GiB"),
+    "huge": ("a.nii", huge, "must need at most 8 GiB to be read, got a header that asks for"),
+    "huge npy": ("a.npy", huge_npy, "must need at most 8 GiB to be read, got a header that asks for"),
     "pickle": (
         "a.npy",
         lambda p: np.save(p, np.array([{}]), allow_pickle=True),
@@ -119,14 +120,74 @@ def test_bad_files(tmp_path, kind):
 
 def test_the_limit_is_checked_before_any_voxel_is_read(tmp_path, monkeypatch):
     path = save(tmp_path / "a.nii.gz", NOISE)
-    assert load_scan(path, max_bytes=NOISE.size * 4).voxels.shape == (14, 13, 12)
+    needed = NOISE.size * (4 + 8 + 8)  # float32 in the file, scaled in float64, two copies in float32
+    assert load_scan(path, max_bytes=needed).voxels.shape == (14, 13, 12)
 
     def read(*_):
         raise AssertionError("voxels were read")
 
     monkeypatch.setattr(nibabel.arrayproxy.ArrayProxy, "__array__", read)
     with pytest.raises(ValueError, match=r"must need at most .*, got a header that asks for"):
-        load_scan(path, max_bytes=NOISE.size * 4 - 1)
+        load_scan(path, max_bytes=needed - 1)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4", "f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npy"])
+def test_reading_keeps_to_what_was_declared(tmp_path, name, dtype):
+    array = np.random.default_rng(0).integers(0, 200, (120, 110, 100)).astype(dtype)
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    else:
+        image = nibabel.Nifti1Image(array, np.eye(4))
+        image.header.set_slope_inter(2.0, 1.0)
+        nibabel.save(image, tmp_path / name)
+    declared = array.size * (array.itemsize + 8 + 8)
+    tracemalloc.start()
+    load_scan(tmp_path / name, max_bytes=declared)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.02 * declared
+    with pytest.raises(ValueError, match="got a header that asks for"):
+        load_scan(tmp_path / name, max_bytes=declared - 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_damaged_headers_are_refused_or_read_but_never_crash(tmp_path):
+    good = save(tmp_path / "good.nii", NOISE).read_bytes()
+    generator = np.random.default_rng(1)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(good)
+        for position in generator.integers(0, 352, 4):
+            data[position] = generator.integers(0, 256)
+        (tmp_path / "bad.nii").write_bytes(data)
+        try:
+            load_scan(tmp_path / "bad.nii", max_bytes=2**24)
+        except ValueError as error:
+            refused += 1
+            assert "volume" in str(error)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("columns", [[[1, 1, 0], [0, 0, 0], [0, 0, 1]], [[1, 1, 1]] * 3, [[np.nan] * 3] * 3], ids=str)
+def test_an_affine_without_three_axes(tmp_path, columns):
+    affine = np.eye(4)
+    affine[:3, :3] = columns
+    image = nibabel.Nifti1Image(NOISE.astype(np.float32), np.eye(4))
+    image.header["sform_code"] = 1
+    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
+        image.header[name] = affine[row]
+    data = bytearray(image.header.binaryblock + b"\0" * 4 + NOISE.astype("<f4").tobytes(order="F"))
+    data[108:112] = struct.pack("<f", 352)
+    data[344:348] = b"n+1\0"
+    (tmp_path / "a.nii").write_bytes(data)
+    with pytest.raises(ValueError, match="must have an affine whose axes span space|cannot be read"):
+        load_scan(tmp_path / "a.nii")
+
+
+def test_endings_in_capitals(tmp_path):
+    save(tmp_path / "a.nii.gz", NOISE).rename(tmp_path / "A.NII.GZ")
+    assert load_scan(tmp_path / "A.NII.GZ").voxels.shape == (14, 13, 12)
 
 
 def test_model_input_has_cubic_tokens_and_imagenet_statistics():
@@ -158,5 +219,11 @@ def test_intensities(tmp_path):
     image = intensities(scan, (10, 90))
     assert image.min() == 0 and image.max() == 1
     assert image.flatten()[500].item() == pytest.approx(0.5, abs=1e-3)
-    with pytest.raises(ValueError, match="volume has no contrast: its percentiles"):
-        intensities(scan, (50, 50))
+    almost_empty = torch.zeros(10, 20, 30)
+    almost_empty[5, 6, 7] = 3
+    assert intensities(Scan(almost_empty, (1, 1, 1))).sum() == 1
+
+
+def test_a_size_that_no_memory_holds():
+    with pytest.raises(ValueError, match="size must leave a volume of at most 8 GiB, got 100000, which makes it"):
+        model_input(torch.rand(4, 5, 6), (1, 1, 1), (14, 14), 100_000)
