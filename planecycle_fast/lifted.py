@@ -182,9 +182,10 @@ class LiftedModel(nn.Module):
             if not 1 <= n <= count:
                 raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
             return set(range(count - n, count))
-        if isinstance(n, (str, bytes)) or not isinstance(n, Iterable) or not all(_is_index(i) for i in n):
+        listed = list(n) if isinstance(n, Iterable) and not isinstance(n, (str, bytes)) else [n]
+        if not all(_is_index(i) for i in listed):
             raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
-        indices = [int(i) for i in n]
+        indices = [int(i) for i in listed]
         if not indices or not all(-count <= i < count for i in indices):
             raise ValueError(f"n must hold indices of the model's {count} layers, got {indices}")
         return {i % count for i in indices}

@@ -86,7 +86,7 @@ def test_which_intermediate_layers():
     every = [f.patches for f in model.intermediate(v, 4)]
     assert torch.equal(every[-1], model(v).patches)
     choices = [(1, [3]), (2, [2, 3]), ([0, 2], [0, 2]), ([2, 0, 0], [0, 2]), ((-1, 1), [1, 3]), (range(2), [0, 1])]
-    for n, expected in [*choices, (np.int64(2), [2, 3]), (np.arange(2), [0, 1])]:
+    for n, expected in [*choices, (np.int64(2), [2, 3]), (np.arange(2), [0, 1]), (iter([1, 3]), [1, 3])]:
         got = model.intermediate(v, n)
         assert len(got) == len(expected)
         assert all(torch.equal(f.patches, every[i]) for f, i in zip(got, expected))

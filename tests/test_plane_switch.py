@@ -59,6 +59,17 @@ def test_nothing_is_done_where_nothing_changes():
     assert plane_switch(patches, HW, HW, (3, 4, 5), 0, transition(3, 3, 3, "PCm")) is patches
 
 
+@pytest.mark.parametrize("batch, channels", [(0, 4), (2, 0), (0, 0)])
+@pytest.mark.parametrize("old, new", PAIRS, ids=str)
+def test_nothing_in_is_nothing_out(old, new, batch, channels):
+    sizes, g = (3, 4, 5), 2
+    x = tokens(old, sizes, g, batch, channels).requires_grad_()
+    out = plane_switch(x, old, new, sizes, g, m_between(old, new, sizes))
+    assert out.shape == (batch * new.slices(sizes), g + new.length(sizes), channels)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_a_strided_input_gives_the_same():
     sizes, g = (3, 4, 5), 2
     x, m = tokens(HW, sizes, g), m_between(HW, DW, sizes)

@@ -29,11 +29,12 @@ def plane_switch_ref(
     g, channels = num_globals, x.shape[-1]
     if old == new and (g == 0 or transition.is_identity):
         return x
-    volumes = x.unflatten(0, (-1, old.slices(sizes)))  # (B, P1, g + L1, C)
-    out = x.new_empty(len(volumes), new.slices(sizes), g + new.length(sizes), channels)
+    batch = x.shape[0] // old.slices(sizes)  # written out, so that B = 0 and C = 0 leave nothing to guess
+    volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
+    out = x.new_empty(batch, new.slices(sizes), g + new.length(sizes), channels)
     # The one gather: views name the voxels of both orders, each row is read once and written once.
-    source = volumes[:, :, g:].reshape(-1, *old.ordered(sizes), channels)
-    target = out[:, :, g:].view(-1, *new.ordered(sizes), channels)
+    source = volumes[:, :, g:].reshape(batch, *old.ordered(sizes), channels)
+    target = out[:, :, g:].view(batch, *new.ordered(sizes), channels)
     target.copy_(source.permute(permutation(old, new)))
     if g:
         out[:, :, :g] = transition.apply(volumes[:, :, :g])
