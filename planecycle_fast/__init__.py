@@ -8,8 +8,11 @@ See the README, or the docstrings of `lift`, `LiftedModel` and `plane_cycle`.
 """
 
 from . import ops
+from .accelerate import accelerate, restore
 from .adapters import Adapter
 from .backends import backends, use_backend
+from .checkpoints import convert_state_dict
+from .converter import PlaneCycleConverter
 from .features import VolumeFeatures
 from .lift import lift, unlift
 from .lifted import LiftedModel
@@ -19,12 +22,16 @@ from .version import __version__
 __all__ = [
     "Adapter",
     "LiftedModel",
+    "PlaneCycleConverter",
     "VolumeFeatures",
     "__version__",
+    "accelerate",
     "backends",
+    "convert_state_dict",
     "lift",
     "ops",
     "plane_cycle",
+    "restore",
     "unlift",
     "use_backend",
 ]

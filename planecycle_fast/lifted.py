@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .features import VolumeFeatures
+from .layers import wanted_layers
 from .ops import plane_switch
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import transition
@@ -138,7 +139,7 @@ class LiftedModel(nn.Module):
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
         sizes = self._check(volume)
-        return self._run(volume, sizes, self._wanted(n), norm)
+        return self._run(volume, sizes, wanted_layers(n, len(self.blocks)), norm)
 
     def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
         """Runs the layers up to the last one wanted; the features after each one wanted."""
@@ -176,20 +177,6 @@ class LiftedModel(nn.Module):
             registers=registers if registers.shape[2] else None,
         )
 
-    def _wanted(self, n: int | Sequence[int]) -> set[int]:
-        count = len(self.blocks)
-        if _is_index(n):
-            if not 1 <= n <= count:
-                raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
-            return set(range(count - n, count))
-        listed = list(n) if isinstance(n, Iterable) and not isinstance(n, (str, bytes)) else [n]
-        if not all(_is_index(i) for i in listed):
-            raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
-        indices = [int(i) for i in listed]
-        if not indices or not all(-count <= i < count for i in indices):
-            raise ValueError(f"n must hold indices of the model's {count} layers, got {indices}")
-        return {i % count for i in indices}
-
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
         if not isinstance(volume, Tensor):
@@ -219,7 +206,3 @@ def _autocast_casts(*tensors: Tensor) -> bool:
     device = tensors[0].device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return on and all(t.dtype != torch.float64 for t in tensors)
-
-
-def _is_index(n: Any) -> bool:
-    return hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) and getattr(n, "ndim", 0) == 0

@@ -115,6 +115,7 @@ class Rope:
     max_period: float | None = None
     normalize: str = "separate"
     coord_dtype: torch.dtype = torch.float32
+    promote_coords: bool = True  # to wider periods before they become angles (timm), or only by the division
     table_dtype: torch.dtype | None = None  # of sin and cos; None: as they come out
     shift: float | None = None  # training: uniform in [-shift, shift], per axis
     jitter: float | None = None  # training: log-uniform in [1/jitter, jitter], per axis
@@ -166,7 +167,9 @@ class Rope:
         periods = self.axis_periods(len(grid))
         if self.periods_are_inverse:
             return [2 * math.pi * c[:, None] * p for c, p in zip(coords, periods)]
-        return [2 * math.pi * c[:, None].to(torch.promote_types(c.dtype, p.dtype)) / p for c, p in zip(coords, periods)]
+        if self.promote_coords:
+            coords = [c.to(torch.promote_types(c.dtype, self.periods.dtype)) for c in coords]
+        return [2 * math.pi * c[:, None] / p for c, p in zip(coords, periods)]
 
     def sincos(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:
         """Dense sine and cosine tables of one sequence of patches, (L, hd) each, L = n0*n1[*n2]."""

@@ -1,14 +1,18 @@
 """Small real models of every supported family, with weights that show every part.
 
-Built by their own libraries; only sizes are reduced. `bare` hosts see a slice's image and return all
-tokens after the final norm, (N, g + L, C), through the library's own forward.
+Built by their own libraries; only sizes are reduced. `Host.tokens` are all tokens of slices after the
+final norm, (N, g + L, C), by the library's own forward. For facebookresearch/dinov3 there are
+stand-ins (tests/standins.py), and its own code where DINOV3_REPO names a checkout.
 """
 
+import os
 from dataclasses import dataclass
 
 import timm
 import torch
 import transformers as tr
+
+from . import peers, standins
 
 GRID = (3, 5)  # patches of a slice
 
@@ -33,6 +37,10 @@ class Host:
     def tokens(self, model, images):
         if self.name.startswith("hf"):
             return model(images).last_hidden_state
+        if self.name.startswith("facebook"):
+            out = model.forward_features(images)
+            front = torch.cat([out["x_norm_clstoken"][:, None], out["x_storage_tokens"]], 1)
+            return torch.cat([front, out["x_norm_patchtokens"]], 1)
         return model.forward_features(images)
 
 
@@ -91,6 +99,22 @@ def timm_dinov2(size, **small):
     return timm_model(f"vit_{size}_dinov2", dynamic_img_size=True, img_size=56, embed_dim=64, num_heads=2, **small)
 
 
+def facebook(**small):
+    def build(**settings):
+        return standins.DinoVisionTransformer(patch_size=16, **(small | settings))
+
+    return build
+
+
+def facebook_real(**small):
+    def build(**settings):
+        sizes = dict(embed_dim=64, num_heads=2, depth=5, pos_embed_rope_dtype="fp32", layerscale_init=0.3)
+        training = dict(pos_embed_rope_rescale_coords=2.0, pos_embed_rope_shift_coords=0.3)
+        return peers.randomise(peers.dinov3()[0](**(sizes | training | small | settings)))
+
+    return build
+
+
 HOSTS = [
     Host("hf-dinov3", hf_dinov3, 5, 16, 32),
     Host("hf-dinov3-gated", hf_dinov3_gated, 1, 16, 32),
@@ -111,4 +135,16 @@ HOSTS = [
     Host("timm-vit-no-globals", timm_vit(class_token=False, global_pool="avg"), 0, 16, 32, rope=False),
     Host("timm-dinov2-g", timm_dinov2("giant_patch14", mlp_ratio=4), 1, 14, 32, rope=False),
 ]
+UNTIED = dict(n_storage_tokens=0, swiglu=True, untie_cls_and_patch_norms=True)
+HOSTS += [
+    Host("facebook-stand-in", facebook(), 5, 16, 32),
+    Host(
+        "facebook-stand-in-untied", facebook(n_storage_tokens=0, swiglu=True, untie_cls_and_patch_norms=True), 1, 16, 32
+    ),
+]
+if "DINOV3_REPO" in os.environ:
+    HOSTS += [
+        Host("facebook-mlp", facebook_real(n_storage_tokens=4, mask_k_bias=True), 5, 16, 32),
+        Host("facebook-swiglu", facebook_real(ffn_layer="swiglu", untie_cls_and_patch_norms=True), 1, 16, 32),
+    ]
 BY_NAME = {host.name: host for host in HOSTS}

@@ -7,7 +7,7 @@ import planecycle_fast as pcf
 
 from .hosts import BY_NAME
 
-ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4"]
+ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]
 
 
 @pytest.fixture(autouse=True)

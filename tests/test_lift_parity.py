@@ -96,12 +96,15 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
     if host.name.startswith("hf"):
         embedded = model.embeddings(images)
         layers = model.model.layer if host.rope else model.encoder.layer
-        norm = model.norm if host.rope else model.layernorm
+        norm = norm_globals = model.norm if host.rope else model.layernorm
+    elif host.name.startswith("facebook"):
+        embedded, layers, norm = model.prepare_tokens_with_masks(images)[0], model.blocks, model.norm
+        norm_globals = model.cls_norm or model.norm
     else:
         patches = model.patch_embed(images)
         embedded = model._pos_embed(patches)
         embedded = embedded[0] if host.rope else embedded
-        layers, norm = model.blocks, model.norm
+        layers, norm, norm_globals = model.blocks, model.norm, model.norm
 
     def call(block):
         def run(tokens, sincos):
@@ -110,6 +113,8 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
             sin, cos = sincos[0].to(volume.dtype), sincos[1].to(volume.dtype)
             if host.name.startswith("hf"):
                 return block(tokens, position_embeddings=(cos, sin))
+            if host.name.startswith("facebook"):
+                return block(tokens, (sin, cos))
             return block(tokens, rope=torch.cat([sin, cos], -1))
 
         return run
@@ -117,7 +122,7 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
     make_rope = naive.make_rope(host.head_dim, "separate") if host.rope else lambda *_: None
     blocks = [call(b) for b in layers]
     *_, (x, g) = naive.run(embedded, sizes, host.num_globals, blocks, planes, pool_method, globals_at, make_rope)
-    return norm(x), norm(g)
+    return norm(x), norm_globals(g)
 
 
 @pytest.mark.parametrize("globals_at", ["depth", "plane"])

@@ -13,7 +13,8 @@ import planecycle_fast as pcf
 from .hosts import BY_NAME, HOSTS
 from .toy import PATCH, ToyAdapter, ToyViT, toy_lift
 
-FAMILIES = [BY_NAME[n] for n in ("hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4")]
+NAMES = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]
+FAMILIES = [BY_NAME[name] for name in NAMES]
 families = pytest.mark.parametrize("host", FAMILIES, ids=lambda h: h.name)
 
 
@@ -247,7 +248,7 @@ def test_data_parallel_is_refused():
         toy_lift(ToyViT())._replicate_for_data_parallel()
 
 
-TARGETS = {"hf": ["q_proj", "v_proj"], "timm": ["qkv"]}
+TARGETS = {"hf": ["q_proj", "v_proj"], "timm": ["qkv"], "facebook": ["qkv"]}
 
 
 @families

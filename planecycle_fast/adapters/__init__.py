@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from .base import Adapter
+from .dinov3 import FacebookDINOv3
 from .huggingface import HuggingFaceDinov2, HuggingFaceDINOv3
 from .timm import TimmDINOv3, TimmVisionTransformer
 
-ADAPTERS = (HuggingFaceDINOv3, HuggingFaceDinov2, TimmDINOv3, TimmVisionTransformer)
+ADAPTERS = (FacebookDINOv3, HuggingFaceDINOv3, HuggingFaceDinov2, TimmDINOv3, TimmVisionTransformer)
 SUPPORTED = (
     "transformers DINOv3ViTModel, Dinov2Model and Dinov2WithRegistersModel; "
-    "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers)"
+    "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers); "
+    "facebookresearch/dinov3 DinoVisionTransformer"
 )
 HOW_TO = "for any other ViT subclass planecycle_fast.Adapter and pass it: lift(model, adapter=MyAdapter)"
 _WINDOWED = ("SamModel", "SamVisionModel", "SamVisionEncoder", "Sam2Model", "VisionTransformerSAM", "ImageEncoderViT")

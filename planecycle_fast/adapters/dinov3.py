@@ -1,0 +1,111 @@
+"""facebookresearch/dinov3, and the authors' own variant of it (HINTLab/PlaneCycle, `models/`).
+
+Both are called `DinoVisionTransformer`. The authors' takes volumes and has a `block_type`; its blocks are
+the stock ones until a PlaneCycleConverter wraps them in `PlaneCycleBlock`. Neither repository is a
+package with a fixed name, so classes are recognised by theirs, and by what they hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..rope import Rope, make_periods
+from .base import Adapter, SinCos
+
+CLASS = "DinoVisionTransformer"
+BLOCK = "PlaneCycleBlock"  # of the authors' converter, and of ours
+_ATTRIBUTES = ("blocks", "n_storage_tokens", "norm", "patch_embed", "prepare_tokens_with_masks", "rope_embed")
+
+
+def is_dinov3(model: object) -> bool:
+    """Whether `model` is a DINOv3 of one of the two repositories (facebookresearch/dinov2 has the same name)."""
+    named = any(cls.__name__ == CLASS for cls in type(model).__mro__)
+    return named and all(hasattr(model, name) for name in _ATTRIBUTES)
+
+
+def takes_volumes(model: nn.Module) -> bool:
+    """Whether a DINOv3 is the authors' variant, made for volumes (B, 3, D, height, width)."""
+    return hasattr(model, "block_type")
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a PlaneCycleConverter wrapped the blocks of a DINOv3 (something may be wrapped around those)."""
+    return any(type(module).__name__ == BLOCK for module in model.blocks.modules())
+
+
+def norm_parts(
+    model: nn.Module,
+    tokens: Tensor,  # (N, g + L, C)
+    local: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, g, C), (N, L, C)
+    """The final norm of a DINOv3's globals and patches: one for both, or untied ones.
+
+    `local` chooses the norm for the globals of local crops, where the model has one.
+    """
+    g = model.n_storage_tokens + 1
+    if local and model.untie_global_and_local_cls_norm:
+        return model.local_cls_norm(tokens[:, :g]), model.norm(tokens[:, g:])
+    if model.untie_cls_and_patch_norms:
+        return model.cls_norm(tokens[:, :g]), model.norm(tokens[:, g:])
+    normed = model.norm(tokens)
+    return normed[:, :g], normed[:, g:]
+
+
+class FacebookDINOv3(Adapter):
+    """`DinoVisionTransformer` (S, S+, B, L, H+, 7B): RoPE, class token, `n_storage_tokens` registers."""
+
+    has_cls = True
+
+    @staticmethod
+    def matches(model: nn.Module) -> bool:
+        return is_dinov3(model)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if is_converted(model):
+            raise ValueError(
+                "model has blocks that a PlaneCycleConverter wrapped; use planecycle_fast.accelerate(model) for it, "
+                "or lift the model that was converted"
+            )
+        self.num_globals = 1 + model.n_storage_tokens
+        self.patch_size, self.in_channels = (model.patch_size,) * 2, model.patch_embed.proj.in_channels
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    def embed(self, images: Tensor) -> Tensor:
+        volumes = images[:, :, None] if takes_volumes(self.model) else images  # each slice a volume of its own
+        return self.model.prepare_tokens_with_masks(volumes)[0]
+
+    def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
+        return block(tokens, sincos)
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        if self.model.untie_cls_and_patch_norms:
+            return torch.cat(norm_parts(self.model, tokens), dim=1)
+        return self.model.norm(tokens)
+
+    def rope(self, dtype: torch.dtype) -> Rope | None:
+        rope = self.model.rope_embed
+        if rope is None:
+            return None
+        coord_dtype = rope.dtype or torch.get_default_dtype()
+        periods = rope.periods
+        if hasattr(rope, "sections"):  # the authors' block_type Flatten3D keeps the periods of three axes
+            bounds = (rope.base, rope.min_period, rope.max_period)
+            periods = make_periods(rope.D_head // 4, *bounds, dtype=coord_dtype, device=periods.device)
+        return Rope(
+            periods=periods,
+            base=rope.base,
+            min_period=rope.min_period if rope.base is None else None,
+            max_period=rope.max_period if rope.base is None else None,
+            normalize=rope.normalize_coords,
+            coord_dtype=coord_dtype,
+            promote_coords=False,
+            shift=rope.shift_coords,
+            jitter=rope.jitter_coords,
+            rescale=rope.rescale_coords,
+            draw_per_block=True,
+        )

@@ -1,0 +1,323 @@
+"""`accelerate`: nothing changes from outside, on stand-ins here and on the authors' code where it is there."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+import planecycle_fast as pcf
+
+from . import peers, standins
+
+BLOCK_TYPES = ("PlaneCycle", "Slice2D", "Flatten3D")
+SOURCES = ["stand-in", pytest.param("authors", marks=peers.needs_planecycle)]
+
+
+@pytest.fixture(params=SOURCES)
+def build(request):
+    """A function that makes a model of a block type, converted by the converter of the same source."""
+
+    def make(block_type="PlaneCycle", cycle_order=("HW", "DW", "DH", "HW"), pool_method="PCg", **settings):
+        if request.param == "stand-in":
+            model, converter = standins.DinoVisionTransformer(block_type, **settings), standins.Converter
+        else:
+            small = dict(embed_dim=64, num_heads=1 if block_type == "Flatten3D" else 2, depth=5, patch_size=4)
+            small |= dict(n_storage_tokens=4, pos_embed_rope_dtype="fp32", pos_embed_rope_rescale_coords=2.0)
+            if settings.pop("swiglu", False):
+                settings["ffn_layer"] = "swiglu"
+            model_class, converter = peers.authors()
+            model = peers.randomise(model_class(block_type=block_type, layerscale_init=0.3, **(small | settings)))
+        if block_type == "PlaneCycle":
+            model = converter(cycle_order=cycle_order, pool_method=pool_method)(model)
+        return model.eval()
+
+    return make
+
+
+def outputs(model, *arguments, seed=3, **options):
+    torch.manual_seed(seed)
+    return model(*arguments, **options)
+
+
+def assert_same(got, expected, tolerance=2e-5):
+    """Same structure, tensors within the tolerance."""
+    assert type(got) is type(expected)
+    if isinstance(expected, dict):
+        assert list(got) == list(expected)
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, (list, tuple)):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected):
+            assert_same(a, b, tolerance)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+    else:
+        assert got == expected
+
+
+VOLUME = (2, 3, 3, 20, 12)  # 3 x 5 x 3 tokens
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_the_output_dictionary(build, block_type, pool_method):
+    model, volume = build(block_type, pool_method=pool_method, n_storage_tokens=4), torch.randn(VOLUME)
+    expected = outputs(model, volume)
+    assert pcf.accelerate(model) is model
+    got = outputs(model, volume)
+    assert_same(got, expected)
+    assert got["masks"] is None and got["x_prenorm"].shape[-1] == 64
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_masks(build, block_type):
+    model, volume = build(block_type), torch.randn(VOLUME)
+    masks = torch.rand(*((2, 45) if block_type == "Flatten3D" else (6, 15))) < 0.4
+    expected = outputs(model, volume, masks=masks)
+    got = outputs(pcf.accelerate(model), volume, masks=masks)
+    assert_same(got, expected)
+    assert got["masks"] is masks
+    unmasked = outputs(model, volume)
+    assert not torch.allclose(got["x_prenorm"], unmasked["x_prenorm"])
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_intermediate_layers_with_all_options(build, block_type):
+    model, volume = build(block_type, untie_cls_and_patch_norms=True), torch.randn(VOLUME)
+    fast = pcf.accelerate(copy.deepcopy(model))
+    for number in range(16):
+        options = {
+            name: bool(number >> bit & 1)
+            for bit, name in enumerate(("reshape", "return_class_token", "return_extra_tokens", "norm"))
+        }
+        for n in (1, 3, [0, 2], (4,), range(2, 4)):
+            expected = model.get_intermediate_layers(volume, n=n, **options)
+            assert_same(fast.get_intermediate_layers(volume, n=n, **options), expected)
+    assert_same(fast.get_intermediate_layers(volume), model.get_intermediate_layers(volume))
+    assert_same(fast.get_intermediate_layers(volume, n=[-1]), model.get_intermediate_layers(volume))
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_the_class_token_alone(build, block_type):
+    model, volume = build(block_type), torch.randn(VOLUME)
+    expected = outputs(model, volume, is_training=False)
+    assert isinstance(expected, torch.Tensor)
+    assert_same(outputs(pcf.accelerate(model), volume, is_training=False), expected)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_lists_of_volumes(build, block_type):
+    model = build(block_type, untie_global_and_local_cls_norm=True, drop_path_rate=0.4).train()
+    volumes = [torch.randn(VOLUME), torch.randn(2, 3, 5, 8, 16)]
+    torch.manual_seed(0)
+    expected = model.forward_features(volumes, [None, None])
+    torch.manual_seed(0)
+    got = pcf.accelerate(model).forward_features(volumes, [None, None])
+    assert_same(got[: len(expected)], expected)  # the authors' PlaneCycle drops all volumes but the first
+    assert len(got) == 2 and got[1]["x_norm_patchtokens"].isfinite().all()
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_training_draws_the_same(build, block_type):
+    model, volume = build(block_type, drop_path_rate=0.4).train(), torch.randn(VOLUME)
+    fast = pcf.accelerate(copy.deepcopy(model))
+    expected, got = outputs(model, volume), outputs(fast, volume)
+    assert_same(got, expected)
+    assert not torch.allclose(outputs(fast, volume, seed=4)["x_prenorm"], expected["x_prenorm"])
+    for out in (expected, got):
+        sum(out[k].square().mean() for k in out if k != "masks").backward()
+    for (name, a), b in zip(fast.named_parameters(), model.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_class_keys_and_identity_stay(build, block_type):
+    model = build(block_type)
+    kind, keys, ids = type(model), list(model.state_dict()), [id(p) for p in model.parameters()]
+    names = [name for name, _ in model.named_modules()]
+    pcf.accelerate(model)
+    assert type(model) is kind and list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == ids and [name for name, _ in model.named_modules()] == names
+
+
+def test_restore(build):
+    model, volume = build(), torch.randn(VOLUME)
+    before, expected = dict(model.__dict__), outputs(model, volume)
+    assert pcf.restore(pcf.accelerate(pcf.accelerate(model))) is model
+    assert model.__dict__ == before
+    assert torch.equal(outputs(model, volume)["x_prenorm"], expected["x_prenorm"])
+    with pytest.raises(ValueError, match="model must be accelerated to be restored, got a DinoVisionTransformer that"):
+        pcf.restore(model)
+    with pytest.raises(ValueError, match="got a Linear that is not"):
+        pcf.restore(torch.nn.Linear(1, 1))
+
+
+def copies(model):
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    yield torch.load(stored, weights_only=False)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_copies_are_accelerated_and_independent(build, block_type):
+    model, volume = pcf.accelerate(build(block_type)), torch.randn(VOLUME)
+    expected = outputs(model, volume)
+    for each in copies(model):
+        assert each.forward_features_list.model is each and each.get_intermediate_layers.model is each
+        assert_same(outputs(each, volume), expected, 0)
+        with torch.no_grad():
+            each.cls_token.add_(1)
+        assert not torch.allclose(outputs(each, volume)["x_prenorm"], expected["x_prenorm"])
+        assert_same(outputs(model, volume), expected, 0)
+        pcf.restore(each)
+        assert "forward_features_list" in model.__dict__
+
+
+def calls_of(module):
+    calls = []
+    module.register_forward_hook(lambda m, args, output: calls.append((m, args, output)))
+    return calls
+
+
+def test_hooks_on_a_converted_block_see_what_they_always_saw(build):
+    model, volume = build(), torch.randn(VOLUME)
+    watched, inner = calls_of(model.blocks[1]), calls_of(model.blocks[2].blk2d)
+    outputs(model, volume)
+    outputs(pcf.accelerate(model), volume)
+    for theirs, ours in (watched, inner):
+        assert theirs[0] is ours[0]
+        torch.testing.assert_close(ours[1][0], theirs[1][0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=2e-5)
+    assert watched[0][1][1] == watched[1][1][1] == (2, 3, 5, 3, 64)
+
+
+def test_a_hook_that_changes_the_output_has_effect(build):
+    model, volume = build(), torch.randn(VOLUME)
+    model.blocks[1].register_forward_hook(lambda m, args, output: output * 2)
+    model.blocks[2].register_forward_pre_hook(lambda m, args: (args[0] + 1, *args[1:]))
+    expected = outputs(model, volume)
+    assert_same(outputs(pcf.accelerate(model), volume), expected, 1e-4)
+
+
+def test_blocks_wrapped_for_checkpointing(build):
+    model, volume = build(), torch.randn(VOLUME)
+    expected = gradients(model, volume)
+    apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "PlaneCycleBlock")
+    calls = calls_of(model.blocks[0].blk2d.norm1)
+    for got, theirs in zip(gradients(pcf.accelerate(model), volume), expected):
+        torch.testing.assert_close(got, theirs, rtol=0, atol=2e-5)
+    assert len(calls) == 2  # and once more in backward
+
+
+def gradients(model, volume):
+    model.zero_grad()
+    outputs(model, volume)["x_norm_patchtokens"].square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_settings_are_read_when_the_model_runs(build):
+    model, volume = pcf.accelerate(build()), torch.randn(VOLUME)
+    first = outputs(model, volume)
+    for block in model.blocks:
+        block.cycle_order = ("DH", "DW")
+    second = outputs(model, volume)
+    assert not torch.allclose(first["x_prenorm"], second["x_prenorm"])
+    assert_same(second, outputs(pcf.restore(model), volume))
+    for block in model.blocks:
+        block.rope_embed = None
+    assert_same(outputs(pcf.accelerate(model), volume), outputs(pcf.restore(model), volume))
+
+
+def test_sizes_that_are_no_multiple_of_the_patch_lose_their_rest_as_before(build):
+    model, volume = build(), torch.randn(1, 3, 3, 22, 15)
+    expected = outputs(model, volume)
+    assert_same(outputs(pcf.accelerate(model), volume), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(build, dtype):
+    model, volume = build().to(dtype), torch.randn(VOLUME, dtype=dtype)
+    expected = outputs(model, volume)
+    got = outputs(pcf.accelerate(model), volume)
+    assert got["x_prenorm"].dtype == dtype
+    assert_same(got, expected, 1e-12 if dtype == torch.float64 else 0.1)
+
+
+def test_under_torch_compile():
+    model, volume = pcf.accelerate(standins.Converter()(standins.DinoVisionTransformer("PlaneCycle")).eval()), VOLUME
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert_same(compiled(torch.ones(volume)), model(torch.ones(volume)))
+
+
+class Overriding(standins.DinoVisionTransformer):
+    def forward_features_list(self, x_list, masks_list):
+        return super().forward_features_list(x_list, masks_list)
+
+
+def patched():
+    model = standins.DinoVisionTransformer("Slice2D")
+    model.get_intermediate_layers = lambda x: x
+    return model
+
+
+def broken(block_type):
+    model = standins.DinoVisionTransformer("Slice2D")
+    model.block_type = block_type
+    return model
+
+
+def converted_slice2d():
+    model = standins.Converter()(standins.DinoVisionTransformer("PlaneCycle"))
+    model.block_type = "Slice2D"
+    return model
+
+
+REFUSED = {
+    "no module": (lambda: "model", TypeError, "model must be a torch.nn.Module, got str"),
+    "another class": (lambda: torch.nn.Linear(2, 2), ValueError, "got a Linear; use planecycle_fast.lift"),
+    "stock": (standins.DinoVisionTransformer, ValueError, "must take volumes, got a stock DinoVisionTransformer"),
+    "not converted": (
+        lambda: standins.DinoVisionTransformer("PlaneCycle"),
+        ValueError,
+        "got 'PlaneCycle' with blocks that no PlaneCycleConverter wrapped",
+    ),
+    "converted Slice2D": (converted_slice2d, ValueError, "got 'Slice2D' with converted blocks"),
+    "block type": (lambda: broken("Cube"), ValueError, "block_type must be one of .*, got 'Cube'"),
+    "subclass": (lambda: Overriding("Slice2D"), ValueError, "the forward_features_list of DinoVisionTransformer, got"),
+    "patched": (
+        patched,
+        ValueError,
+        "the get_intermediate_layers of DinoVisionTransformer, got one that",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind):
+    make, error, message = REFUSED[kind]
+    with pytest.raises(error, match=message):
+        pcf.accelerate(make())
+
+
+def test_bad_arguments(build):
+    model, before = build(), dict(build().__dict__)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*, got 'gpu'"):
+        pcf.accelerate(model, backend="gpu")
+    with pytest.raises(ValueError, match="attention must be one of .*, got 'slow'"):
+        pcf.accelerate(model, attention="slow")
+    assert model.__dict__.keys() == before.keys()
+    pcf.accelerate(model)
+    for x in (torch.randn(2, 3, 20, 12), torch.randn(VOLUME).tolist(), torch.randn(1, *VOLUME)):
+        with pytest.raises(ValueError, match=r"x must be a volume, a tensor of shape \(B, 3, D, height, width\), got"):
+            model.get_intermediate_layers(x)
+    with pytest.raises(ValueError, match="n must hold indices of the model's 5 layers, got"):
+        model.get_intermediate_layers(torch.randn(VOLUME), n=[7])

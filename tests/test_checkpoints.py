@@ -1,0 +1,263 @@
+"""`convert_state_dict`: the same network under other names, shown by what it computes."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import planecycle_fast as pcf
+
+from . import peers, standins
+from .hosts import BY_NAME, hf_dinov3, randomise, timm_dinov3
+
+GATED = dict(use_gated_mlp=True, hidden_act="silu")
+HOSTS = {
+    "timm": lambda: timm_dinov3("small", "_qkvb", mlp_ratio=2)(),
+    "hf": lambda: hf_dinov3(intermediate_size=128),
+    "dinov3": lambda: standins.DinoVisionTransformer(patch_size=16),
+    "timm swiglu": lambda: timm_dinov3("small_plus", "_qkvb", mlp_ratio=2)(),
+    "hf swiglu": lambda: hf_dinov3(intermediate_size=128, **GATED),
+    "dinov3 swiglu": lambda: standins.DinoVisionTransformer(patch_size=16, swiglu=True),
+}
+CYCLE = dict(cycle_order=("DH", "HW", "DW"), pool_method="PCm")
+VOLUME = (2, 3, 4, 48, 80)
+
+
+def theirs(real=False, **settings):
+    """A model of the authors' code, or its stand-in, converted; and its plain 2D weights."""
+    if real:
+        model_class, converter = peers.authors()
+        small = dict(embed_dim=64, num_heads=2, depth=5, n_storage_tokens=4, pos_embed_rope_dtype="fp32", ffn_ratio=2)
+        if settings.pop("swiglu", False):
+            settings |= dict(ffn_layer="swiglu", ffn_ratio=3)
+        model = peers.randomise(model_class(layerscale_init=0.3, norm_layer="layernormbf16", **(small | settings)))
+    else:
+        model, converter = standins.DinoVisionTransformer("PlaneCycle", patch_size=16, **settings), standins.Converter
+    plain = copy.deepcopy(model.state_dict())
+    return converter(**CYCLE)(model).eval(), plain
+
+
+SOURCES = [False, pytest.param(True, marks=peers.needs_planecycle)]
+real_too = pytest.mark.parametrize("real", SOURCES, ids=["stand-in", "authors"])
+
+
+def assert_same_network(lifted, model, volume):
+    with torch.no_grad():
+        features, expected = lifted(volume), model(volume)
+    for got, want in (
+        (features.patches.flatten(0, 3), expected["x_norm_patchtokens"].flatten(0, 1)),
+        (features.cls.flatten(0, 1), expected["x_norm_clstoken"]),
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@real_too
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_fine_tuned_checkpoint_into_every_lifted_host_and_back(tmp_path, host, real):
+    swiglu = "swiglu" in host
+    model, _ = theirs(real, swiglu=swiglu, mask_k_bias=True)
+    volume = torch.randn(VOLUME)
+    lifted = pcf.lift(HOSTS[host]().eval(), **CYCLE)
+    converted = pcf.convert_state_dict(model.state_dict(), model=lifted)
+    save_file(converted, tmp_path / "host.safetensors")
+    lifted.load_state_dict(load_file(tmp_path / "host.safetensors"), strict=True)
+    assert_same_network(lifted, model, volume)
+
+    fresh, _ = theirs(real, swiglu=swiglu, mask_k_bias=True)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_network(lifted, fresh, volume)
+    back = pcf.convert_state_dict(lifted.state_dict(), to="planecycle", model=fresh)
+    save_file(back, tmp_path / "theirs.safetensors")
+    fresh.load_state_dict(load_file(tmp_path / "theirs.safetensors"), strict=True)
+    assert_same_network(lifted, fresh, volume)
+
+
+@real_too
+def test_without_a_model_it_is_a_matter_of_names(real):
+    model, plain = theirs(real)
+    host = pcf.convert_state_dict(model.state_dict())
+    assert list(host) and {k: v.shape for k, v in host.items()} == {k: v.shape for k, v in plain.items()}
+    assert all(torch.equal(host[k], plain[k]) for k in plain)
+    back = pcf.convert_state_dict(host, to="planecycle")
+    expected = model.state_dict()
+    assert sorted(back) == sorted(expected) and all(torch.equal(back[k], expected[k]) for k in back)
+    again = pcf.convert_state_dict(back, to="planecycle")
+    assert sorted(again) == sorted(back)
+
+
+def test_tensors_have_memory_of_their_own():
+    model, _ = theirs()
+    for to in ("host", "planecycle"):
+        converted = pcf.convert_state_dict(model.state_dict(), to=to)
+        addresses = [t.data_ptr() for t in converted.values()]
+        assert len(set(addresses)) == len(addresses)
+        assert not set(addresses) & {t.data_ptr() for t in model.state_dict().values()}
+        assert all(t.is_contiguous() and not t.requires_grad for t in converted.values())
+
+
+def test_a_backbone_inside_a_classifier():
+    model, plain = theirs()
+    classifier = torch.nn.ModuleDict({"backbone": model, "linear_head": torch.nn.Linear(64, 3)})
+    converted = pcf.convert_state_dict(classifier.state_dict(), prefix="backbone.")
+    assert converted.keys() == plain.keys()
+    with pytest.raises(ValueError, match=r"the prefix '', got keys like backbone.cls_token, .*prefix='backbone.'"):
+        pcf.convert_state_dict(classifier.state_dict())
+
+
+def test_kept_originals():
+    model = pcf.PlaneCycleConverter(keep_original=True)(standins.DinoVisionTransformer("PlaneCycle"))
+    plain = standins.DinoVisionTransformer("PlaneCycle").state_dict()
+    converted = pcf.convert_state_dict(model.state_dict())
+    assert converted.keys() == plain.keys()
+    fresh = pcf.PlaneCycleConverter(keep_original=True)(standins.DinoVisionTransformer("PlaneCycle"))
+    fresh.load_state_dict(pcf.convert_state_dict(converted, to="planecycle", model=fresh), strict=True)
+    assert torch.equal(fresh.blocks[2].blk2d.attn.qkv.weight, model.blocks[2].blk2d.attn.qkv.weight)
+
+
+@pytest.mark.parametrize("block_type", ["Slice2D", "Flatten3D"])
+def test_the_authors_unconverted_models(block_type):
+    model = standins.DinoVisionTransformer(block_type, patch_size=16).eval()
+    lifted = pcf.lift(HOSTS["timm"]().eval(), mode={"Slice2D": "slice2d", "Flatten3D": "flatten3d"}[block_type])
+    lifted.load_state_dict(pcf.convert_state_dict(model.state_dict(), model=lifted))
+    volume = torch.randn(VOLUME)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            lifted(volume).cls.flatten(0, 1), model(volume)["x_norm_clstoken"], rtol=0, atol=1e-4
+        )
+    back = pcf.convert_state_dict(lifted.state_dict(), model=model)  # a host too, by its keys
+    model.load_state_dict(back, strict=True)
+
+
+def test_key_biases():
+    model, _ = theirs(mask_k_bias=False)  # a key bias that counts
+    for host in ("timm", "hf"):
+        with pytest.raises(ValueError, match=r"model must have a k bias to hold blocks.0.attn.qkv.bias"):
+            pcf.convert_state_dict(model.state_dict(), model=HOSTS[host]())
+    lifted = pcf.lift(hf_dinov3(intermediate_size=128, key_bias=True).eval(), **CYCLE)
+    lifted.load_state_dict(pcf.convert_state_dict(model.state_dict(), model=lifted))
+    assert_same_network(lifted, model, torch.randn(VOLUME))
+    fresh, _ = theirs(mask_k_bias=True)
+    fresh.load_state_dict(pcf.convert_state_dict(lifted.state_dict(), to="planecycle", model=fresh))
+    assert_same_network(lifted, fresh, torch.randn(VOLUME))
+    masked, _ = theirs(mask_k_bias=True)
+    plain, _ = theirs(mask_k_bias=False)
+    plain.load_state_dict(pcf.convert_state_dict(masked.state_dict(), to="planecycle", model=plain))
+    torch.testing.assert_close(plain(torch.ones(VOLUME)), masked(torch.ones(VOLUME)), rtol=0, atol=1e-5)
+
+
+def test_models_without_biases():
+    model, _ = theirs()
+    no_biases = timm_dinov3("small", mlp_ratio=2)()
+    with pytest.raises(ValueError, match="must have a q bias .* timm's models with biases end in _qkvb"):
+        pcf.convert_state_dict(model.state_dict(), model=no_biases)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.blk2d.attn.qkv.bias.zero_()
+    lifted = pcf.lift(no_biases.eval(), **CYCLE)
+    lifted.load_state_dict(pcf.convert_state_dict(model.state_dict(), model=lifted))
+    assert_same_network(lifted, model, torch.randn(VOLUME))
+    fresh, _ = theirs()
+    fresh.load_state_dict(pcf.convert_state_dict(lifted.state_dict(), to="planecycle", model=fresh))
+    assert_same_network(lifted, fresh, torch.randn(VOLUME))
+
+
+def test_hosts_among_themselves():
+    """timm to Hugging Face and back, which no one asked for but the keys allow."""
+    timm_model, hf_model = BY_NAME["timm-dinov3-s-qkvb"].make(mlp_ratio=2), HOSTS["hf"]().eval()
+    randomise(timm_model)
+    hf_model.load_state_dict(pcf.convert_state_dict(timm_model.state_dict(), model=hf_model))
+    images = torch.randn(2, 3, 48, 80)
+    with torch.no_grad():
+        expected = timm_model.forward_features(images)
+        torch.testing.assert_close(hf_model(images).last_hidden_state, expected, rtol=0, atol=1e-4)
+    state = timm_model.state_dict()
+    back = pcf.convert_state_dict(hf_model.state_dict(), model=timm_model)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in back)
+
+
+def test_models_without_registers():
+    model, _ = theirs(n_storage_tokens=0)
+    lifted = pcf.lift(hf_dinov3(intermediate_size=128, num_register_tokens=0).eval(), **CYCLE)
+    lifted.load_state_dict(pcf.convert_state_dict(model.state_dict(), model=lifted))
+    assert_same_network(lifted, model, torch.randn(VOLUME))
+    fresh, _ = theirs(n_storage_tokens=0)
+    fresh.load_state_dict(pcf.convert_state_dict(lifted.state_dict(), to="planecycle", model=fresh))
+
+
+def test_norms_of_training_are_dropped_and_untied_ones_are_not():
+    local, _ = theirs(untie_global_and_local_cls_norm=True)
+    timm_model = HOSTS["timm"]()
+    converted = pcf.convert_state_dict(local.state_dict(), model=timm_model)
+    fresh, _ = theirs(untie_global_and_local_cls_norm=True)
+    own = fresh.local_cls_norm.weight.clone()
+    fresh.load_state_dict(pcf.convert_state_dict(converted, to="planecycle", model=fresh), strict=True)
+    assert torch.equal(fresh.local_cls_norm.weight, own) and torch.equal(fresh.norm.weight, local.norm.weight)
+    untied, _ = theirs(untie_cls_and_patch_norms=True)
+    with pytest.raises(ValueError, match="got a Eva with no place for 2 of them, cls_norm.weight, cls_norm.bias"):
+        pcf.convert_state_dict(untied.state_dict(), model=timm_model)
+
+
+def state(**settings):
+    return theirs(**settings)[0].state_dict()
+
+
+def other_periods():
+    weights = state()
+    return {key: t * 1.1 if "periods" in key else t for key, t in weights.items()}
+
+
+def different_periods():
+    return state() | {"blocks.3.rope_embed.periods": torch.ones(8)}
+
+
+BAD = {
+    "to": (lambda: (state(), {"to": "timm"}), ValueError, "to must be one of host, planecycle, got 'timm'"),
+    "model": (lambda: (state(), {"model": "timm"}), TypeError, "model must be a torch.nn.Module or None, got str"),
+    "list": (lambda: ([1], {}), TypeError, "state_dict must map names to tensors, got list"),
+    "checkpoint": (lambda: ({"net": state()}, {}), TypeError, r"must map names to tensors, got 'net' \(OrderedDict\)"),
+    "not DINOv3": (
+        lambda: (torch.nn.Linear(2, 2).state_dict(), {}),
+        ValueError,
+        "must hold the weights of a DINOv3 under the prefix '', got keys like weight, bias",
+    ),
+    "no model for timm": (
+        lambda: (HOSTS["timm"]().state_dict(), {"to": "planecycle"}),
+        ValueError,
+        "model must be given for weights of timm",
+    ),
+    "no model for hf": (
+        lambda: (HOSTS["hf"]().state_dict(), {}),
+        ValueError,
+        "for weights of huggingface",
+    ),
+    "unconverted": (
+        lambda: (state(), {"to": "planecycle", "model": HOSTS["dinov3"]()}),
+        ValueError,
+        "whose blocks no PlaneCycleConverter wrapped",
+    ),
+    "converted": (
+        lambda: (state(), {"model": theirs()[0]}),
+        ValueError,
+        "got a .* whose blocks are converted",
+    ),
+    "depth": (lambda: (state(depth=4), {"model": HOSTS["timm"]()}), ValueError, "that needs 1[0-9] of them, blocks.4"),
+    "width": (lambda: (state(embed_dim=32, num_heads=1), {"model": HOSTS["hf"]()}), ValueError, "state_dict's shape"),
+    "registers": (
+        lambda: (state(n_storage_tokens=2), {"model": HOSTS["timm"]()}),
+        ValueError,
+        "have reg_token of",
+    ),
+    "swiglu": (lambda: (state(swiglu=True), {"model": HOSTS["timm"]()}), ValueError, "with no place for .*mlp.fc1_g"),
+    "periods": (lambda: (other_periods(), {"model": HOSTS["hf"]()}), ValueError, "must have the RoPE periods of the"),
+    "head": (lambda: (state(num_heads=4), {"model": HOSTS["timm"]()}), ValueError, "another head dimension or base"),
+    "shared": (lambda: (different_periods(), {}), ValueError, "must hold one rope_embed.periods, shared by all blocks"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_refused(kind):
+    make, error, message = BAD[kind]
+    weights, settings = make()
+    with pytest.raises(error, match=message):
+        pcf.convert_state_dict(weights, **settings)
