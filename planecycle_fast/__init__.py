@@ -13,6 +13,7 @@ from .adapters import Adapter
 from .backends import backends, use_backend
 from .checkpoints import convert_state_dict
 from .converter import PlaneCycleConverter
+from .feature_files import load_features
 from .features import VolumeFeatures
 from .lift import lift, unlift
 from .lifted import LiftedModel
@@ -29,6 +30,7 @@ __all__ = [
     "backends",
     "convert_state_dict",
     "lift",
+    "load_features",
     "ops",
     "plane_cycle",
     "restore",

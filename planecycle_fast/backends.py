@@ -57,15 +57,28 @@ def use_backend(backend: str) -> Iterator[None]:
         _overrides.remove(backend)
 
 
-def check_attention(attention: str) -> None:
-    """Raises ValueError for an unknown attention, or one that this release does not choose by name."""
+def why_not_attention(attention: str) -> str | None:
+    """The reason why an attention cannot be chosen by name here, or None if it can.
+
+    Raises ValueError for an unknown name.
+    """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-    if attention != "auto":
-        raise ValueError(
-            f"attention {attention!r} is not usable: not part of this release yet; "
-            "use 'auto', which runs the host model's own attention"
-        )
+    if attention == "auto":
+        return None
+    return "not part of this release yet; the model's own attention runs"
+
+
+def attentions() -> dict[str, str | None]:
+    """Every attention: None if it can be chosen, else the reason why not."""
+    return {name: why_not_attention(name) for name in ATTENTIONS}
+
+
+def check_attention(attention: str) -> None:
+    """Raises ValueError for an unknown attention, or one that this release does not choose by name."""
+    reason = why_not_attention(attention)
+    if reason is not None:
+        raise ValueError(f"attention {attention!r} is not usable: {reason}; use 'auto'")
 
 
 def _usable() -> str:

@@ -8,17 +8,21 @@ from typing import Optional
 
 from .optional import require
 
+INTERRUPTED = 130  # as shells have it
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is one line on stderr and status 1."""
     try:
         app = _build()
         result = app(args=arguments, standalone_mode=False, prog_name="planecycle-fast")
+        if result == INTERRUPTED:  # typer makes it the result
+            return _fail("interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line itself
             raise
@@ -32,7 +36,7 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 def _build():
-    typer = require("typer", "demo")
+    typer = require("typer", "scans")
     app = typer.Typer(
         add_completion=False,
         no_args_is_help=True,
@@ -61,7 +65,9 @@ def _build():
             DEMO_MODEL,
             help="A timm or Hugging Face name, or a folder of save_pretrained. Random weights without a hub.",
         ),
-        volume: Optional[Path] = typer.Option(None, help="A scan, .nii, .nii.gz or .npy (D, H, W). Default: MNI152."),
+        volume: Optional[Path] = typer.Option(
+            None, help="A scan: NIfTI, NRRD, a DICOM folder, .npy, .npz. Default: MNI152."
+        ),
         out: Path = typer.Option(Path("demo.png"), help="The picture."),
         size: int = typer.Option(448, help="Pixels of the longest side of a slice."),
     ) -> None:
@@ -72,7 +78,75 @@ def _build():
         mend_torchvision()
         run_demo(model, volume, out, size)
 
+    @app.command()
+    def features(
+        scans: list[Path] = typer.Argument(help="NIfTI (.nii, .nii.gz), NRRD, DICOM folders, arrays (.npy, .npz)."),
+        out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
+        model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder of save_pretrained."),
+        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
+        cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
+        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
+        globals_at: str = typer.Option("depth", help="Where they rest between layers: depth or plane."),
+        layers: Optional[str] = typer.Option(
+            None, help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."
+        ),
+        pool: bool = typer.Option(False, "--pool", help="Only one vector per scan (and layer)."),
+        window: str = typer.Option("0.5%,99.5%", help="Black and white: intensities (-160,240) or percentiles."),
+        axes: Optional[str] = typer.Option(
+            None, help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."
+        ),
+        spacing: Optional[str] = typer.Option(
+            None, help="Resample to these mm along D, H, W, or to one for all. Default: the scan's own."
+        ),
+        fit: str = typer.Option("pad", help="Make slices a multiple of the patch: pad or resize."),
+        picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
+        format: str = typer.Option("safetensors", help="Of the files in a folder: safetensors or npz."),
+        device: str = typer.Option("auto", help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."),
+        overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that hold something else."),
+        random_weights: bool = typer.Option(
+            False, "--random-weights", help="Run a model whose weights cannot be found, with random ones."
+        ),
+    ) -> int:
+        """Features of scans, with the affine that places them. Run it again to finish what was interrupted."""
+        from .extract import Settings, plan, run_features
+        from .planes import parse_cycle
+        from .preprocess import parse_spacing, parse_window
+        from .torchvision_fix import mend_torchvision
+
+        mend_torchvision()
+        settings = Settings(
+            model=model,
+            mode=mode,
+            cycle_order=tuple(plane.name for plane in parse_cycle(cycle_order)),
+            pool_method=pool_method,
+            globals_at=globals_at,
+            layers=None if layers is None else _indices(layers),
+            pool=pool,
+            window=parse_window(window),
+            axes=axes,
+            spacing=None if spacing is None else parse_spacing(spacing),
+            fit=fit,
+        )
+        complaints = run_features(plan(scans, out, format), settings, device, picture, overwrite, random_weights)
+        for complaint in complaints:
+            _fail(complaint)
+        return 1 if complaints else 0
+
+    @app.command()
+    def info() -> None:
+        """Versions, devices, what runs here and what does not and why, and where caches are."""
+        from .info import run_info
+
+        run_info()
+
     return typer.main.get_command(app)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"layers must be indices such as 2,5,8,11, got {text!r}") from None
 
 
 def entry() -> None:

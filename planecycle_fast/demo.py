@@ -18,8 +18,9 @@ from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
 from .optional import MissingPackageError, require
+from .scan_files import load_scan
 from .viz import adjacent_cosine, pca_colours, three_views
-from .volumes import intensities, load_scan, model_input
+from .volumes import intensities, model_input
 
 MODES = ("slice2d", "planecycle")
 FOREGROUND = 0.1  # mean intensity of a token, of 1, above which it is shown and counted

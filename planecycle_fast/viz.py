@@ -12,7 +12,18 @@ from torch import Tensor
 
 from .optional import require
 
-VIEWS = ("axial", "coronal", "sagittal")
+FOREGROUND = 0.1  # mean intensity of a token, of 1, above which it is shown and counted
+_ACROSS = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "R": "sagittal", "L": "sagittal"}
+_UPWARDS = "SA"  # axes that increase upwards in a picture: up to the head, or to the face
+
+
+def foreground(
+    image: Tensor,  # (D, height, width) in [0, 1]
+    grid: tuple[int, int, int],  # (D, H, W) in tokens
+) -> Tensor:  # (D, H, W) bool
+    """Tokens that are not background; all of them where nothing is bright."""
+    mask = F.adaptive_avg_pool3d(image[None, None], grid)[0, 0] > FOREGROUND
+    return mask if mask.any() else torch.ones_like(mask)
 
 
 def pca_colours(
@@ -50,33 +61,36 @@ def three_views(
     path: str | Path,
     title: str,
     at: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    axes: str | None = "SPR",
 ) -> None:
     """Writes a picture: a row per view, the image and one column per name of `colours`.
 
-    `at` is where to cut, as fractions of D, H and W. Pictures keep the volume's proportions if its
-    tokens are cubes. The file appears whole or not at all.
+    `at` is where to cut, as fractions of D, H and W. `spacing`, of tokens along D, H, W, gives the views
+    their proportions. `axes` says in which directions D, H and W increase, which names the views and
+    puts the head and the face up; None: it is not known. The file appears whole or not at all.
 
     Raises MissingPackageError without matplotlib, OSError if the file cannot be written.
     """
     figure_module = require("matplotlib.figure", "demo")
     path = Path(path)
     columns = {"volume": image[..., None].expand(-1, -1, -1, 3), **colours}
-    depth, rows, width = next(iter(colours.values())).shape[:3]
+    depth, rows, width = (n * s for n, s in zip(next(iter(colours.values())).shape[:3], spacing))
     # Rows are as high as their pictures: all views have one scale, up to the width of a column.
     heights = [rows / width, depth / width, depth / rows]
     figure = figure_module.Figure(figsize=(4.2 * len(columns), 4.2 * sum(heights) + 1.4), layout="constrained")
-    axes = figure.subplots(3, len(columns), squeeze=False, height_ratios=heights)
+    places = figure.subplots(3, len(columns), squeeze=False, height_ratios=heights)
     for column, (name, cells) in enumerate(columns.items()):
-        for row, view in enumerate(VIEWS):
-            ax = axes[row, column]
-            ax.imshow(cut(cells, row, at[row]).numpy(), interpolation="nearest", aspect="auto")
+        for row, axis in enumerate("DHW"):
+            ax = places[row, column]
+            ax.imshow(cut(cells, row, at[row], axes).numpy(), interpolation="nearest", aspect="auto")
             ax.set_box_aspect(heights[row])
             ax.set_xticks([])
             ax.set_yticks([])
             if row == 0:
                 ax.set_title(name, fontsize=17)
             if column == 0:
-                ax.set_ylabel(view, fontsize=17)
+                ax.set_ylabel(_ACROSS[axes[row]] if axes else f"across {axis}", fontsize=17)
     figure.suptitle(title, fontsize=13)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
@@ -90,11 +104,13 @@ def cut(
     cells: Tensor,  # (D, H, W, 3)
     view: int,
     at: float,
+    axes: str | None = "SPR",
 ) -> Tensor:  # (rows, columns, 3)
-    """One slice across axis `view` (0 axial, 1 coronal, 2 sagittal), the head up."""
+    """One slice across axis `view` (0, 1, 2 for D, H, W), the head or the face up where `axes` tells."""
     index = min(int(at * cells.shape[view]), cells.shape[view] - 1)
     flat = cells.select(view, index)
-    return flat if view == 0 else flat.flip(0)  # D goes up
+    downwards = 1 if view == 0 else 0  # the axis that is the picture's rows
+    return flat.flip(0) if axes and axes[downwards] in _UPWARDS else flat
 
 
 def adjacent_cosine(

@@ -56,7 +56,7 @@ def test_other_models_and_volumes(tmp_path, model):
 
 
 BAD = [
-    (["demo", "--volume", "no.nii"], "volume must be a file, got no.nii, which does not exist"),
+    (["demo", "--volume", "no.nii"], "volume no.nii must be a file, or a folder of DICOM files"),
     (["demo", "--volume", "broken.nii.gz"], "volume broken.nii.gz"),
     (["demo", "--model", "dino4"], "model must be a known timm or Hugging Face name"),
     (["demo", "--out", "no/folder/p.png"], "out must be a .png file in an existing folder, got no/folder/p.png"),
@@ -79,7 +79,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 def test_status_of_the_process(tmp_path):
     done = command("demo", "--volume", "no.nii", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("planecycle-fast: volume must be a file")
+    assert done.returncode == 1 and done.stderr.startswith("planecycle-fast: volume no.nii must be a file")
     assert "Traceback" not in done.stderr
     done = command("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"planecycle-fast {pcf.__version__}\n")
@@ -113,7 +113,7 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("package, extra", [("typer", "demo"), ("nibabel", "demo"), ("transformers", "demo")])
+@pytest.mark.parametrize("package, extra", [("typer", "scans"), ("nibabel", "scans"), ("transformers", "demo")])
 def test_missing_packages_name_their_extra(tmp_path, monkeypatch, capsys, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,9 @@ import torch
 
 import planecycle_fast as pcf
 from planecycle_fast import models
-from planecycle_fast.models import hub_reachable, load_model
+from planecycle_fast.models import SATELLITE, hub_reachable, load_model, normalisation
 from planecycle_fast.optional import MissingPackageError
+from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD
 
 from .hosts import BY_NAME
 
@@ -111,3 +112,28 @@ def test_unknown_names():
         load_model("dino4")
     with pytest.raises(ValueError, match="model someone/something is not in the local cache, no hub can be reached"):
         load_model("someone/something")
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("vit_small_patch16_dinov3", (IMAGENET_MEAN, IMAGENET_STD)),
+        (
+            "vit_base_patch16_clip_224.openai",
+            ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ),
+        ("vit_large_patch16_dinov3.sat493m", SATELLITE),
+    ],
+)
+def test_normalisation_of_timm(name, expected):
+    model = timm.create_model(name, pretrained=False, depth=1, num_classes=0)
+    assert normalisation(model, name) == expected
+
+
+def test_normalisation_of_others(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    assert normalisation(model, "facebook/dinov2-small") == (IMAGENET_MEAN, IMAGENET_STD)
+    assert normalisation(model, "facebook/dinov3-vitl16-pretrain-sat493m") == SATELLITE
+    assert normalisation(model, str(tmp_path)) == (IMAGENET_MEAN, IMAGENET_STD)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}')
+    assert normalisation(model, str(tmp_path)) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))

@@ -1,0 +1,82 @@
+"""`planecycle-fast info`: what is installed, what runs here, what does not and why, and where caches are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .backends import attentions, backends
+from .optional import require
+from .version import __version__
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "timm",
+    "transformers",
+    "torchvision",
+    "flash-attn",
+    "nibabel",
+    "SimpleITK",
+    "pydicom",
+    "safetensors",
+    "matplotlib",
+)
+
+
+def versions() -> dict[str, str]:
+    """Version of this package, of Python and of every package that it can use; "not installed" otherwise."""
+    found = {"planecycle-fast": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[str, str]:
+    """Devices that torch can use here, by torch's name for them."""
+    found = {"cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found[f"cuda:{i}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found
+
+
+def caches() -> dict[str, Path]:
+    """Folders that models and compiled kernels are kept in, whether they exist yet or not."""
+    folders = {"torch hub": Path(torch.hub.get_dir())}
+    if importlib.util.find_spec("huggingface_hub"):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folders["Hugging Face and timm models"] = Path(HF_HUB_CACHE)
+    home = os.environ.get("TRITON_HOME", str(Path.home()))
+    folders["Triton kernels"] = Path(os.environ.get("TRITON_CACHE_DIR", Path(home) / ".triton" / "cache"))
+    return folders
+
+
+def run_info() -> None:
+    """Prints all of it. Raises MissingPackageError without rich."""
+    console = require("rich.console", "scans").Console(soft_wrap=True, highlight=False, markup=False)
+    sections = {
+        "version": versions(),
+        "device": devices(),
+        "backend": {name: reason or "usable" for name, reason in backends().items()},
+        "attention": {name: reason or "usable" for name, reason in attentions().items()},
+        "cache": {name: f"{path}{'' if path.exists() else ' (not there yet)'}" for name, path in caches().items()},
+    }
+    for title, rows in sections.items():
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            console.print(f"{title:<11}{name:<{width}}  {value}")
+            title = ""

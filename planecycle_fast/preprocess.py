@@ -1,0 +1,149 @@
+"""From a scan to a model's volume, keeping track of where each voxel and each feature lies."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, resample
+
+FITS = ("pad", "resize")
+_NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+_WINDOW = re.compile(rf"{_NUMBER}(%?)\s*,{_NUMBER}(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Window:
+    """The intensities that become black and white: of the scan's unit, or percentiles of its voxels."""
+
+    low: float
+    high: float
+    percent: bool = False
+
+    def __str__(self) -> str:
+        unit = "%" if self.percent else ""
+        return f"{self.low:g}{unit},{self.high:g}{unit}"
+
+    def apply(
+        self,
+        voxels: Tensor,  # (D, H, W)
+    ) -> Tensor:  # (D, H, W) in [0, 1]
+        """Voxels with `low` mapped to 0 and `high` to 1, and cut off there.
+
+        Where percentiles are equal, as in a mask that is almost empty, the extremes take their place.
+        Raises ValueError where every voxel is beyond one end of a window of intensities.
+        """
+        low, high = self.low, self.high
+        if self.percent:
+            low, high = np.percentile(voxels.numpy(), (low, high)).tolist()
+            if high <= low:
+                low, high = float(voxels.min()), float(voxels.max())
+        elif not (voxels.min() < high and voxels.max() > low):
+            raise ValueError(
+                f"window must overlap the scan's intensities, {float(voxels.min()):g} to {float(voxels.max()):g}, "
+                f"got {self}"
+            )
+        return ((voxels - low) / (high - low)).clamp(0, 1)
+
+
+def parse_window(text: str) -> Window:
+    """A window of "LOW,HIGH", intensities ("-160,240"), or of "LOW%,HIGH%", percentiles ("0.5%,99.5%").
+
+    Raises ValueError for anything else, for LOW that is not below HIGH, and percentiles beyond 0 and 100.
+    """
+    match = _WINDOW.fullmatch(text)
+    if match is None or match[2] != match[4]:
+        raise ValueError(f"window must be LOW,HIGH such as -160,240 or percentiles such as 0.5%,99.5%, got {text!r}")
+    window = Window(float(match[1]), float(match[3]), percent=bool(match[2]))
+    if not window.low < window.high or (window.percent and not 0 <= window.low < window.high <= 100):
+        most = " between 0% and 100%" if window.percent else ""
+        raise ValueError(f"window must have LOW below HIGH{most}, got {text!r}")
+    return window
+
+
+def parse_spacing(text: str) -> tuple[float, float, float]:
+    """Millimetres along D, H, W of "S" or "S,S,S". Raises ValueError unless they are positive numbers."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3) or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"spacing must be millimetres, one number or three for D, H, W, got {text!r}")
+    return tuple(values * 3 if len(values) == 1 else values)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """A model's volume, and what it shows."""
+
+    pixels: Tensor  # (1, 3, D, height, width) float32, mean removed, deviation divided out
+    image: Tensor  # (D, height, width) in [0, 1], the same before that
+    affine: np.ndarray  # (4, 4) float64, index (d, h, w, 1) of a pixel's centre to mm, like the scan's
+    padding: tuple[int, int]  # pixels added at the end of height and width
+
+    def feature_affine(self, patch_size: tuple[int, int]) -> np.ndarray:  # (4, 4)
+        """Index (d, h, w, 1) of a patch to the millimetres of its centre."""
+        return self.affine @ _grid((1, *patch_size))
+
+
+def prepare(
+    scan: Scan,
+    patch_size: tuple[int, int],  # pixels
+    window: Window,
+    spacing: tuple[float, float, float] | None = None,  # mm along D, H, W
+    fit: str = "pad",
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    max_bytes: int = MAX_BYTES,
+) -> ModelInput:
+    """A scan's one channel as three equal ones, of a size that is a multiple of the patch.
+
+    Args:
+        scan: voxels (D, H, W), any intensities.
+        patch_size: of the model; slices are patchified, depth is not.
+        window: intensities that become black and white.
+        spacing: resample to this, over the same extent, as nearly as whole voxels allow; None keeps the scan's.
+        fit: what makes height and width a multiple of the patch: "pad" at their end, with black, or
+            "resize" to the nearest multiple.
+        mean, std: of the model's training images, per channel.
+        max_bytes: refuse to make a larger volume.
+
+    Raises ValueError for an unknown fit, a volume beyond max_bytes, or a window beside the scan's intensities.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    shape = list(scan.voxels.shape)
+    if spacing is not None:
+        shape = [max(1, round(n * old / new)) for n, old, new in zip(shape, scan.spacing, spacing)]
+    padding = (0, 0)
+    if fit == "resize":
+        shape[1:] = [max(1, round(n / p)) * p for n, p in zip(shape[1:], patch_size)]
+    else:
+        padding = tuple([-n % p for n, p in zip(shape[1:], patch_size)])
+    padded = (shape[0], *[n + more for n, more in zip(shape[1:], padding)])
+    if 3 * 4 * math.prod(padded) > max_bytes:
+        size = " x ".join(map(str, padded))
+        raise ValueError(
+            f"scan must make a volume of at most {max_bytes / 2**30:.3g} GiB for the model, got {size} pixels; "
+            "a larger spacing makes it smaller"
+        )
+    scale = [old / new for old, new in zip(scan.voxels.shape, shape)]
+    image = window.apply(scan.voxels)
+    if shape != list(image.shape):
+        image = resample(image, tuple(shape))
+    image = F.pad(image, (0, padding[1], 0, padding[0]))
+    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
+    return ModelInput((image[None, None] - mean) / std, image, scan.affine @ _grid(scale), padding)
+
+
+def _grid(scale: tuple[float, float, float] | list[float]) -> np.ndarray:  # (4, 4)
+    """Index of a coarse cell to the index, between fine ones, of its centre: `scale` fine cells a coarse one."""
+    matrix = np.diag([*scale, 1.0])
+    matrix[:3, 3] = [(s - 1) / 2 for s in scale]
+    return matrix

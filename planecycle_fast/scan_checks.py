@@ -1,0 +1,67 @@
+"""What every reader of scans checks before it reads voxels, and how it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import numpy as np
+
+from .optional import require
+
+DAMAGED = "cannot be read, it may be truncated or damaged"
+
+
+class Refused(Exception):
+    """A scan that could be read but must not be; the message goes on from the scan's name."""
+
+
+def check_header(shape: tuple[int, ...], dtype: np.dtype, voxel_bytes: int, max_bytes: int, more: int = 0) -> None:
+    """Raises Refused unless a header declares a 3D array of real numbers that can be read in max_bytes.
+
+    Args:
+        shape: as declared.
+        dtype: of the stored voxels.
+        voxel_bytes: memory that reading takes for each voxel, all copies together.
+        max_bytes: the limit.
+        more: bytes that reading takes besides.
+    """
+    if dtype.hasobject or dtype.kind not in "biuf":
+        raise Refused(f"must hold real numbers, got the dtype {dtype}")
+    if len(shape) != 3 or min(shape) < 1:
+        raise Refused(f"must be 3D and not empty, got the shape {shape}")
+    size = math.prod(int(n) for n in shape) * voxel_bytes + more
+    if size > max_bytes:
+        raise Refused(f"must need at most {gib(max_bytes)} to be read, got a header that asks for {gib(size)}")
+
+
+def gib(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.3g} GiB"
+
+
+@contextmanager
+def quiet_itk() -> Iterator[ModuleType]:
+    """SimpleITK, whose C++ warnings do not reach stderr. Raises MissingPackageError."""
+    sitk = require("SimpleITK", "scans")
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield sitk
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """Text without what a damaged file has of other characters, and not too long for a terminal."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def reason(error: Exception) -> str:
+    """An error of a library in one short line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # SimpleITK begins with where it was compiled.
+    return one_line(lines[-1] if "SimpleITK" in lines[0] else lines[0], 200)
