@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PERIODS = "rope_embed.periods"
+Tables = tuple[list[dict[str, str]], list[dict[str, str]]]  # of the root and of a block, see `_rename`
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 TRAINING_ONLY = re.compile(r"mask_token|local_cls_norm\..+")
 KEPT_BLOCKS = re.compile(r"_blocks_original\.(.+)")  # PlaneCycleConverter(keep_original=True)
@@ -34,6 +35,8 @@ _HF_ROOT = {
 
 def naming(keys: Mapping[str, Tensor]) -> str | None:
     """Whose keys these are, the authors' counted as dinov3's; None: nobody's."""
+    if any(key.endswith(("pos_embed", "position_embeddings")) for key in keys):  # DINOv3 has no learned positions
+        return None
     if "embeddings.cls_token" in keys:
         return "huggingface" if "embeddings.patch_embeddings.weight" in keys else None
     if "cls_token" not in keys or not any(key.startswith("blocks.0.") for key in keys):
@@ -67,7 +70,7 @@ def _inverse(tables: list[dict[str, str]]) -> list[dict[str, str]]:
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = naming(state)
     if names == "timm":
-        return _from_others(state, _timm_tables(any(".mlp.fc1_g." in key for key in state)), r"blocks\.(\d+)\.(.+)")
+        return _from_others(state, _timm_tables(any(".mlp.fc1_g." in key for key in state)), _BLOCK.pattern)
     if names == "huggingface":
         tables = _huggingface_tables(any(".mlp.gate_proj." in key for key in state))
         return _from_others(state, tables, r"(?:model\.)?layer\.(\d+)\.(.+)")
@@ -78,21 +81,21 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = key.replace(".blk2d.", ".")
         if re.fullmatch(rf"blocks\.\d+\.{re.escape(PERIODS)}", key):
             key = PERIODS  # one module, shared by the model and all of its blocks
-        if key in weights and not torch.equal(weights[key], tensor):
+        if key in weights and not tensor.is_meta and not torch.equal(weights[key], tensor):
             raise ValueError(f"state_dict must hold one {key}, shared by all blocks, got different ones")
         weights[key] = tensor
     return weights
 
 
-def _timm_tables(swiglu: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _timm_tables(swiglu: bool) -> Tables:
     return [_TIMM_ROOT], [_TIMM_BLOCK, *([_TIMM_SWIGLU] if swiglu else [])]
 
 
-def _huggingface_tables(swiglu: bool) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _huggingface_tables(swiglu: bool) -> Tables:
     return [_HF_ROOT], [_HF_BLOCK, _HF_SWIGLU if swiglu else _HF_MLP]
 
 
-def _from_others(state: Mapping[str, Tensor], tables, block: str) -> dict[str, Tensor]:
+def _from_others(state: Mapping[str, Tensor], tables: Tables, block: str) -> dict[str, Tensor]:
     root, inner = (_inverse(t) for t in tables)
     weights, attention = {}, {}  # attention: (block, "q" and so on, "weight" or "bias")
     for key, tensor in state.items():
@@ -105,7 +108,7 @@ def _from_others(state: Mapping[str, Tensor], tables, block: str) -> dict[str, T
             attention[match[1], part[1] or part[3], part[2] or part[4]] = tensor
         else:
             weights[f"blocks.{match[1]}.{_rename(match[2], inner)}"] = tensor
-    for i in {key[0] for key in attention}:
+    for i in dict.fromkeys(key[0] for key in attention):
         parts = {kind: [attention.get((i, which, kind)) for which in "qkv"] for kind in ("weight", "bias")}
         if parts["weight"][0] is not None:
             weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts["weight"])
@@ -142,7 +145,7 @@ def to_planecycle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _to_others(weights: dict[str, Tensor], tables, block: str) -> dict[str, Tensor]:
+def _to_others(weights: dict[str, Tensor], tables: Tables, block: str) -> dict[str, Tensor]:
     """Everything under the other names, but for the packed qkv bias and its mask."""
     root, inner = tables
     converted = {}

@@ -54,23 +54,26 @@ def convert_state_dict(
         prefix: take only keys that begin with it, without it: "backbone." for a backbone in a classifier.
 
     Returns: tensors of their own memory, contiguous, so that safetensors takes them. A key bias masked
-        to nothing becomes none, and the other way round; copies of one RoPE buffer become one.
+        to nothing becomes none, and the other way round; copies of one RoPE buffer become one. Weights
+        do not tell the number of heads: that the models agree on it is seen only where periods are there.
 
     Raises:
-        TypeError: state_dict is no mapping of names to tensors, or model no nn.Module.
+        TypeError: state_dict is no mapping of names to tensors, model no nn.Module, or prefix no string.
         ValueError: an unknown `to`, weights of no DINOv3, or weights that the target cannot hold or lacks.
     """
     if to not in TARGETS:
         raise ValueError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {type(prefix).__name__}")
     taken = _checked(state_dict, prefix)
     weights = to_dinov3(taken)
     if model is None:
-        if naming(taken) != "dinov3":
+        if naming(taken) != "dinov3" or (to == "planecycle" and PERIODS not in weights):
             raise ValueError(
-                f"model must be given for weights of {naming(taken)}, which come without RoPE periods, got None; "
-                "expected the model that is to load the result"
+                f"model must be given, the one that is to load the result, for weights of {naming(taken)}"
+                f"{'' if PERIODS in weights else ' without RoPE periods'}, got None"
             )
         converted = to_planecycle(weights) if to == "planecycle" else weights
     else:
@@ -106,9 +109,13 @@ def _checked(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
         raise TypeError(f"state_dict must map names to tensors, got {type(state_dict).__name__}")
     if odd := [f"{key!r} ({type(t).__name__})" for key, t in state_dict.items() if not isinstance(t, Tensor)]:
         raise TypeError(f"state_dict must map names to tensors, got {', '.join(odd[:3])}")
+    if odd := [key for key in state_dict if not isinstance(key, str)]:
+        raise TypeError(f"state_dict must map names to tensors, got the key {odd[0]!r}")
+    if any(t.is_meta for t in state_dict.values()):
+        raise ValueError("state_dict must hold values, got tensors on the meta device")
     taken = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
     if naming(taken) is None:
-        begin = ", ".join(list(state_dict)[:3])
+        begin = ", ".join(list(state_dict)[:3]) or "none"
         raise ValueError(
             f"state_dict must hold the weights of a DINOv3 under the prefix {prefix!r}, got keys like {begin}; "
             "a backbone within another model needs prefix='backbone.' or what it is called there"
@@ -118,18 +125,22 @@ def _checked(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 def _fitted(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights with what another dinov3 has or has not: periods, masks, a bias of zero, training's own."""
-    weights = dict(weights)
+    weights, device = dict(weights), next(iter(weights.values())).device
     for key, tensor in target.items():
         if key in weights:
             continue
-        layer = weights.get(key.removesuffix("_mask"))
         if key == PERIODS or TRAINING_ONLY.fullmatch(key):
+            if tensor.is_meta:
+                raise ValueError(f"model must hold its {key}, which the state_dict lacks, got it on the meta device")
             weights[key] = tensor
         elif key.endswith("attn.qkv.bias"):
-            weights[key] = torch.zeros_like(tensor)
+            weights[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
         elif key.endswith("attn.qkv.bias_mask"):
-            mask = torch.ones_like(tensor)
-            if layer is None or not thirds(layer)[1].any():
+            bias, mask = (
+                weights.get(key.removesuffix("_mask")),
+                torch.ones(tensor.shape, dtype=tensor.dtype, device=device),
+            )
+            if bias is None or not thirds(bias)[1].any():
                 thirds(mask)[1].zero_()
             weights[key] = mask
     for key in list(weights):

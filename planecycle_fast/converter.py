@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from .accelerate import accelerate, restore_methods
+from .accelerate import accelerate, check_model, restore_methods
+from .accelerated import PLANES, plane_of
 from .adapters import ADAPTERS
-from .adapters.dinov3 import BLOCK, is_dinov3, takes_volumes
+from .adapters.dinov3 import BLOCK, holds_converted, is_dinov3, takes_volumes
 from .ops import plane_switch
-from .planes import DEFAULT_CYCLE, HW, Plane, parse_cycle, parse_plane
+from .planes import DEFAULT_CYCLE, HW, Plane, parse_cycle
 from .pooling import check_pooling, transition
 
 
@@ -22,7 +23,7 @@ class PlaneCycleBlock(nn.Module):
     """A 2D block that looks along one plane of a volume. Tokens go in and come out in canonical order.
 
     Globals are pooled from D slices to those of the plane, and back to D after the block
-    (``globals_at="depth"``). Attributes and state_dict keys are those of the authors' block.
+    (``globals_at="depth"``). Keys of the state_dict are those of the authors' block.
     """
 
     def __init__(
@@ -44,15 +45,16 @@ class PlaneCycleBlock(nn.Module):
 
     @property
     def plane(self) -> str:
-        """Name of the plane that this block looks along."""
-        return self.cycle_order[self.block_idx % len(self.cycle_order)]
+        """Name of the plane that this block looks along: its place in a cycle that goes on over all blocks."""
+        order = self.cycle_order
+        return order[self.block_idx % len(order)]
 
     def forward(
         self,
         x: Tensor,  # (B*D, g + H*W, C)
         shape: tuple[int, int, int, int, int],  # (B, D, H, W, C)
     ) -> Tensor:  # (B*D, g + H*W, C)
-        plane, sizes = parse_plane(self.plane), tuple(shape[1:4])
+        plane, sizes = plane_of(self), tuple(shape[1:4])
         depth, slices = sizes[0], plane.slices(sizes)
         there = transition(depth, slices, depth, self.pool_method)
         tokens = plane_switch(x, HW, plane, sizes, self.g_len, there)  # (B*P, g + L, C)
@@ -91,13 +93,15 @@ class PlaneCycleConverter:
         cycle_order: str | Sequence[str | Plane] = DEFAULT_CYCLE,
         pool_method: str = "PCg",
     ) -> None:
+        if not isinstance(keep_original, bool):
+            raise TypeError(f"keep_original must be True or False, got {keep_original!r}")
         if not isinstance(blocks_attr, str):
             raise TypeError(f"blocks_attr must be the name of an attribute, got {type(blocks_attr).__name__}")
         check_pooling(pool_method, "depth")
         self.cycle_order = tuple(plane.name for plane in parse_cycle(cycle_order))
-        if "DHW" in self.cycle_order:
+        if not set(self.cycle_order) <= set(PLANES):
             raise ValueError(
-                f"cycle_order must name planes HW, DW or DH, got {self.cycle_order}; "
+                f"cycle_order must name planes {', '.join(PLANES)}, got {self.cycle_order}; "
                 "all tokens in one sequence is block_type 'Flatten3D', or planecycle_fast.lift(model, mode='flatten3d')"
             )
         self.keep_original, self.blocks_attr, self.pool_method = keep_original, blocks_attr, pool_method
@@ -115,32 +119,39 @@ class PlaneCycleConverter:
                 that would not call converted blocks.
         """
         blocks = self._check(backbone)
-        n_storage_tokens = getattr(backbone, "n_storage_tokens", 0)
-        rope_embed = getattr(backbone, "rope_embed", None)
-        wrapped = nn.ModuleList(
-            [
-                PlaneCycleBlock(block, rope_embed, n_storage_tokens, i, self.cycle_order, self.pool_method)
-                for i, block in enumerate(blocks)
-            ]
-        )
-        wrapped.train(blocks.training)
+        converted = nn.ModuleList(self._converted(backbone, blocks))
+        converted.training = blocks.training
         if self.keep_original:
             setattr(backbone, self._kept, blocks)
-        setattr(backbone, self.blocks_attr, wrapped)
+        setattr(backbone, self.blocks_attr, converted)
         return accelerate(backbone) if is_dinov3(backbone) else backbone
+
+    def _converted(self, backbone: nn.Module, blocks: nn.ModuleList) -> Iterator[PlaneCycleBlock]:
+        shared = dict(
+            rope_embed=getattr(backbone, "rope_embed", None),
+            n_storage_tokens=getattr(backbone, "n_storage_tokens", 0),
+            cycle_order=self.cycle_order,
+            pool_method=self.pool_method,
+        )
+        for i, block in enumerate(blocks):
+            wrapper = PlaneCycleBlock(block, block_idx=i, **shared)
+            wrapper.training = block.training  # of itself only: parts may be frozen in another mode
+            yield wrapper
 
     def restore(self, backbone: nn.Module) -> nn.Module:
         """Puts the kept blocks back, in place, and returns `backbone`.
 
-        Raises NotConvertedError where none were kept.
+        Raises TypeError for no nn.Module, NotConvertedError where none were kept.
         """
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         if not hasattr(backbone, self._kept):
             raise NotConvertedError(
                 f"backbone must be converted with keep_original=True to be restored, got one without {self._kept}"
             )
+        restore_methods(backbone)
         setattr(backbone, self.blocks_attr, getattr(backbone, self._kept))
         delattr(backbone, self._kept)
-        restore_methods(backbone)
         return backbone
 
     def _check(self, backbone: nn.Module) -> nn.ModuleList:
@@ -163,6 +174,8 @@ class PlaneCycleConverter:
             raise TypeError(f"backbone.{self.blocks_attr} must be a ModuleList, got {type(blocks).__name__}")
         if len(blocks) == 0:
             raise ValueError(f"backbone.{self.blocks_attr} must hold at least one block, got an empty ModuleList")
-        if any(type(module).__name__ == BLOCK for module in blocks.modules()):
+        if holds_converted(blocks):
             raise ValueError(f"backbone must not be converted yet, got blocks of class {BLOCK}")
+        if is_dinov3(backbone):
+            check_model(backbone, convertible=True)
         return blocks

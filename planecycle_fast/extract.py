@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import feature_files
 from .features import VolumeFeatures
-from .layers import wanted_layers
+from .inputs import wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
 from .models import load_model, normalisation

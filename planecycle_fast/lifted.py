@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
 from .features import VolumeFeatures
-from .layers import wanted_layers
+from .inputs import check_volume, wanted_layers
 from .ops import plane_switch
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import transition
@@ -179,30 +178,7 @@ class LiftedModel(nn.Module):
 
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
-        if not isinstance(volume, Tensor):
-            raise TypeError(f"volume must be a torch.Tensor, got {type(volume).__name__}")
-        if not volume.is_floating_point():
-            raise TypeError(f"volume must have a floating-point dtype, got {volume.dtype}")
-        channels = self.adapter.in_channels
-        if volume.ndim != 5 or volume.shape[1] != channels:
-            raise ValueError(
-                f"volume must have shape (B, {channels}, D, height, width), got {tuple(volume.shape)}"
-                + ("; repeat the one channel of a scan to three" if volume.ndim == 5 and volume.shape[1] == 1 else "")
-            )
-        if volume.numel() == 0:
-            raise ValueError(f"volume must not be empty, got shape {tuple(volume.shape)}")
+        check_volume(volume, self.adapter.in_channels, self)
         self.adapter.check_image_size(*volume.shape[3:])
-        parameter = next((p for p in self.parameters() if p.is_floating_point()), volume)
-        if volume.device != parameter.device:
-            raise ValueError(f"volume must be on the model's device, {parameter.device}, got {volume.device}")
-        if volume.dtype != parameter.dtype and not _autocast_casts(volume, parameter):
-            raise ValueError(f"volume must have the model's dtype, {parameter.dtype}, got {volume.dtype}")
         patch_h, patch_w = self.adapter.patch_size
         return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w
-
-
-def _autocast_casts(*tensors: Tensor) -> bool:
-    """Whether autocast is on and makes these tensors' dtypes equal; it leaves float64 alone."""
-    device = tensors[0].device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return on and all(t.dtype != torch.float64 for t in tensors)

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 
 from planecycle_fast.torchvision_fix import mend_torchvision
 
+from . import peers, standins
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may depend on a network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 mend_torchvision()
@@ -22,3 +24,30 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+SOURCES = [  # of models of the authors' code
+    "stand-in",
+    pytest.param("authors", marks=peers.needs_planecycle),
+]
+
+
+@pytest.fixture(params=SOURCES)
+def build(request):
+    """A function that makes a model of a block type, converted by the converter of the same source."""
+
+    def make(block_type="PlaneCycle", cycle_order=("HW", "DW", "DH", "HW"), pool_method="PCg", **settings):
+        if request.param == "stand-in":
+            model, converter = standins.DinoVisionTransformer(block_type, **settings), standins.Converter
+        else:
+            small = dict(embed_dim=64, num_heads=1 if block_type == "Flatten3D" else 2, depth=5, patch_size=4)
+            small |= dict(n_storage_tokens=4, pos_embed_rope_dtype="fp32", pos_embed_rope_rescale_coords=2.0)
+            if settings.pop("swiglu", False):
+                settings["ffn_layer"] = "swiglu"
+            model_class, converter = peers.authors()
+            model = peers.randomise(model_class(block_type=block_type, layerscale_init=0.3, **(small | settings)))
+        if block_type == "PlaneCycle":
+            model = converter(cycle_order=cycle_order, pool_method=pool_method)(model)
+        return model.eval()
+
+    return make

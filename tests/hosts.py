@@ -25,6 +25,7 @@ class Host:
     patch: int
     head_dim: int
     rope: bool = True
+    normalize: str = "separate"
 
     def make(self, **settings):
         model = self.build(**settings).eval()
@@ -135,12 +136,10 @@ HOSTS = [
     Host("timm-vit-no-globals", timm_vit(class_token=False, global_pool="avg"), 0, 16, 32, rope=False),
     Host("timm-dinov2-g", timm_dinov2("giant_patch14", mlp_ratio=4), 1, 14, 32, rope=False),
 ]
-UNTIED = dict(n_storage_tokens=0, swiglu=True, untie_cls_and_patch_norms=True)
+UNTIED = dict(n_storage_tokens=0, swiglu=True, untie_cls_and_patch_norms=True, normalize="max")
 HOSTS += [
     Host("facebook-stand-in", facebook(), 5, 16, 32),
-    Host(
-        "facebook-stand-in-untied", facebook(n_storage_tokens=0, swiglu=True, untie_cls_and_patch_norms=True), 1, 16, 32
-    ),
+    Host("facebook-stand-in-untied", facebook(**UNTIED), 1, 16, 32, normalize="max"),
 ]
 if "DINOV3_REPO" in os.environ:
     HOSTS += [

@@ -80,25 +80,28 @@ class Block(nn.Module):
         self.drop = drop
 
     def forward(self, x, rope=None):
-        if isinstance(x, list):
-            return [self(a, r) for a, r in zip(x, rope)]
-        x = self._branch(x, lambda t: self.ls1(self.attn(self.norm1(t), rope)))
-        return self._branch(x, lambda t: self.ls2(self.mlp(self.norm2(t))))
+        return self._list(x, rope) if isinstance(x, list) else self._list([x], [rope])[0]
 
-    def _branch(self, x, branch):
+    def _list(self, x, rope):
+        x = self._branch(x, rope, lambda t, r: self.ls1(self.attn(self.norm1(t), r)))
+        return self._branch(x, rope, lambda t, _: self.ls2(self.mlp(self.norm2(t))))
+
+    def _branch(self, x, rope, branch):
+        """Drop path by leaving sequences out; of all volumes of a list before any is computed."""
         if not (self.training and self.drop):
-            return x + branch(x)
-        kept = torch.randperm(len(x))[: max(1, int(len(x) * (1 - self.drop)))]  # drop path by leaving sequences out
-        return x.index_add(0, kept, branch(x[kept]), alpha=len(x) / len(kept))
+            return [t + branch(t, r) for t, r in zip(x, rope)]
+        kept = [torch.randperm(len(t))[: max(1, int(len(t) * (1 - self.drop)))] for t in x]
+        parts = zip(x, rope, kept)
+        return [t.index_add(0, k, branch(t[k], r), alpha=len(t) / len(k)) for t, r, k in parts]
 
 
 class RopeEmbedding(nn.Module):
     """Periods of two axes, or with `sections` of three."""
 
-    def __init__(self, head_dim, sections=None, rescale=None, base=100.0):
+    def __init__(self, head_dim, sections=None, rescale=None, base=100.0, normalize="separate"):
         super().__init__()
         self.D_head, self.base, self.min_period, self.max_period = head_dim, base, None, None
-        self.normalize_coords, self.shift_coords, self.jitter_coords = "separate", None, None
+        self.normalize_coords, self.shift_coords, self.jitter_coords = normalize, None, None
         self.rescale_coords, self.dtype = rescale, torch.float32
         if sections:
             self.sections = sections
@@ -106,7 +109,9 @@ class RopeEmbedding(nn.Module):
         self.register_buffer("periods", torch.cat(periods), persistent=sections is None)
 
     def forward(self, **sizes):
-        axes = torch.meshgrid(*[2 * (torch.arange(0.5, n) / n) - 1 for n in sizes.values()], indexing="ij")
+        common = {"min": min, "max": max}.get(self.normalize_coords, lambda _: None)(sizes.values())
+        axes = [2 * (torch.arange(0.5, n) / (common or n)) - 1 for n in sizes.values()]
+        axes = torch.meshgrid(*axes, indexing="ij")
         coords = torch.stack(axes, -1).flatten(0, -2)  # (L, axes)
         if self.training and self.rescale_coords:
             coords = coords * self.rescale_coords ** torch.empty(1).uniform_(-1, 1)
@@ -132,6 +137,7 @@ class DinoVisionTransformer(nn.Module):
         untie_cls_and_patch_norms=False,
         untie_global_and_local_cls_norm=False,
         rescale=2.0,
+        normalize="separate",
     ):
         super().__init__()
         self.patch_size, self.n_storage_tokens = patch_size, n_storage_tokens
@@ -146,7 +152,7 @@ class DinoVisionTransformer(nn.Module):
             self.storage_tokens = nn.Parameter(torch.empty(1, n_storage_tokens, embed_dim))
         head_dim = embed_dim // num_heads
         sections = tuple(head_dim * n // 16 for n in (2, 3, 3)) if block_type == "Flatten3D" else None
-        self.rope_embed = RopeEmbedding(head_dim, sections, rescale)
+        self.rope_embed = RopeEmbedding(head_dim, sections, rescale, normalize=normalize)
         blocks = [Block(embed_dim, num_heads, swiglu, mask_k_bias, drop_path_rate) for _ in range(depth)]
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(embed_dim, eps=1e-5)
         self.untie_cls_and_patch_norms = untie_cls_and_patch_norms
@@ -182,20 +188,23 @@ class DinoVisionTransformer(nn.Module):
         return getattr(self, "block_type", None) == block_type
 
     def forward_features_list(self, x_list, masks_list):
-        outputs = []
-        for i, (x, masks) in enumerate(zip(x_list, masks_list)):
-            x, shape = self.prepare_tokens_with_masks(x, masks)
-            for block in self.blocks:
-                x = block(x, *self._argument(shape))
-            g = self.n_storage_tokens + 1
-            cls_norm = self.cls_norm or self.norm
-            if self.local_cls_norm and self.training and i == 1:
-                cls_norm = self.local_cls_norm
-            front = cls_norm(x[:, :g])
-            parts = front[:, 0], front[:, 1:], self.norm(x[:, g:]), x, masks
-            names = "x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens", "x_prenorm", "masks"
-            outputs.append(dict(zip(names, parts)))
-        return outputs
+        prepared = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list)]
+        x, shapes = [p[0] for p in prepared], [p[1] for p in prepared]
+        for block in self.blocks:
+            if self._is("PlaneCycle"):
+                x = [block(x[0], shapes[0])]
+            else:
+                x = block(x, [self._argument(shape)[0] for shape in shapes])
+        return [self._output(i, t, masks) for i, (t, masks) in enumerate(zip(x, masks_list))]
+
+    def _output(self, i, x, masks):
+        g = self.n_storage_tokens + 1
+        cls_norm = self.cls_norm or self.norm
+        if self.local_cls_norm and self.training and i == 1:
+            cls_norm = self.local_cls_norm
+        front = cls_norm(x[:, :g])
+        names = "x_norm_clstoken", "x_storage_tokens", "x_norm_patchtokens", "x_prenorm", "masks"
+        return dict(zip(names, (front[:, 0], front[:, 1:], self.norm(x[:, g:]), x, masks)))
 
     def _argument(self, shape):
         if self._is("PlaneCycle"):

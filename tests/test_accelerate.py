@@ -6,35 +6,13 @@ import pickle
 
 import pytest
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import planecycle_fast as pcf
+from planecycle_fast import accelerated
 
-from . import peers, standins
+from . import standins
 
 BLOCK_TYPES = ("PlaneCycle", "Slice2D", "Flatten3D")
-SOURCES = ["stand-in", pytest.param("authors", marks=peers.needs_planecycle)]
-
-
-@pytest.fixture(params=SOURCES)
-def build(request):
-    """A function that makes a model of a block type, converted by the converter of the same source."""
-
-    def make(block_type="PlaneCycle", cycle_order=("HW", "DW", "DH", "HW"), pool_method="PCg", **settings):
-        if request.param == "stand-in":
-            model, converter = standins.DinoVisionTransformer(block_type, **settings), standins.Converter
-        else:
-            small = dict(embed_dim=64, num_heads=1 if block_type == "Flatten3D" else 2, depth=5, patch_size=4)
-            small |= dict(n_storage_tokens=4, pos_embed_rope_dtype="fp32", pos_embed_rope_rescale_coords=2.0)
-            if settings.pop("swiglu", False):
-                settings["ffn_layer"] = "swiglu"
-            model_class, converter = peers.authors()
-            model = peers.randomise(model_class(block_type=block_type, layerscale_init=0.3, **(small | settings)))
-        if block_type == "PlaneCycle":
-            model = converter(cycle_order=cycle_order, pool_method=pool_method)(model)
-        return model.eval()
-
-    return make
 
 
 def outputs(model, *arguments, seed=3, **options):
@@ -181,48 +159,6 @@ def test_copies_are_accelerated_and_independent(build, block_type):
         assert "forward_features_list" in model.__dict__
 
 
-def calls_of(module):
-    calls = []
-    module.register_forward_hook(lambda m, args, output: calls.append((m, args, output)))
-    return calls
-
-
-def test_hooks_on_a_converted_block_see_what_they_always_saw(build):
-    model, volume = build(), torch.randn(VOLUME)
-    watched, inner = calls_of(model.blocks[1]), calls_of(model.blocks[2].blk2d)
-    outputs(model, volume)
-    outputs(pcf.accelerate(model), volume)
-    for theirs, ours in (watched, inner):
-        assert theirs[0] is ours[0]
-        torch.testing.assert_close(ours[1][0], theirs[1][0], rtol=0, atol=2e-5)
-        torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=2e-5)
-    assert watched[0][1][1] == watched[1][1][1] == (2, 3, 5, 3, 64)
-
-
-def test_a_hook_that_changes_the_output_has_effect(build):
-    model, volume = build(), torch.randn(VOLUME)
-    model.blocks[1].register_forward_hook(lambda m, args, output: output * 2)
-    model.blocks[2].register_forward_pre_hook(lambda m, args: (args[0] + 1, *args[1:]))
-    expected = outputs(model, volume)
-    assert_same(outputs(pcf.accelerate(model), volume), expected, 1e-4)
-
-
-def test_blocks_wrapped_for_checkpointing(build):
-    model, volume = build(), torch.randn(VOLUME)
-    expected = gradients(model, volume)
-    apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "PlaneCycleBlock")
-    calls = calls_of(model.blocks[0].blk2d.norm1)
-    for got, theirs in zip(gradients(pcf.accelerate(model), volume), expected):
-        torch.testing.assert_close(got, theirs, rtol=0, atol=2e-5)
-    assert len(calls) == 2  # and once more in backward
-
-
-def gradients(model, volume):
-    model.zero_grad()
-    outputs(model, volume)["x_norm_patchtokens"].square().mean().backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
 def test_settings_are_read_when_the_model_runs(build):
     model, volume = pcf.accelerate(build()), torch.randn(VOLUME)
     first = outputs(model, volume)
@@ -234,6 +170,74 @@ def test_settings_are_read_when_the_model_runs(build):
     for block in model.blocks:
         block.rope_embed = None
     assert_same(outputs(pcf.accelerate(model), volume), outputs(pcf.restore(model), volume))
+
+
+def test_a_plane_that_a_block_cannot_have_is_refused_also_later(build):
+    model, volume = pcf.accelerate(build()), torch.randn(VOLUME)
+    model.blocks[2].cycle_order = ("HW", "DHW", "DHW")
+    with pytest.raises(ValueError, match="cycle_order of planes HW, DW, DH, got 'DHW' for block 2"):
+        model(volume)
+
+
+def test_blocks_know_their_place(build):
+    model, volume = build(), torch.randn(VOLUME)
+    model.blocks = model.blocks[1:4]  # their planes stay those of blocks 1 to 3
+    expected = outputs(model, volume)
+    assert_same(outputs(pcf.accelerate(model), volume), expected)
+
+
+def test_every_block_has_its_own_rope(build):
+    model, volume = build(), torch.randn(VOLUME)
+    model.blocks[2].rope_embed = copy.deepcopy(model.rope_embed)
+    model.blocks[2].rope_embed.periods.mul_(0.5)
+    expected = outputs(model, volume)
+    assert_same(outputs(pcf.accelerate(model), volume), expected)
+
+
+def test_norms_of_local_crops(build):
+    """Of the second volume only, in training only."""
+    volumes = [torch.randn(VOLUME) for _ in range(3)]
+    for block_type in ("PlaneCycle", "Slice2D"):
+        model = build(block_type, untie_global_and_local_cls_norm=True)
+        with torch.no_grad():
+            model.local_cls_norm.weight.add_(1)
+        fast = pcf.accelerate(copy.deepcopy(model))
+        for training in (True, False):
+            model.train(training), fast.train(training)
+            model.rope_embed.eval(), fast.rope_embed.eval()
+            got = fast.forward_features(volumes, [None] * 3)
+            for i in range(3):  # by the norms themselves: the authors' PlaneCycle has no second volume
+                norm = model.local_cls_norm if training and i == 1 else model.norm
+                assert_same(got[i]["x_norm_clstoken"], norm(got[i]["x_prenorm"][:, 0]))
+            assert_same(fast.get_intermediate_layers(volumes[1]), model.get_intermediate_layers(volumes[1]))
+
+
+@pytest.mark.parametrize("n", [1, [0, 2]])
+def test_maps_are_contiguous_and_no_layer_runs_in_vain(build, n):
+    model, volume = pcf.accelerate(build()), torch.randn(VOLUME)
+    calls = []
+    for block in model.blocks:
+        block.blk2d.register_forward_hook(lambda *_: calls.append(1))
+    maps = model.get_intermediate_layers(volume, n=n, reshape=True)
+    assert all(m.is_contiguous() for m in maps) and len(calls) == (5 if n == 1 else 3)
+
+
+def test_tables_are_made_once_per_plane_but_for_every_block_that_may_draw(build):
+    for training, expected in ((False, 3), (True, 5)):
+        model, calls = pcf.accelerate(build()).train(training), []
+        model.rope_embed.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        outputs(model, torch.randn(VOLUME))
+        assert len(calls) == expected
+
+
+def test_the_backend_is_passed_on(build, monkeypatch):
+    seen, switch = [], accelerated.plane_switch
+    monkeypatch.setattr(accelerated, "plane_switch", lambda *a: (seen.append(a[-1]), switch(*a))[1])
+    model = pcf.accelerate(build(), backend="reference")
+    outputs(model, torch.randn(VOLUME))
+    assert set(seen) == {"reference"}
+    outputs(pcf.accelerate(model), torch.randn(VOLUME))
+    assert set(seen) == {"reference", "auto"}
 
 
 def test_sizes_that_are_no_multiple_of_the_patch_lose_their_rest_as_before(build):
@@ -261,6 +265,15 @@ def test_under_torch_compile():
 class Overriding(standins.DinoVisionTransformer):
     def forward_features_list(self, x_list, masks_list):
         return super().forward_features_list(x_list, masks_list)
+
+
+class HalfOverriding(standins.DinoVisionTransformer):
+    def _get_intermediate_layers_not_chunked(self, x, n):
+        raise NotImplementedError
+
+
+def cycling(plane):
+    return standins.Converter(cycle_order=("HW", plane))(standins.DinoVisionTransformer("PlaneCycle"))
 
 
 def patched():
@@ -292,6 +305,9 @@ REFUSED = {
     ),
     "converted Slice2D": (converted_slice2d, ValueError, "got 'Slice2D' with converted blocks"),
     "block type": (lambda: broken("Cube"), ValueError, "block_type must be one of .*, got 'Cube'"),
+    "a plane of lift": (lambda: cycling("DHW"), ValueError, "cycle_order of planes HW, DW, DH, got 'DHW' for block 1"),
+    "no plane": (lambda: cycling("dw"), ValueError, "cycle_order of planes HW, DW, DH, got 'dw' for block 1"),
+    "half overriding": (lambda: HalfOverriding("Slice2D"), ValueError, "the _get_intermediate_layers_not_chunked of"),
     "subclass": (lambda: Overriding("Slice2D"), ValueError, "the forward_features_list of DinoVisionTransformer, got"),
     "patched": (
         patched,
@@ -316,8 +332,27 @@ def test_bad_arguments(build):
         pcf.accelerate(model, attention="slow")
     assert model.__dict__.keys() == before.keys()
     pcf.accelerate(model)
-    for x in (torch.randn(2, 3, 20, 12), torch.randn(VOLUME).tolist(), torch.randn(1, *VOLUME)):
-        with pytest.raises(ValueError, match=r"x must be a volume, a tensor of shape \(B, 3, D, height, width\), got"):
+    for x, error, message in (
+        (torch.randn(2, 3, 20, 12), ValueError, r"x must have shape \(B, 3, D, height, width\), got \(2, 3, 20, 12\)"),
+        (torch.randn(2, 1, 3, 20, 12), ValueError, "repeat the one channel of a scan to three"),
+        (torch.randn(VOLUME).tolist(), TypeError, "x must be a torch.Tensor, got list"),
+        (torch.ones(VOLUME, dtype=torch.int64), TypeError, "x must have a floating-point dtype, got torch.int64"),
+        (torch.randn(VOLUME).double(), ValueError, "x must have the model's dtype, torch.float32, got torch.float64"),
+        (torch.randn(2, 3, 0, 20, 12), ValueError, "x must not be empty"),
+        (torch.randn(2, 3, 3, 20, 3), ValueError, "x must have slices of at least one patch, 4 x 4 pixels"),
+    ):
+        with pytest.raises(error, match=message):
             model.get_intermediate_layers(x)
-    with pytest.raises(ValueError, match="n must hold indices of the model's 5 layers, got"):
-        model.get_intermediate_layers(torch.randn(VOLUME), n=[7])
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(error, match=message):
+                model(x)
+    volume = torch.randn(VOLUME)
+    for n, message in (([7], "n must hold indices of the model's 5 layers"), ([1, 1], "n must not list a layer twice")):
+        with pytest.raises(ValueError, match=message):
+            model.get_intermediate_layers(volume, n=n)
+    for masks in (torch.ones(6, 15), torch.ones(2, 45, dtype=torch.bool), [True]):
+        with pytest.raises(ValueError, match=r"masks must be a bool tensor of shape \(6, 15\), got"):
+            model(volume, masks=masks)
+    for volumes, masks in (([volume] * 2, [None]), ([volume], None), ([], [])):
+        with pytest.raises(ValueError, match="masks must (hold one mask|be lists of equal length)"):
+            model.forward_features(volumes, masks)

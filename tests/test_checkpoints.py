@@ -68,6 +68,8 @@ def test_a_fine_tuned_checkpoint_into_every_lifted_host_and_back(tmp_path, host,
     with pytest.raises(AssertionError, match="not close"):
         assert_same_network(lifted, fresh, volume)
     back = pcf.convert_state_dict(lifted.state_dict(), to="planecycle", model=fresh)
+    masks = [t for key, t in back.items() if key.endswith("bias_mask")]
+    assert len(masks) == 5 and all(mask.tolist() == [1] * 64 + [0] * 64 + [1] * 64 for mask in masks)
     save_file(back, tmp_path / "theirs.safetensors")
     fresh.load_state_dict(load_file(tmp_path / "theirs.safetensors"), strict=True)
     assert_same_network(lifted, fresh, volume)
@@ -94,6 +96,50 @@ def test_tensors_have_memory_of_their_own():
         assert len(set(addresses)) == len(addresses)
         assert not set(addresses) & {t.data_ptr() for t in model.state_dict().values()}
         assert all(t.is_contiguous() and not t.requires_grad for t in converted.values())
+
+
+def test_views_and_parameters_become_plain_tensors():
+    model, _ = theirs()
+    weights = model.state_dict(keep_vars=True)
+    key = "blocks.0.blk2d.attn.proj.weight"
+    weights[key] = weights[key].T.clone().T  # not contiguous
+    for converted in (pcf.convert_state_dict(weights), pcf.convert_state_dict(weights, model=HOSTS["hf"]())):
+        assert all(t.is_contiguous() and not t.requires_grad and t.grad_fn is None for t in converted.values())
+
+
+def test_order_of_keys_is_that_of_the_model():
+    timm_model = HOSTS["timm"]()
+    first, second = (pcf.convert_state_dict(HOSTS["hf"]().state_dict(), model=timm_model) for _ in range(2))
+    assert list(first) == list(second)
+
+
+def test_released_periods_are_rounded_to_bfloat16():
+    weights = {key: t.bfloat16().float() if "periods" in key else t for key, t in state().items()}
+    for host in ("timm", "hf"):
+        assert pcf.convert_state_dict(weights, model=HOSTS[host]())
+
+
+def test_a_bias_on_a_model_without_one_and_masks():
+    """dinov3 to dinov3: a mask is made, or its effect kept, or a bias of zeros left out."""
+    weights = standins.DinoVisionTransformer(patch_size=16, mask_k_bias=False).state_dict()
+    converted = pcf.convert_state_dict(weights, model=HOSTS["dinov3"]())
+    assert all(t.all() for key, t in converted.items() if key.endswith("bias_mask"))  # its key bias counts
+    zeros = {key: t * 0 if key.endswith("qkv.bias") else t for key, t in weights.items()}
+    converted = pcf.convert_state_dict(zeros, model=HOSTS["dinov3"]())
+    assert all(not t[64:128].any() for key, t in converted.items() if key.endswith("bias_mask"))
+    assert not any(key.endswith("qkv.bias") for key in pcf.convert_state_dict(zeros, model=without_biases()))
+    plain = pcf.convert_state_dict(zeros, model=without_biases())
+    again = pcf.convert_state_dict(plain, model=HOSTS["dinov3"]())
+    assert not any(t.any() for key, t in again.items() if key.endswith("qkv.bias"))
+    assert (
+        pcf.convert_state_dict(weights, model=HOSTS["dinov3"]().to("meta")).keys()
+        == HOSTS["dinov3"]().state_dict().keys()
+    )
+
+
+def test_a_prefix_is_taken_off_once():
+    weights = {f"cls_{key}": t for key, t in state().items()}
+    assert pcf.convert_state_dict(weights, prefix="cls_").keys() == pcf.convert_state_dict(state()).keys()
 
 
 def test_a_backbone_inside_a_classifier():
@@ -202,9 +248,16 @@ def state(**settings):
     return theirs(**settings)[0].state_dict()
 
 
+def without_biases():
+    model = HOSTS["dinov3"]()
+    for block in model.blocks:
+        block.attn.qkv = torch.nn.Linear(64, 192, bias=False)
+    return model
+
+
 def other_periods():
     weights = state()
-    return {key: t * 1.1 if "periods" in key else t for key, t in weights.items()}
+    return {key: t**1.02 if "periods" in key else t for key, t in weights.items()}  # base 110, not 100
 
 
 def different_periods():
@@ -224,7 +277,36 @@ BAD = {
     "no model for timm": (
         lambda: (HOSTS["timm"]().state_dict(), {"to": "planecycle"}),
         ValueError,
-        "model must be given for weights of timm",
+        "model must be given, the one that is to load the result, for weights of timm without RoPE periods",
+    ),
+    "Flatten3D": (
+        lambda: (standins.DinoVisionTransformer("Flatten3D").state_dict(), {"to": "planecycle"}),
+        ValueError,
+        "for weights of dinov3 without RoPE periods, got None",
+    ),
+    "timm ViT": (lambda: (BY_NAME["timm-dinov2-s"].make().state_dict(), {}), ValueError, "the weights of a DINOv3"),
+    "HF DINOv2": (
+        lambda: (BY_NAME["hf-dinov2"].make().state_dict(), {"model": HOSTS["timm"]()}),
+        ValueError,
+        "the weights of a DINOv3",
+    ),
+    "empty": (lambda: ({}, {}), ValueError, "got keys like none"),
+    "keys": (lambda: ({3: torch.ones(1)}, {}), TypeError, "must map names to tensors, got the key 3"),
+    "prefix": (lambda: (state(), {"prefix": 3}), TypeError, "prefix must be a string, got int"),
+    "meta": (
+        lambda: ({k: t.to("meta") for k, t in state().items()}, {}),
+        ValueError,
+        "must hold values, got tensors on",
+    ),
+    "meta model": (
+        lambda: (HOSTS["timm"]().state_dict(), {"model": HOSTS["dinov3"]().to("meta")}),
+        ValueError,
+        "model must hold its mask_token, which the state_dict lacks, got it on the meta device",
+    ),
+    "biases that the target lacks": (
+        lambda: (state(mask_k_bias=False), {"model": without_biases()}),
+        ValueError,
+        "with no place for 5 of them, blocks.0.attn.qkv.bias",
     ),
     "no model for hf": (
         lambda: (HOSTS["hf"]().state_dict(), {}),

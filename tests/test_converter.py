@@ -11,7 +11,7 @@ import planecycle_fast as pcf
 
 from . import peers, standins
 from .hosts import BY_NAME
-from .test_accelerate import assert_same
+from .test_accelerate import Overriding, assert_same
 
 SOURCES = ["stand-in", pytest.param("authors", marks=peers.needs_planecycle)]
 VOLUME = (2, 3, 3, 20, 12)
@@ -59,6 +59,8 @@ def test_restore_gives_the_original_back(code):
     for error in (ValueError, RuntimeError):  # theirs is a RuntimeError
         with pytest.raises(error, match="keep_original=True to be restored, got one without _blocks_original"):
             converter.restore(model)
+    with pytest.raises(TypeError, match="backbone must be a torch.nn.Module, got str"):
+        converter.restore("model")
     converter(model)  # and once more
 
 
@@ -83,12 +85,19 @@ def test_stock_models_take_volumes(pool_method):
             assert_same(got, features.patches.permute(0, 4, 1, 2, 3))
     masks = torch.rand(6, 15) < 0.5
     assert not torch.allclose(converted.forward_features(volume, masks)["x_prenorm"], out["x_prenorm"])
-    with pytest.raises(ValueError, match=r"x must be a volume, .* got \(2, 3, 20, 12\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 3, D, height, width\), got \(2, 3, 20, 12\)"):
         converted(torch.randn(2, 3, 20, 12))
     with pytest.raises(ValueError, match="model must be of the authors' code, got a stock dinov3 model"):
         pcf.restore(converted)
     images = volume.transpose(1, 2).flatten(0, 1)
     assert converter.restore(converted)(images).shape == (6, 64)
+
+
+def test_converted_models_are_not_lifted():
+    with pytest.raises(
+        ValueError, match="model has blocks that a PlaneCycleConverter wrapped; use planecycle_fast.acc"
+    ):
+        pcf.lift(pcf.PlaneCycleConverter()(standins.DinoVisionTransformer()))
 
 
 def test_converted_models_copy_and_pickle():
@@ -99,19 +108,27 @@ def test_converted_models_copy_and_pickle():
         assert each.blocks[0].rope_embed is each.rope_embed  # still shared
 
 
-def test_training_mode_is_kept():
-    model = standins.DinoVisionTransformer("PlaneCycle").train()
-    assert pcf.PlaneCycleConverter()(model).blocks.training
-    assert not pcf.PlaneCycleConverter()(standins.DinoVisionTransformer("PlaneCycle").eval()).blocks.training
+def modes(model):
+    return {name.replace(".blk2d", ""): module.training for name, module in model.named_modules()}
+
+
+def test_training_modes_are_kept_also_of_frozen_parts(code):
+    make, _ = code
+    for training in (True, False):
+        model = make().train(training)
+        for part in (model.blocks[0], model.rope_embed, model.blocks[2].mlp):
+            part.train(not training)
+        before = modes(model)
+        assert modes(pcf.PlaneCycleConverter()(model)).items() >= before.items()
 
 
 class Backbone(nn.Module):
     """Neither DINOv3 nor anything known: it only keeps the converter's contract."""
 
-    n_storage_tokens = 1
-
-    def __init__(self):
+    def __init__(self, n_storage_tokens):
         super().__init__()
+        if n_storage_tokens:
+            self.n_storage_tokens = n_storage_tokens
         self.layers = nn.ModuleList([standins.Block(16, 2, False, False, 0) for _ in range(4)])
 
     def forward(self, x, shape):
@@ -120,13 +137,14 @@ class Backbone(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("registers", [0, 1])
 @pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
-def test_any_backbone_that_calls_blocks_with_a_shape(pool_method):
-    backbone, shape = Backbone(), (2, 3, 4, 5, 16)
-    x = torch.randn(6, 2 + 20, 16)
+def test_any_backbone_that_calls_blocks_with_a_shape(pool_method, registers):
+    backbone, shape = Backbone(registers), (2, 3, 4, 5, 16)
+    x = torch.randn(6, 1 + registers + 20, 16)
     expected = x
     for i, layer in enumerate(backbone.layers):
-        block = standins.PlaneCycleBlock(layer, None, 2, i, ("DW", "DH", "HW"), pool_method)
+        block = standins.PlaneCycleBlock(layer, None, 1 + registers, i, ("DW", "DH", "HW"), pool_method)
         expected = block(expected, shape)
     converter = pcf.PlaneCycleConverter(blocks_attr="layers", cycle_order="DW,DH,HW", pool_method=pool_method)
     assert_same(converter(backbone)(x, shape), expected)
@@ -152,6 +170,12 @@ REFUSED = {
         "must have block_type 'PlaneCycle', got 'Slice2D'",
     ),
     "attribute": (lambda: nn.Linear(1, 1), {}, ValueError, "must have the attribute 'blocks', got a Linear without it"),
+    "overriding": (
+        lambda: Overriding("PlaneCycle"),
+        {"keep_original": True},
+        ValueError,
+        "got one that is overridden",
+    ),
     "none": (NoBlocks, {}, ValueError, "must have the attribute 'blocks', got a NoBlocks without it"),
     "no list": (
         lambda: nn.Sequential(nn.Linear(1, 1)),
@@ -166,9 +190,10 @@ REFUSED = {
         ValueError,
         "blocks_attr must be 'blocks' for a DinoVisionTransformer, got 'layers'",
     ),
-    "DHW": (None, {"cycle_order": ("HW", "DHW")}, ValueError, "cycle_order must name planes HW, DW or DH, got"),
+    "DHW": (None, {"cycle_order": ("HW", "DHW")}, ValueError, "cycle_order must name planes HW, DW, DH, got"),
     "plane": (None, {"cycle_order": ("HW", "WH")}, ValueError, r"cycle_order\[1\] must be one of .* got 'WH'"),
     "pooling": (None, {"pool_method": "max"}, ValueError, "pool_method must be one of PCg, PCm, got 'max'"),
+    "keep": (None, {"keep_original": "no"}, TypeError, "keep_original must be True or False, got 'no'"),
     "name": (None, {"blocks_attr": 3}, TypeError, "blocks_attr must be the name of an attribute, got int"),
 }
 

@@ -119,7 +119,7 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
 
         return run
 
-    make_rope = naive.make_rope(host.head_dim, "separate") if host.rope else lambda *_: None
+    make_rope = naive.make_rope(host.head_dim, host.normalize) if host.rope else lambda *_: None
     blocks = [call(b) for b in layers]
     *_, (x, g) = naive.run(embedded, sizes, host.num_globals, blocks, planes, pool_method, globals_at, make_rope)
     return norm(x), norm_globals(g)

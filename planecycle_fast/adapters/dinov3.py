@@ -30,8 +30,13 @@ def takes_volumes(model: nn.Module) -> bool:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether a PlaneCycleConverter wrapped the blocks of a DINOv3 (something may be wrapped around those)."""
-    return any(type(module).__name__ == BLOCK for module in model.blocks.modules())
+    """Whether a PlaneCycleConverter wrapped the blocks of a DINOv3."""
+    return holds_converted(model.blocks)
+
+
+def holds_converted(blocks: nn.Module) -> bool:
+    """Whether any of these is a converted block, of a class made from it (FSDP), or wrapped in something else."""
+    return any(cls.__name__ == BLOCK for module in blocks.modules() for cls in type(module).__mro__)
 
 
 def norm_parts(

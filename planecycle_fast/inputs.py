@@ -1,0 +1,73 @@
+"""Checks that everything which takes a volume makes before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_volume(
+    volume: Tensor,  # (B, channels, D, height, width), pixels
+    channels: int,
+    model: nn.Module,
+    name: str = "volume",
+) -> None:
+    """Refuses what a model cannot take as a volume. `name` is that of the argument.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank or channels, an empty volume, or another device or dtype than the model's.
+    """
+    if not isinstance(volume, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(volume).__name__}")
+    if not volume.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {volume.dtype}")
+    if volume.ndim != 5 or volume.shape[1] != channels:
+        raise ValueError(
+            f"{name} must have shape (B, {channels}, D, height, width), got {tuple(volume.shape)}"
+            + ("; repeat the one channel of a scan to three" if volume.ndim == 5 and volume.shape[1] == 1 else "")
+        )
+    if volume.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(volume.shape)}")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), volume)
+    if volume.device != parameter.device:
+        raise ValueError(f"{name} must be on the model's device, {parameter.device}, got {volume.device}")
+    if volume.dtype != parameter.dtype and not _autocast_casts(volume, parameter):
+        raise ValueError(f"{name} must have the model's dtype, {parameter.dtype}, got {volume.dtype}")
+
+
+def _autocast_casts(*tensors: Tensor) -> bool:
+    """Whether autocast is on and makes these tensors' dtypes equal; it leaves float64 alone."""
+    device = tensors[0].device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return on and all(t.dtype != torch.float64 for t in tensors)
+
+
+def wanted_layers(n: int | Sequence[int], count: int) -> set[int]:
+    """Indices of layers of a model that has `count` of them.
+
+    Args:
+        n: how many of the last layers, or the indices of layers (negative ones count from the end).
+
+    Raises:
+        TypeError: neither a number nor a sequence of them.
+        ValueError: layers that the model lacks, or none at all.
+    """
+    if _is_index(n):
+        if not 1 <= n <= count:
+            raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
+        return set(range(count - n, count))
+    listed = list(n) if isinstance(n, Iterable) and not isinstance(n, (str, bytes)) else [n]
+    if not all(_is_index(i) for i in listed):
+        raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
+    indices = [int(i) for i in listed]
+    if not indices or not all(-count <= i < count for i in indices):
+        raise ValueError(f"n must hold indices of the model's {count} layers, got {indices}")
+    return {i % count for i in indices}
+
+
+def _is_index(n: Any) -> bool:
+    return hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) and getattr(n, "ndim", 0) == 0
