@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Optional
@@ -19,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
         if result == INTERRUPTED:  # typer makes it the result
             return _fail("interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # what reads our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
 from .optional import MissingPackageError, require
+from .preprocess import PERCENTILES
 from .scan_files import load_scan
-from .viz import adjacent_cosine, pca_colours, three_views
-from .volumes import intensities, model_input
+from .viz import adjacent_cosine, foreground, pca_colours, three_views
+from .volumes import model_input
 
 MODES = ("slice2d", "planecycle")
-FOREGROUND = 0.1  # mean intensity of a token, of 1, above which it is shown and counted
 CUT_AT = (0.5, 0.5, 0.43)  # of D, H, W; a little beside the midline, where a brain shows more
 
 
@@ -72,7 +71,7 @@ def run_demo(
     host, note = load_model(model)
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
     patch = lifted["slice2d"].adapter.patch_size
-    image = intensities(scan)
+    image = PERCENTILES.apply(scan.voxels)
     pixels = model_input(image, scan.spacing, patch, size)
     grid = (pixels.shape[2], pixels.shape[3] // patch[0], pixels.shape[4] // patch[1])
     console.print(f"model   {note}", highlight=False)
@@ -82,9 +81,7 @@ def run_demo(
         highlight=False,
         soft_wrap=True,
     )
-    mask = F.adaptive_avg_pool3d(image[None, None], grid)[0, 0] > FOREGROUND
-    if not mask.any():
-        mask = torch.ones_like(mask)
+    mask = foreground(image, grid)
 
     rows, features = [], {}
     for mode in MODES:

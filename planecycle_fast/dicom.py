@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ GROUPS = {
     "RescaleIntercept": "PixelValueTransformationSequence",
 }
 RESCALE = (("RescaleSlope", 1, (1.0,)), ("RescaleIntercept", 1, (0.0,)))  # name, numbers, default
+SUFFIXES = (".dcm", ".dicom", ".ima")
 DEFLATED = "1.2.840.10008.1.2.1.99"
 ROUNDING = 0.1  # mm, to which some scanners write positions
 
@@ -44,7 +46,7 @@ def read_dicom(folder: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     require("SimpleITK", "scans")  # of packed pixels, which show only later
     with _silent_pydicom():
         images = _images(folder)
-        rows, columns, allocated, _ = _same_pixels(images)
+        rows, columns, allocated = _same_pixels(images)
         frames = [_frames(image) for image in images]
         if len(images) > 1 and max(frames) > 1:
             raise Refused(f"must hold slices or one multi-frame file, got {len(images)} files with multi-frame ones")
@@ -73,15 +75,16 @@ def read_dicom(folder: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 def _images(folder: Path) -> list[Dataset]:
     """The headers of all images of a folder that holds one series."""
     pydicom = require("pydicom", "scans")
-    headers = []
+    headers, others = [], []
     for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise Refused(f"must hold its files, got a link to a file that is not there, {path.name}")
         if path.name.startswith(".") or not path.is_file():
             continue
         with path.open("rb") as file:  # what the system refuses, it says best itself
             begins = file.read(132)[128:] == b"DICM"
         if not begins:
-            if path.suffix.lower() == ".dcm":
-                raise Refused(f"cannot be read, it may be damaged: {path.name} is not a DICOM file")
+            others.append(path)
             continue
         try:
             if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:  # of any size
@@ -94,8 +97,15 @@ def _images(folder: Path) -> list[Dataset]:
         kind = header.file_meta.get("MediaStorageSOPClassUID")
         if "Rows" in header or kind is None or "Image Storage" in kind.name:  # not a report, nor a DICOMDIR
             headers.append(header)
+    named = {_pattern(Path(header.filename)) for header in headers}
+    for path in others:  # a damaged slice at an end of the series would leave no gap
+        if path.suffix.lower() in SUFFIXES or _pattern(path) in named:
+            raise Refused(f"cannot be read, it may be damaged: {path.name} is not a DICOM file with its prefix")
     if not headers:
-        raise Refused("must hold a DICOM series, got a folder without DICOM images (folders in it are not searched)")
+        raise Refused(
+            "must hold a DICOM series, got a folder without DICOM images "
+            "(files need the DICM prefix; folders in it are not searched)"
+        )
     series = Counter(_text(header, "SeriesInstanceUID") for header in headers)
     if len(series) > 1:
         some = ", ".join(f"...{uid[-16:]} ({count} images)" for uid, count in series.most_common(8))
@@ -103,25 +113,35 @@ def _images(folder: Path) -> list[Dataset]:
     return headers
 
 
-def _same_pixels(images: list[Dataset]) -> tuple[int, int, int, bool]:
-    """Rows, columns, bits allocated, signed: the same for all images."""
+def _pattern(path: Path) -> str:
+    """A file's name with all numbers alike: slices of a series usually share it."""
+    return re.sub(r"\d+", "0", path.name.lower())
+
+
+def _same_pixels(images: list[Dataset]) -> tuple[int, int, int]:
+    """Rows, columns and bits allocated, the same for all images."""
     first = _pixels(images[0])
     for image in images[1:]:
         if _pixels(image) != first:
             raise _refuse(image, f"must have the same size and type of pixels in all images, got {first} and others")
-    return first
+    return first[:3]
 
 
 def _pixels(image: Dataset) -> tuple[int, int, int, bool]:
+    """Rows, columns, bits allocated, whether they are signed."""
     samples, colours = _integer(image, "SamplesPerPixel", 1), _text(image, "PhotometricInterpretation")
-    if samples != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
-        raise _refuse(image, f"must be grey, got {samples} samples a pixel of {colours[:32]!r}")
+    if samples != 1 or colours != "MONOCHROME2":  # in MONOCHROME1 more is darker, and readers disagree on what to do
+        raise _refuse(image, f"must be grey, of MONOCHROME2, got {samples} samples a pixel of {colours[:32]!r}")
+    for name in ("ModalityLUTSequence", "DoseGridScaling", "GridFrameOffsetVector"):
+        if name in image:
+            raise _refuse(image, f"must have plain intensities on a plain grid, got the element {name}")
     rows, columns, allocated = (_integer(image, name) for name in ("Rows", "Columns", "BitsAllocated"))
     stored = _integer(image, "BitsStored")
     if rows < 1 or columns < 1:
         raise _refuse(image, f"must not be empty, got {rows} rows and {columns} columns")
-    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
-        raise _refuse(image, f"must have pixels of 8, 16 or 32 bits, got {stored} of {allocated}")
+    high = _integer(image, "HighBit")
+    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or high != stored - 1:
+        raise _refuse(image, f"must have pixels of 8, 16 or 32 bits, got {stored} of {allocated}, the highest {high}")
     for name, _, default in RESCALE:
         values = {_numbers(image, name, 1, default, n)[0] for n in range(_frames(image))}
         if len(values) > 1 or (name == "RescaleSlope" and 0 in values):
@@ -158,8 +178,8 @@ def _geometry(places: list[tuple[Dataset, int]]) -> tuple[np.ndarray, np.ndarray
     if gaps.min() <= 0.01 * gaps.max():
         raise Refused("must have one image at every position, got several images at one position, a time series?")
     step = offsets[-1] / (len(places) - 1)
-    # A missing slice moves others by a third of this step or more; rounding and thick slices need less.
-    allowed = min(max(ROUNDING, 0.01 * step), step / 4)
+    # A missing slice moves another by a quarter of this step or more; rounding and thick slices need less.
+    allowed = min(max(ROUNDING, 0.01 * step), step / 5)
     if abs(offsets - step * np.arange(len(places))).max() > allowed:
         raise Refused(
             f"must have evenly spaced slices, got {gaps.min():.4g} to {gaps.max():.4g} mm: "
@@ -194,10 +214,7 @@ def _positions(places: list[tuple[Dataset, int]], normal: np.ndarray) -> np.ndar
     image = places[0][0]
     if places[-1][0] is not image or _own(image, "ImagePositionPatient", 0):
         return np.array([_numbers(header, "ImagePositionPatient", 3, frame=frame) for header, frame in places])
-    if "GridFrameOffsetVector" in image:  # of doses
-        offsets = np.array(_numbers(image, "GridFrameOffsetVector", len(places)))
-    else:
-        offsets = np.arange(len(places)) * _numbers(image, "SpacingBetweenSlices", 1)[0]
+    offsets = np.arange(len(places)) * _numbers(image, "SpacingBetweenSlices", 1)[0]
     return np.array(_numbers(image, "ImagePositionPatient", 3)) + offsets[:, None] * normal
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import feature_files
+from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
 from .inputs import wanted_layers
 from .lift import lift
@@ -23,13 +23,14 @@ from .lifted import LiftedModel
 from .models import load_model, normalisation
 from .optional import require
 from .orientation import check_axes
-from .preprocess import FITS, ModelInput, Window, prepare
+from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
+from .progress import progress_of
+from .scan_checks import reason
 from .scan_files import load_scan, scan_name
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
 
 FORMATS = ("safetensors", "npz")
-WINDOW = Window(0.5, 99.5, percent=True)
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)  # of one scan: the rest goes on
 
 
@@ -44,7 +45,7 @@ class Settings:
     globals_at: str = "depth"
     layers: tuple[int, ...] | None = None  # None: the last one, under plain names
     pool: bool = False  # only one vector per volume
-    window: Window = WINDOW
+    window: Window = PERCENTILES
     axes: str | None = None  # None: SPR for scans that have an orientation
     spacing: tuple[float, float, float] | None = None
     fit: str = "pad"
@@ -59,7 +60,7 @@ class Job:
 
     @property
     def picture(self) -> Path:
-        return self.out.with_suffix(".png")
+        return self.out.with_name(f"{self.out.name}.png")
 
 
 def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[Job]:
@@ -88,6 +89,8 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
     for job in jobs:
         if job.out.exists() and job.scan.exists() and job.out.samefile(job.scan):
             raise ValueError(f"out must not replace a scan, got {job.out}")
+        if job.scan.is_dir() and job.scan.resolve() in job.out.resolve().parents:
+            raise ValueError(f"out must not be in the folder of a scan, got {job.out}")
     while not folder.exists():  # it is made for the first features, not before
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -117,7 +120,7 @@ def run_features(
 
     Raises whatever is wrong with the settings, the model or the device: nothing was written then.
     """
-    console = require("rich.console", "scans").Console(stderr=True, highlight=False, soft_wrap=True)
+    require("rich", "scans")
     if picture:  # before minutes of work, not after
         require("matplotlib", "scans")
     if any(job.out.suffix.lower() == ".safetensors" for job in jobs):
@@ -126,19 +129,21 @@ def run_features(
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {settings.fit!r}")
     if settings.axes is not None:
         check_axes(settings.axes)
-    lifted, identity = _model(settings, _device(device), random_weights)
+    settings, lifted, identity = _model(settings, _device(device), random_weights)
     complaints = []
-    with _progress(console, lifted, len(jobs)) as progress:
+    with progress_of(lifted, len(jobs)) as progress:
         for job in jobs:
             progress.start(job.scan.name)
+            line = None
             try:
-                done = _one(job, lifted, settings, identity, picture, overwrite)
-                print(f"{job.out}  {done}", flush=True)
+                line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite)}"
             except EXPECTED as error:
                 message = " ".join(str(error).split()) or type(error).__name__
                 named = message.startswith(f"volume {job.scan} ")
                 complaints.append(message if named else f"volume {job.scan}: {message}")
             progress.finish()
+            if line is not None and sys.stdout is not None:
+                print(line, flush=True)
     return complaints
 
 
@@ -146,46 +151,58 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            device = torch.device(name)
+            torch.ones(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be 'auto' or one that torch can use here, got {name!r}: {reason}") from error
+        raise ValueError(
+            f"device must be 'auto' or one that torch can use here, got {name!r}: {reason(error)}"
+        ) from error
     return device
 
 
-def _model(settings: Settings, device: torch.device, random_weights: bool) -> tuple[LiftedModel, dict[str, Any]]:
-    """The lifted model, and what the metadata says of it."""
+def _model(
+    settings: Settings, device: torch.device, random_weights: bool
+) -> tuple[Settings, LiftedModel, dict[str, Any]]:
+    """Settings in one of the ways they can be written, the lifted model, and what the metadata says of it."""
     host, note = load_model(settings.model)
     if note.startswith("RANDOM") and not random_weights:
         raise ValueError(f"model {settings.model} must have weights, got {note}; --random-weights computes them anyway")
     names = ("mode", "cycle_order", "pool_method", "globals_at")
-    lifted = lift(host.to(device), **{name: getattr(settings, name) for name in names})
+    lifted = lift(host, **{name: getattr(settings, name) for name in names})
     if settings.layers is not None:
-        wanted_layers(settings.layers, len(lifted.blocks))
+        layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
+        settings = replace(settings, layers=tuple(sorted(layers)))
+    if settings.axes is not None:
+        settings = replace(settings, axes=check_axes(settings.axes))
     mean, std = normalisation(host, settings.model)
-    return lifted, {"model": settings.model, "weights": note, "mean": list(mean), "std": list(std)}
+    identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
+    lifted.to(device)
+    return settings, lifted, identity | {"weights": note}
 
 
 def _one(
     job: Job, lifted: LiftedModel, settings: Settings, identity: dict[str, Any], picture: bool, overwrite: bool
 ) -> str:
     """Computes and writes one scan's features; says in a few words what was done."""
-    wanted = identity | {"settings": _described(settings), "scan": job.scan.name}
+    wanted = identity | {"settings": _described(settings), "scan": job.scan.absolute().name}
     if job.out.exists() and not overwrite:
-        if not _holds(job.out, wanted | {"scan_sha256": fingerprint(job.scan)}):
+        if not _holds(job.out, wanted | {"scan_sha256": digest_of_scan(job.scan)}):
             raise ValueError(
                 f"out must be new, or hold the same features already, got {job.out}; --overwrite replaces it"
             )
         if not picture or job.picture.exists():
             return "was there already"
+    elif picture and job.picture.exists() and not overwrite:
+        raise ValueError(f"out must leave its picture a new file, got {job.picture}; --overwrite replaces it")
     scan = load_scan(job.scan, axes=settings.axes)
     patch, (mean, std) = lifted.adapter.patch_size, (identity["mean"], identity["std"])
     given = prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
     features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
     affine = given.feature_affine(patch)
     metadata = wanted | {
-        "scan_sha256": fingerprint(job.scan),
+        "scan_sha256": digest_of_scan(job.scan),
         "affine": affine.tolist(),
         "axes": scan.axes or "unknown",
         "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
@@ -196,9 +213,14 @@ def _one(
         "planecycle_fast": __version__,
     }
     job.out.parent.mkdir(exist_ok=True, parents=True)
-    feature_files.save_features(job.out, tensors, metadata)
-    if picture:
-        _draw(job, given, features[-1].patches[0].cpu(), metadata)
+    job.picture.unlink(missing_ok=True)  # of the features that are replaced
+    try:
+        if picture:
+            _draw(job, given, features[-1].patches[0].cpu(), metadata)
+        feature_files.save_features(job.out, tensors, metadata)
+    except BaseException:
+        job.picture.unlink(missing_ok=True)
+        raise
     return " x ".join(map(str, metadata["size"])) + " patches"
 
 
@@ -227,25 +249,6 @@ def compute(
     return features, tensors
 
 
-def fingerprint(scan: Path) -> str:
-    """SHA-256 of a scan's file, or of the names and contents of a folder's files.
-
-    Raises ValueError for a path that cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        if not scan.exists():
-            raise FileNotFoundError(2, "No such file or directory")
-        for file in sorted(f for f in scan.iterdir() if f.is_file()) if scan.is_dir() else [scan]:
-            digest.update(file.name.encode(errors="surrogateescape") + b"\0" if scan.is_dir() else b"")
-            with file.open("rb") as opened:
-                while block := opened.read(2**20):
-                    digest.update(block)
-    except OSError as error:
-        raise ValueError(f"volume {scan} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
 def _described(settings: Settings) -> dict[str, Any]:
     """Settings as JSON values."""
     described = asdict(settings) | {"window": str(settings.window)}
@@ -258,7 +261,10 @@ def _holds(path: Path, wanted: dict[str, Any]) -> bool:
         metadata = feature_files.load_metadata(path)
     except ValueError:
         return False
-    return all(name in metadata and metadata[name] == value for name, value in wanted.items())
+    same = {
+        name: value for name, value in wanted.items() if name != "weights"
+    }  # where they came from is not what they are
+    return all(name in metadata and metadata[name] == value for name, value in same.items())
 
 
 def _draw(job: Job, given: ModelInput, patches: Tensor, metadata: dict[str, Any]) -> None:
@@ -266,40 +272,3 @@ def _draw(job: Job, given: ModelInput, patches: Tensor, metadata: dict[str, Any]
     title = f"{job.scan.name}\nthree principal components of the patch features as colours\n{metadata['weights']}"
     axes = metadata["axes"] if len(metadata["axes"]) == 3 else None
     three_views(given.image, colours, job.picture, title, spacing=tuple(metadata["spacing"]), axes=axes)
-
-
-class _Progress:
-    """Two bars, scans and layers, where stderr is a terminal; nothing where it is not."""
-
-    def __init__(self, bars: Any, scans: int, layers: int) -> None:
-        self.bars, self.layers = bars, layers
-        self.scan_task = bars.add_task("scans", total=scans)
-        self.layer_task = bars.add_task("", total=layers)
-
-    def start(self, name: str) -> None:
-        self.bars.reset(self.layer_task, total=self.layers, description=name)
-
-    def advance(self) -> None:
-        self.bars.advance(self.layer_task)
-
-    def finish(self) -> None:
-        self.bars.advance(self.scan_task)
-
-
-@contextmanager
-def _progress(console: Any, model: LiftedModel, scans: int) -> Iterator[_Progress]:
-    columns = require("rich.progress", "scans")
-    terminal = sys.stdout.isatty()  # what goes into a file or a pipe must not pass through the bars' console
-    bars = columns.Progress(console=console, transient=True, disable=not console.is_terminal, redirect_stdout=terminal)
-    progress = _Progress(bars, scans, len(model.blocks))
-
-    def advance(module: nn.Module, args: object, output: object) -> None:
-        progress.advance()
-
-    hooks = [block.register_forward_hook(advance) for block in model.blocks]
-    try:
-        with bars:
-            yield progress
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -111,10 +111,9 @@ def check_suffix(path: Path) -> str:
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place when all went well, and is removed otherwise.
 
-    Its name is always the same, so that what a killed process left is overwritten by the next one.
+    Every process has its own. One that is killed leaves it, a hidden file that nothing reads.
     """
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
         temporary.touch()  # with the permissions of any new file, which libraries may take away
         mode = temporary.stat().st_mode

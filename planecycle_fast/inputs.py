@@ -46,11 +46,12 @@ def _autocast_casts(*tensors: Tensor) -> bool:
     return on and all(t.dtype != torch.float64 for t in tensors)
 
 
-def wanted_layers(n: int | Sequence[int], count: int) -> set[int]:
+def wanted_layers(n: int | Sequence[int], count: int, name: str = "n") -> set[int]:
     """Indices of layers of a model that has `count` of them.
 
     Args:
         n: how many of the last layers, or the indices of layers (negative ones count from the end).
+        name: that of the argument.
 
     Raises:
         TypeError: neither a number nor a sequence of them.
@@ -58,14 +59,14 @@ def wanted_layers(n: int | Sequence[int], count: int) -> set[int]:
     """
     if _is_index(n):
         if not 1 <= n <= count:
-            raise ValueError(f"n must be between 1 and the model's {count} layers, got {n}")
+            raise ValueError(f"{name} must be between 1 and the model's {count} layers, got {n}")
         return set(range(count - n, count))
     listed = list(n) if isinstance(n, Iterable) and not isinstance(n, (str, bytes)) else [n]
     if not all(_is_index(i) for i in listed):
-        raise TypeError(f"n must be a number of layers or a sequence of indices, got {n!r}")
+        raise TypeError(f"{name} must be a number of layers or a sequence of indices, got {n!r}")
     indices = [int(i) for i in listed]
     if not indices or not all(-count <= i < count for i in indices):
-        raise ValueError(f"n must hold indices of the model's {count} layers, got {indices}")
+        raise ValueError(f"{name} must hold indices of the model's {count} layers, got {indices}")
     return {i % count for i in indices}
 
 

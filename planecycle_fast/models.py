@@ -6,6 +6,8 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -60,11 +62,23 @@ def load_model(name: str) -> tuple[nn.Module, str]:
     """
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
-    if Path(name).is_dir():
-        return _from_folder(name)
-    if "/" in name and not name.startswith("timm/"):
-        return _from_hugging_face(name)
-    return _from_timm(name.removeprefix("timm/"))
+    if not Path(name).is_dir() and ("/" not in name or name.startswith("timm/")):
+        return _from_timm(name.removeprefix("timm/"))
+    with _without_bars(require("transformers", "hf")):
+        return _from_folder(name) if Path(name).is_dir() else _from_hugging_face(name)
+
+
+@contextmanager
+def _without_bars(transformers) -> Iterator[None]:
+    """transformers shows a bar while it reads weights, on a terminal or not."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 Triple = tuple[float, float, float]  # one number per channel

@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, resample
+from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, resample, three_channels
 
 FITS = ("pad", "resize")
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
@@ -28,7 +27,7 @@ class Window:
 
     def __str__(self) -> str:
         unit = "%" if self.percent else ""
-        return f"{self.low:g}{unit},{self.high:g}{unit}"
+        return ",".join(f"{end!r}".removesuffix(".0") + unit for end in (self.low, self.high))
 
     def apply(
         self,
@@ -50,6 +49,9 @@ class Window:
                 f"got {self}"
             )
         return ((voxels - low) / (high - low)).clamp(0, 1)
+
+
+PERCENTILES = Window(0.5, 99.5, percent=True)  # the usual choice where nothing is known of the scanner
 
 
 def parse_window(text: str) -> Window:
@@ -138,8 +140,7 @@ def prepare(
     if shape != list(image.shape):
         image = resample(image, tuple(shape))
     image = F.pad(image, (0, padding[1], 0, padding[0]))
-    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
-    return ModelInput((image[None, None] - mean) / std, image, scan.affine @ _grid(scale), padding)
+    return ModelInput(three_channels(image, mean, std), image, scan.affine @ _grid(scale), padding)
 
 
 def _grid(scale: tuple[float, float, float] | list[float]) -> np.ndarray:  # (4, 4)

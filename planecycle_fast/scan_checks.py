@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -42,6 +45,21 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
+def check_gzip(path: Path, begin: int, size: int, more: int = 0) -> None:
+    """Refuses what its reader would not see: packed data, from byte `begin`, of another size or checksum.
+
+    `more` bytes may follow the `size` ones.
+    """
+    with path.open("rb") as file:
+        file.seek(begin)
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            left = size
+            while left >= -more and (chunk := unpacked.read(2**20)):
+                left -= len(chunk)
+    if not -more <= left <= 0:
+        raise Refused(f"{DAMAGED}: it must unpack to {size} bytes")
+
+
 @contextmanager
 def quiet_itk() -> Iterator[ModuleType]:
     """SimpleITK, whose C++ warnings do not reach stderr. Raises MissingPackageError."""
@@ -63,5 +81,6 @@ def one_line(text: str, longest: int = 400) -> str:
 def reason(error: Exception) -> str:
     """An error of a library in one short line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # SimpleITK begins with where it was compiled.
-    return one_line(lines[-1] if "SimpleITK" in lines[0] else lines[0], 200)
+    # SimpleITK begins with where it was compiled, and names objects by their address.
+    line = lines[-1] if "SimpleITK" in lines[0] else lines[0]
+    return one_line(re.sub(r" ?\(0x[0-9a-f]+\)", "", line), 200)

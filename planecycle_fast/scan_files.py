@@ -6,14 +6,11 @@ left to right, so that each slice is an axial picture with the face up, unless o
 
 from __future__ import annotations
 
-import gzip
 import io
-import logging
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,9 +18,10 @@ import numpy as np
 import torch
 
 from .dicom import read_dicom
-from .optional import MissingPackageError, require
+from .nifti import read_nifti
+from .optional import MissingPackageError
 from .orientation import AXIAL, check_axes, spans_space, turned
-from .scan_checks import DAMAGED, Refused, check_header, one_line, quiet_itk, reason
+from .scan_checks import DAMAGED, Refused, check_gzip, check_header, one_line, quiet_itk, reason
 from .volumes import MAX_BYTES, Scan
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".npy", ".npz")
@@ -41,7 +39,8 @@ def load_scan(path: str | Path, axes: str | None = None, max_bytes: int = MAX_BY
     Oriented files are turned to `axes` by permutations and flips: an oblique scan is not resampled, and its
     affine stays oblique. A folder must hold the images of exactly one DICOM series; it may hold files of other
     kinds, and its folders are not searched. An .npy has voxels of 1 mm; an .npz may hold `spacing` (3,), mm along
-    D, H, W, beside its one array or the one called `volume`.
+    D, H, W, beside its one array or the one called `volume`. A NIfTI whose
+    header gives no orientation is such an array too, its slices along the third axis.
 
     Args:
         path: the file or folder.
@@ -105,14 +104,12 @@ def _read(path: Path, axes: str | None, max_bytes: int) -> Scan:
         raise Refused(f"must be a file ending in {', '.join(SUFFIXES)}, or a folder of DICOM files")
     with path.open("rb") as file:  # what the system refuses, it says best itself
         file.read(1)
-    if suffix in _ORIENTED:
-        voxels, affine = _ORIENTED[suffix](path, max_bytes)
-        return _oriented(voxels, affine, axes)
+    voxels, place = _READERS[suffix](path, max_bytes)
+    if place.shape == (4, 4):
+        return _oriented(voxels, place, axes)
     if axes is not None:
-        raise Refused(f"must say how its axes lie to be turned to axes {axes!r}, but a {suffix} does not")
-    voxels, spacing = _ARRAYS[suffix](path, max_bytes)
-    affine = np.diag([*spacing, 1.0])
-    return Scan(torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32)), affine)
+        raise Refused(f"must say how its axes lie to be turned to axes {axes!r}, but it does not")
+    return Scan(_tensor(voxels), np.diag([*place, 1.0]))
 
 
 def _oriented(
@@ -124,32 +121,13 @@ def _oriented(
     if not spans_space(affine):
         raise Refused(f"must have an affine whose axes span space, got {affine[:3].tolist()}")
     voxels, affine = turned(voxels, affine, axes or AXIAL)
-    return Scan(torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32)), affine, axes or AXIAL)
+    return Scan(_tensor(voxels), affine, axes or AXIAL)
 
 
-def _read_nifti(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (i, j, k) float32, affine (4, 4) to RAS+."""
-    nibabel = require("nibabel", "scans")
-    try:
-        with _silent(nibabel.imageglobals.logger):  # which prints what nibabel mends in a header
-            image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as error:
-        raise Refused(f"must be a NIfTI image: {reason(error)}") from None
-    shape, dtype = image.shape, image.get_data_dtype()
-    while len(shape) > 3 and shape[-1] == 1:  # some tools write (x, y, z, 1)
-        shape = shape[:-1]
-    # The file's voxels, scaled in up to float64, and float32 copies before and after turning.
-    check_header(shape, dtype, dtype.itemsize + max(dtype.itemsize, 8) + 8, max_bytes)
-    return np.asarray(image.dataobj, dtype=np.float32).reshape(shape), image.affine
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was
+def _tensor(voxels: np.ndarray) -> torch.Tensor:
+    """Contiguous, float32; numpy counts an axis of one as contiguous whatever its stride, torch does not."""
+    voxels = np.ascontiguousarray(voxels, dtype=np.float32)
+    return torch.from_numpy(voxels.copy() if min(voxels.strides) < 0 else voxels)
 
 
 def _read_nrrd(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +147,7 @@ def _read_nrrd(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
         # SimpleITK's image, and float32 copies before and after turning.
         check_header(reader.GetSize(), dtype, dtype.itemsize + 8, max_bytes)
         if packed:
-            _check_gzip(path, begin, math.prod(reader.GetSize()) * dtype.itemsize)
+            check_gzip(path, begin, math.prod(reader.GetSize()) * dtype.itemsize)
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
         affine[:3, 3] = reader.GetOrigin()
@@ -199,6 +177,10 @@ def _check_nrrd(path: Path) -> tuple[int, bool]:
         raise Refused(f"must be 3D and not empty, got the dimension {fields.get('dimension')!r}")
     if fields.get("space") not in NRRD_SPACES or "space directions" not in fields:
         raise Refused(f"must say its space ({', '.join(NRRD_SPACES[:3])}) and directions, got {fields.get('space')!r}")
+    if "space origin" not in fields:
+        raise Refused("must say its space origin, without which it has no place in millimetres")
+    if set(re.findall(r'"(.*?)"', fields.get("space units", ""))) - {"mm"}:
+        raise Refused(f"must have space units of mm, got {fields['space units']}")
     for name in ("space directions", "space origin"):  # VNL prints what it thinks of NaN
         numbers = re.split(r"[(), \t]+", fields.get(name, "").strip("(), \t"))
         if not all(math.isfinite(float(number)) for number in numbers if number):
@@ -206,41 +188,33 @@ def _check_nrrd(path: Path) -> tuple[int, bool]:
     return end.end(), fields.get("encoding") in ("gzip", "gz")
 
 
-def _check_gzip(path: Path, begin: int, size: int) -> None:
-    """Raises unless what is packed from byte `begin` has `size` bytes and its checksum, which SimpleITK ignores."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            left = size
-            while left >= 0 and (chunk := unpacked.read(2**20)):
-                left -= len(chunk)
-    if left:
-        raise Refused(f"{DAMAGED}: it must unpack to {size} bytes")
-
-
-def _read_npy(path: Path, max_bytes: int) -> tuple[np.ndarray, tuple[float, ...]]:
+def _read_npy(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W), millimetres along D, H, W."""
     with path.open("rb") as file:
         shape, dtype, _ = _array_header(file)
     check_header(shape, dtype, _array_bytes(dtype), max_bytes)
-    return np.load(path, allow_pickle=False), (1.0, 1.0, 1.0)
+    return np.load(path, allow_pickle=False), np.ones(3)
 
 
-def _read_npz(path: Path, max_bytes: int) -> tuple[np.ndarray, tuple[float, ...]]:
+def _read_npz(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W), millimetres along D, H, W."""
     with zipfile.ZipFile(path) as archive:
         names = sorted({name[:-4] for name in archive.namelist() if name.endswith(".npy")})
+        if "affine" in names:
+            raise Refused(
+                "must not hold an affine, of which an .npz cannot say the axes; give a spacing, or write NIfTI"
+            )
         arrays = [name for name in names if name != "spacing"]
         if "volume" not in arrays and len(arrays) != 1:
             raise Refused(f"must hold one array, or one called 'volume', got {one_line(str(names), 200)}")
         name = "volume" if "volume" in arrays else arrays[0]
         voxels = _member(archive, name, lambda shape, dtype: check_header(shape, dtype, _array_bytes(dtype), max_bytes))
         if "spacing" not in names:
-            return voxels, (1.0, 1.0, 1.0)
+            return voxels, np.ones(3)
         spacing = _member(archive, "spacing", _check_spacing)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise Refused(f"must have a spacing of 3 positive finite numbers, got {spacing.tolist()}")
-    return voxels, tuple(float(s) for s in spacing)
+    return voxels, spacing.astype(np.float64)
 
 
 def _check_spacing(shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -277,5 +251,5 @@ def _array_bytes(dtype: np.dtype) -> int:
     return dtype.itemsize + 8
 
 
-_ORIENTED = {".nii": _read_nifti, ".nii.gz": _read_nifti, ".nrrd": _read_nrrd}
-_ARRAYS = {".npy": _read_npy, ".npz": _read_npz}
+# Voxels, and either (i, j, k) with the affine (4, 4) to RAS+, or (D, H, W) with the millimetres along them.
+_READERS = {".nii": read_nifti, ".nii.gz": read_nifti, ".nrrd": _read_nrrd, ".npy": _read_npy, ".npz": _read_npz}

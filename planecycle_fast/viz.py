@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +92,13 @@ def three_views(
                 ax.set_title(name, fontsize=17)
             if column == 0:
                 ax.set_ylabel(_ACROSS[axes[row]] if axes else f"across {axis}", fontsize=17)
-    figure.suptitle(title, fontsize=13)
+    title = title.encode(errors="replace").decode()  # of file names that are no text
+    figure.suptitle(title, fontsize=13, parse_math=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
-        figure.savefig(temporary, dpi=100, format="png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # characters that the font lacks become boxes
+            figure.savefig(temporary, dpi=100, format="png")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -39,17 +39,6 @@ class Scan:
         return depth, height, width
 
 
-def intensities(scan: Scan, percentiles: tuple[float, float] = (0.5, 99.5)) -> Tensor:
-    """The scan's voxels (D, H, W), the percentiles mapped to 0 and 1, and cut off there.
-
-    Where the percentiles are equal, as in a mask that is almost empty, the extremes take their place.
-    """
-    low, high = np.percentile(scan.voxels.numpy(), percentiles)
-    if high <= low:
-        low, high = scan.voxels.min(), scan.voxels.max()
-    return ((scan.voxels - float(low)) / float(high - low)).clamp(0, 1)
-
-
 def model_input(
     image: Tensor,  # (D, H, W) in [0, 1]
     spacing: tuple[float, float, float],  # mm along D, H, W
@@ -71,8 +60,17 @@ def model_input(
     shape = (depth, rows * patch_size[0], columns * patch_size[1])
     if 3 * 4 * math.prod(shape) > MAX_BYTES:
         raise ValueError(f"size must leave a volume of at most {gib(MAX_BYTES)}, got {size}, which makes it {shape}")
-    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
-    return (resample(image, shape)[None, None] - mean) / std
+    return three_channels(resample(image, shape))
+
+
+def three_channels(
+    image: Tensor,  # (D, H, W) in [0, 1]
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Tensor:  # (1, 3, D, H, W)
+    """Three equal channels, with the mean removed and the deviation divided out."""
+    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
+    return (image[None, None] - mean) / std
 
 
 def resample(

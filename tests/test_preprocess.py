@@ -131,3 +131,11 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="at most .* GiB for the model, got 32 x 32 x 32 pixels; a larger spacing"):
         prepare(scan(32, 32, 32), (4, 4), ALL, max_bytes=3 * 4 * 32**3 // 4)
     assert prepare(scan(32, 32, 32), (4, 4), ALL, max_bytes=3 * 4 * 32**3).pixels.shape == (1, 3, 32, 32, 32)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_what_is_finer_than_a_new_voxel_is_smoothed(axis):
+    stripes = (torch.arange(64) % 2).float().view([-1 if a == axis else 1 for a in range(3)]).expand(64, 64, 64)
+    given = prepare(Scan(stripes, np.eye(4), "SPR"), (4, 4), ALL, spacing=(4.0, 4.0, 4.0))
+    assert given.image.shape == (16, 16, 16)
+    assert (given.image - 0.5).abs().max() < 0.1

@@ -518,7 +518,7 @@ SCANS = {
     ),
     "other size": ("a", other_size, r"must have the same size and type of pixels in all images, got \(6, 7"),
     "one slice": ("a", lambda p: series(p, array=COUNTS[:, :, :1]), "must be a volume of at least 2 slices, got one"),
-    "dicom colour": ("a", in_colour, "must be grey, got 3 samples a pixel of 'RGB'"),
+    "dicom colour": ("a", in_colour, "must be grey, of MONOCHROME2, got 3 samples a pixel of 'RGB'"),
     "dicom constant": ("a", lambda p: series(p, array=COUNTS * 0), "must hold an image, got the one value 0"),
     "dicom huge": (
         "a",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD, Scan, intensities, model_input
+from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD, Scan, model_input
 
 
 def test_a_scan_has_the_spacing_of_its_affine_and_does_not_change():
@@ -39,16 +39,6 @@ def test_resampling_keeps_places():
     bright = volume[0, 0].flatten().argmax().item()
     d, h, w = bright // 400, bright // 20 % 20, bright % 20
     assert d in (7, 8) and 4 <= h < 8 and 12 <= w < 16
-
-
-def test_intensities():
-    scan = Scan(torch.linspace(0, 1000, 1001).view(7, 11, 13), np.eye(4))
-    image = intensities(scan, (10, 90))
-    assert image.min() == 0 and image.max() == 1
-    assert image.flatten()[500].item() == pytest.approx(0.5, abs=1e-3)
-    almost_empty = torch.zeros(10, 20, 30)
-    almost_empty[5, 6, 7] = 3
-    assert intensities(Scan(almost_empty, np.eye(4))).sum() == 1
 
 
 def test_a_size_that_no_memory_holds():

@@ -1,0 +1,53 @@
+"""Progress of many scans, each through many layers, where stderr is a terminal; nothing where it is not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .lifted import LiftedModel
+from .optional import require
+
+
+class Progress:
+    """Two bars: scans, and the layers of the present one."""
+
+    def __init__(self, bars: Any, scans: int, layers: int) -> None:
+        self.bars, self.layers = bars, layers
+        self.scan_task = bars.add_task("scans", total=scans)
+        self.layer_task = bars.add_task("", total=layers)
+
+    def start(self, name: str) -> None:
+        self.bars.reset(self.layer_task, total=self.layers, description=require("rich.markup", "scans").escape(name))
+
+    def advance(self) -> None:
+        self.bars.advance(self.layer_task)
+
+    def finish(self) -> None:
+        self.bars.advance(self.scan_task)
+
+
+@contextmanager
+def progress_of(model: LiftedModel, scans: int) -> Iterator[Progress]:
+    """Shows the bars within the block; they follow the blocks of `model`. Raises MissingPackageError without rich."""
+    console = require("rich.console", "scans").Console(stderr=True)
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # what goes into a pipe must not pass through the bars
+    bars = require("rich.progress", "scans").Progress(
+        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=terminal
+    )
+    progress = Progress(bars, scans, len(model.blocks))
+
+    def advance(module: nn.Module, args: object, output: object) -> None:
+        progress.advance()
+
+    hooks = [block.register_forward_hook(advance) for block in model.blocks]
+    try:
+        with bars:
+            yield progress
+    finally:
+        for hook in hooks:
+            hook.remove()
