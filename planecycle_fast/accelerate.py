@@ -18,7 +18,7 @@ _REPLACED = ("forward_features_list", "get_intermediate_layers", "_get_intermedi
 
 
 def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto") -> nn.Module:
-    """Makes a model of the authors' code (HINTLab/PlaneCycle) faster, in place, and returns it.
+    """Runs a model of the authors' code (HINTLab/PlaneCycle) without its copies, in place, and returns it.
 
     Class, outputs, random draws in training and state_dict keys stay what they are; `restore` undoes
     it. Tokens stay in plane order between converted blocks, globals go through one matrix, and RoPE
