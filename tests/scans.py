@@ -7,6 +7,11 @@ import numpy as np
 import SimpleITK as sitk
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+GENERATOR = np.random.default_rng(0)
+NOISE = GENERATOR.normal(size=(14, 13, 12)).astype(np.float32)
+COUNTS = GENERATOR.integers(-1000, 1000, (7, 6, 5)).astype(np.int16)
+SPACED = np.diag([1.5, 2.0, 3.0, 1.0])
+SMOOTH = np.indices((64, 48, 5)).sum(0).astype(np.int16)  # packing noise, the writer would go beyond its memory
 
 
 def write_nifti(path, array, affine=None):
@@ -88,3 +93,27 @@ def execute(writer, image):
 
 def decimals(numbers):
     return "\\".join(f"{number:.9g}" for number in numbers)
+
+
+def turned_affine(codes, oblique):
+    """Array axes along `codes`, 1.5, 2 and 3 mm, from an odd corner; turned by 20 degrees or so where oblique."""
+    affine = np.zeros((4, 4))
+    for column, (code, size) in enumerate(zip(codes, (1.5, 2.0, 3.0))):
+        row = next(r for r, pair in enumerate(("RL", "AP", "SI")) if code in pair)
+        affine[row, column] = size if code in "RAS" else -size
+    if oblique:
+        angles = np.radians(20), np.radians(-15)
+        (c, d), (s, t) = np.cos(angles), np.sin(angles)
+        affine[:3] = [[c, -s, 0], [s, c, 0], [0, 0, 1]] @ np.array([[1, 0, 0], [0, d, -t], [0, t, d]]) @ affine[:3]
+    affine[:, 3] = (-31.5, 12.25, 101, 1)
+    return affine
+
+
+WRITERS = {
+    "nii": lambda folder, *scan: write_nifti(folder / "a.nii", *scan),
+    "nii.gz": lambda folder, *scan: write_nifti(folder / "a.nii.gz", *scan),
+    "nrrd": lambda folder, *scan: write_nrrd(folder / "a.nrrd", *scan),
+    "packed nrrd": lambda folder, *scan: write_nrrd(folder / "a.nrrd", *scan, packed=True),
+    "dicom": lambda folder, *scan: write_dicom(folder / "a", *scan),
+    "frames": lambda folder, *scan: write_frames(folder / "a", *scan),
+}

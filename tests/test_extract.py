@@ -19,9 +19,9 @@ from planecycle_fast.models import load_model
 from planecycle_fast.preprocess import parse_window, prepare
 from planecycle_fast.scan_files import load_scan
 
+from .bad_scans import SCANS
 from .hosts import hf_dinov3, randomise
-from .scans import write_dicom, write_nifti, write_nrrd
-from .test_scan_files import SCANS, turned_affine
+from .scans import turned_affine, write_dicom, write_nifti, write_nrrd
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 GENERATOR = np.random.default_rng(0)

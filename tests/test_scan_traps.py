@@ -11,8 +11,7 @@ from pydicom.sequence import Sequence
 
 from planecycle_fast.scan_files import load_scan
 
-from .scans import write_dicom, write_frames, write_nifti, write_nrrd
-from .test_scan_files import COUNTS, NOISE, SMOOTH
+from .scans import COUNTS, NOISE, SMOOTH, write_dicom, write_frames, write_nifti, write_nrrd
 
 # DICOM
 
