@@ -90,7 +90,7 @@ class Block(nn.Module):
         """Drop path by leaving sequences out; of all volumes of a list before any is computed."""
         if not (self.training and self.drop):
             return [t + branch(t, r) for t, r in zip(x, rope)]
-        kept = [torch.randperm(len(t))[: max(1, int(len(t) * (1 - self.drop)))] for t in x]
+        kept = [torch.randperm(len(t), device=t.device)[: max(1, int(len(t) * (1 - self.drop)))] for t in x]
         parts = zip(x, rope, kept)
         return [t.index_add(0, k, branch(t[k], r), alpha=len(t) / len(k)) for t, r, k in parts]
 
@@ -110,11 +110,11 @@ class RopeEmbedding(nn.Module):
 
     def forward(self, **sizes):
         common = {"min": min, "max": max}.get(self.normalize_coords, lambda _: None)(sizes.values())
-        axes = [2 * (torch.arange(0.5, n) / (common or n)) - 1 for n in sizes.values()]
+        axes = [2 * (torch.arange(0.5, n, device=self.periods.device) / (common or n)) - 1 for n in sizes.values()]
         axes = torch.meshgrid(*axes, indexing="ij")
         coords = torch.stack(axes, -1).flatten(0, -2)  # (L, axes)
         if self.training and self.rescale_coords:
-            coords = coords * self.rescale_coords ** torch.empty(1).uniform_(-1, 1)
+            coords = coords * self.rescale_coords ** torch.empty(1, device=coords.device).uniform_(-1, 1)
         periods = self.periods.split(self.sections) if hasattr(self, "sections") else [self.periods] * 2
         angles = torch.cat([2 * torch.pi * c[:, None] / p for c, p in zip(coords.T, periods)], 1).tile(2)
         return angles.sin(), angles.cos()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
+from planecycle_fast import extract
 
-from .hosts import HOSTS
+from .hosts import BY_NAME, HOSTS
 from .toy import PATCH, ToyViT, toy_lift
 
 pytestmark = [
@@ -39,3 +40,20 @@ def test_slice2d_is_the_2d_model_on_cuda(host):
 def test_a_volume_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="volume must be on the model's device, cuda:0, got cpu"):
         toy_lift(ToyViT()).cuda()(torch.zeros(1, 3, 2, 4, 6))
+
+
+@pytest.mark.parametrize("block_type", ["PlaneCycle", "Slice2D", "Flatten3D"])
+def test_accelerated_models_on_cuda_are_those_of_the_cpu(build, block_type):
+    model, volume = build(block_type).double(), torch.randn(2, 3, 3, 20, 12, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(volume)
+        got = pcf.accelerate(model.cuda())(volume.cuda())
+    for name in ("x_norm_patchtokens", "x_norm_clstoken", "x_storage_tokens", "x_prenorm"):
+        torch.testing.assert_close(got[name].cpu(), expected[name], rtol=0, atol=1e-5)  # RoPE tables are float32
+
+
+def test_features_are_computed_on_cuda_where_there_is_one():
+    assert extract._device("auto").type == "cuda"
+    lifted = pcf.lift(BY_NAME["hf-dinov3"].make().cuda())
+    _, tensors = extract.compute(lifted, torch.randn(1, 3, 3, 48, 80))
+    assert tensors["patches"].device.type == "cpu" and tensors["patches"].shape == (3, 3, 5, 64)
