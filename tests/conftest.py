@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from planecycle_fast.torchvision_fix import mend_torchvision
 
@@ -15,10 +14,14 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 mend_torchvision()
 torch.set_num_threads(1)  # one process per core
 
-settings.register_profile(
-    "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
-settings.load_profile("default")
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # tests/test_gpu.py runs without
+    pass
+else:
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=slow)
+    settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
