@@ -2,10 +2,9 @@
 # what they need in it with torch first and pinned, then the run. `make PYTHON=python3.12 ...` picks another Python.
 SHELL := /bin/bash
 PYTHON ?= python3
-comma := ,
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
 RUN := $(VENV)/bin/python
-PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),$(comma) with $(peer)))
+PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
 .PHONY: help demo test test-full lint bench clean
@@ -24,7 +23,7 @@ test: $(VENV)/.pcf-test
 
 test-full: $(VENV)/.pcf-test
 	set -o pipefail; $(RUN) -m pytest -n 2 2>&1 | tee test-full.tmp
-	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD)$(PEERS)"; tail -n 1 test-full.tmp ) \
+	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp ) \
 		> benchmarks/results/test-full.txt
 	rm test-full.tmp
 
