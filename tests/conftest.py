@@ -1,5 +1,6 @@
 """Settings of every test process."""
 
+import json
 import os
 
 import pytest
@@ -54,3 +55,33 @@ def build(request):
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Of `planecycle-fast features`: a folder with a small DINOv3, and the statistics of its images."""
+    from .hosts import hf_dinov3, randomise
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    host = hf_dinov3(num_hidden_layers=4)
+    randomise(host)
+    host.save_pretrained(folder)
+    statistics = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return str(folder)
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Runs `features` in tmp_path: status, lines of stdout, lines of stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        from planecycle_fast.cli import main
+
+        status = main(["features", "--model", model, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return command

@@ -11,7 +11,8 @@ import planecycle_fast as pcf
 
 from . import peers, standins
 from .hosts import BY_NAME
-from .test_accelerate import Overriding, assert_same
+from .test_accelerate import assert_same
+from .test_accelerate_refused import Overriding
 
 SOURCES = ["stand-in", pytest.param("authors", marks=peers.needs_planecycle)]
 VOLUME = (2, 3, 3, 20, 12)

@@ -15,12 +15,12 @@ from planecycle_fast.feature_files import load_features
 from planecycle_fast.viz import foreground, pca_colours
 
 from .scans import write_dicom, write_nifti
-from .test_extract import NOISE, model, run  # noqa: F401
+from .test_extract import NOISE
 
 OTHERS = "planecycle-fast: volume a.nii: out must be new, or hold the same features already"
 
 
-def test_other_weights_are_other_features(run, model, tmp_path):  # noqa: F811
+def test_other_weights_are_other_features(run, model, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     shutil.copytree(model, tmp_path / "m")
     assert run("a.nii", "--out", "f.npz", "--model", "m")[0] == 0
@@ -34,7 +34,7 @@ def test_other_weights_are_other_features(run, model, tmp_path):  # noqa: F811
     assert status == 1 and err[0].startswith(OTHERS)
 
 
-def test_where_weights_came_from_does_not_matter(run, tmp_path, monkeypatch):  # noqa: F811
+def test_where_weights_came_from_does_not_matter(run, tmp_path, monkeypatch):
     write_nifti(tmp_path / "a.nii", NOISE)
     assert run("a.nii", "--out", "f.npz")[0] == 0
     load = extract.load_model
@@ -42,7 +42,7 @@ def test_where_weights_came_from_does_not_matter(run, tmp_path, monkeypatch):  #
     assert run("a.nii", "--out", "f.npz")[1] == ["f.npz  was there already"]
 
 
-def test_settings_are_compared_to_the_last_digit_but_not_by_their_spelling(run, tmp_path):  # noqa: F811
+def test_settings_are_compared_to_the_last_digit_but_not_by_their_spelling(run, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     first = ["a.nii", "--out", "f.npz", "--axes", "ras", "--layers", "-1,0", "--window=-0.25,123456.75"]
     assert run(*first)[0] == 0
@@ -52,7 +52,7 @@ def test_settings_are_compared_to_the_last_digit_but_not_by_their_spelling(run, 
     assert run(*again[:-1], "--window=-0.25,123457")[0] == 1
 
 
-def test_a_folder_of_dicom_is_what_its_slices_are(run, tmp_path):  # noqa: F811
+def test_a_folder_of_dicom_is_what_its_slices_are(run, tmp_path):
     folder = write_dicom(tmp_path / "dcm", NOISE.astype(np.int16))
     assert run("dcm", "--out", "f.npz")[0] == 0
     (folder / ".DS_Store").write_bytes(b"of a Mac")
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 # Pictures
 
 
-def test_pictures_belong_to_their_features(run, tmp_path):  # noqa: F811
+def test_pictures_belong_to_their_features(run, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     (tmp_path / "f.npz.png").write_bytes(b"mine")
     status, _, err = run("a.nii", "--out", "f.npz", "--picture")
@@ -99,13 +99,13 @@ def test_pictures_belong_to_their_features(run, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["a$x_$y.nii", "\u8166.nii", b"\xff.nii".decode(errors="surrogateescape")])
-def test_names_that_are_no_titles(run, tmp_path, name):  # noqa: F811
+def test_names_that_are_no_titles(run, tmp_path, name):
     write_nifti(tmp_path / "a.nii", NOISE).rename(tmp_path / name)
     status, _, err = run(name, "--out", "f.npz", "--picture")
     assert (status, err) == (0, []) and (tmp_path / "f.npz.png").exists()
 
 
-def test_a_picture_that_cannot_be_drawn_leaves_nothing(run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_picture_that_cannot_be_drawn_leaves_nothing(run, tmp_path, monkeypatch):
     write_nifti(tmp_path / "a.nii", NOISE)
 
     def full(*_, **__):
@@ -117,7 +117,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing(run, tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
 
 
-def test_a_picture_shows_the_last_layer_where_the_scan_is_bright(run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_picture_shows_the_last_layer_where_the_scan_is_bright(run, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(extract, "three_views", lambda *arguments, **settings: seen.append((arguments, settings)))
     scan = np.zeros((40, 50, 6), np.float32)
@@ -136,13 +136,13 @@ def test_a_picture_shows_the_last_layer_where_the_scan_is_bright(run, tmp_path, 
 # Pipes and terminals
 
 
-def command(model, *arguments, **settings):  # noqa: F811
+def command(model, *arguments, **settings):
     quiet = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     whole = [sys.executable, "-m", "planecycle_fast", "features", "--model", model, *arguments]
     return subprocess.Popen(whole, stdout=subprocess.PIPE, env=quiet | {"TERM": "xterm", "COLUMNS": "80"}, **settings)
 
 
-def test_nothing_but_the_results_is_printed_without_a_terminal(model, tmp_path):  # noqa: F811
+def test_nothing_but_the_results_is_printed_without_a_terminal(model, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     process = command(model, "a.nii", "no.nii", "--out", "out", cwd=tmp_path, stderr=subprocess.PIPE)
     out, err = process.communicate()
@@ -150,7 +150,7 @@ def test_nothing_but_the_results_is_printed_without_a_terminal(model, tmp_path):
     assert err.startswith(b"planecycle-fast: volume no.nii must be a file") and err.count(b"\n") == 1
 
 
-def test_bars_go_to_the_terminal_and_results_to_the_pipe(model, tmp_path):  # noqa: F811
+def test_bars_go_to_the_terminal_and_results_to_the_pipe(model, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     master, slave = pty.openpty()
     process = command(model, "a.nii", "--out", "out", cwd=tmp_path, stderr=slave)
@@ -165,7 +165,7 @@ def test_bars_go_to_the_terminal_and_results_to_the_pipe(model, tmp_path):  # no
     assert b"scans" in shown and b"a.nii" in shown
 
 
-def test_a_reader_that_has_enough(model, tmp_path):  # noqa: F811
+def test_a_reader_that_has_enough(model, tmp_path):
     for name in "ab":
         write_nifti(tmp_path / f"{name}.nii", NOISE)
     process = command(model, "a.nii", "b.nii", "--out", "out", cwd=tmp_path, stderr=subprocess.PIPE)
