@@ -7,11 +7,13 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint bench clean
+.PHONY: help demo test test-full lint codegen bench gpu clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
-	@echo "make test       the tests, under 10 minutes on 2 cores"
+	@echo "make test       the tests, under 15 minutes on 2 cores"
 	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
+	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
+	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
 	@echo "make bench      benchmarks of this machine"
 	@echo "make lint       ruff"
 
@@ -20,16 +22,24 @@ demo: $(VENV)/.pcf-demo
 
 test: $(VENV)/.pcf-test
 	$(RUN) -m pytest -n 2 -m "not full"
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 --dist worksteal -m "not full" tests/interpreted
 
 test-full: $(VENV)/.pcf-test
 	set -o pipefail; $(RUN) -m pytest -n 2 2>&1 | tee test-full.tmp
-	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp ) \
-		> benchmarks/results/test-full.txt
-	rm test-full.tmp
+	set -o pipefail; TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 --dist worksteal tests/interpreted 2>&1 | tee interpreted.tmp
+	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp; \
+		echo "kernels in the interpreter:"; tail -n 1 interpreted.tmp ) > benchmarks/results/test-full.txt
+	rm test-full.tmp interpreted.tmp
+
+codegen: $(VENV)/.pcf-test
+	$(RUN) -m tests.kernelcheck.codegen_table
 
 lint: $(VENV)/.pcf-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed
+	$(PYTHON) -m benchmarks.gpu
 
 bench: $(VENV)/.pcf-bench
 	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" --benchmark-columns=min,median,max,rounds

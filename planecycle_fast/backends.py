@@ -1,14 +1,18 @@
 """Which implementation of the operations runs, and why another one does not.
 
 A backend asked for by name never falls back: it raises and says why. "auto" takes the first usable
-one of `BACKENDS`, fastest first, unless `use_backend` or PLANECYCLE_FAST_BACKEND names another.
+one of `BACKENDS`, fastest first, that takes the tensors' device, unless `use_backend` or
+PLANECYCLE_FAST_BACKEND names another.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 BACKENDS = ("triton", "cpu", "reference")
 ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
@@ -17,8 +21,8 @@ VARIABLE = "PLANECYCLE_FAST_BACKEND"
 _overrides: list[str] = []  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
-def why_not(backend: str) -> str | None:
-    """The reason why `backend` is not usable here, or None if it is.
+def why_not(backend: str, device: torch.device | None = None) -> str | None:
+    """The reason why `backend` is not usable here, for tensors on `device` if one is given, or None if it is.
 
     Raises ValueError for an unknown name.
     """
@@ -26,6 +30,11 @@ def why_not(backend: str) -> str | None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return None
+    if backend == "triton":
+        reason = _why_not_triton()
+        if reason is None and device is not None and device.type != "cuda" and not _interpreted():
+            reason = f"it needs tensors on a CUDA device, got {device}"
+        return reason
     return "not part of this release yet"
 
 
@@ -34,15 +43,18 @@ def backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in BACKENDS}
 
 
-def pick(backend: str = "auto") -> str:
-    """The backend to use. Raises ValueError, with the reason, for one that is unknown or not usable."""
+def pick(backend: str = "auto", device: torch.device | None = None) -> str:
+    """The backend to use, for tensors on `device` if one is given.
+
+    Raises ValueError, with the reason, for one that is unknown or not usable.
+    """
     if backend == "auto":
         backend = _overrides[-1] if _overrides else os.environ.get(VARIABLE, "auto")
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name) is None)
-    reason = why_not(backend)
+        return next(name for name in BACKENDS if why_not(name, device) is None)
+    reason = why_not(backend, device)
     if reason is not None:
-        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable()}")
+        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device)}")
     return backend
 
 
@@ -81,5 +93,41 @@ def check_attention(attention: str) -> None:
         raise ValueError(f"attention {attention!r} is not usable: {reason}; use 'auto'")
 
 
-def _usable() -> str:
-    return ", ".join(name for name in BACKENDS if why_not(name) is None)
+def _usable(device: torch.device | None) -> str:
+    return ", ".join([name for name in BACKENDS if why_not(name, device) is None])
+
+
+@functools.cache
+@torch.compiler.assume_constant_result  # what is installed does not change under a compiled model
+def _why_not_triton() -> str | None:
+    try:
+        import triton
+        import triton.language
+        from triton.backends import backends as compilers
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0] == "triton"
+        return "triton is not installed: pip install triton" if missing else _broken(error)
+    except Exception as error:  # a broken installation raises anything
+        return _broken(error)
+    if not hasattr(triton, "knobs"):
+        return f"triton {getattr(triton, '__version__', 'of unknown version')} is too old; it needs triton 3.6 or newer"
+    if triton.knobs.runtime.interpret:
+        return None
+    if "nvidia" not in compilers:
+        return f"this triton has no backend for NVIDIA GPUs; it has {', '.join(compilers) or 'none'}"
+    if torch.version.hip:
+        return "it runs on NVIDIA GPUs only so far"
+    return None if torch.cuda.is_available() else "no CUDA device was found"
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether triton's interpreter stands in for a GPU, on tensors of any device. Call it where triton imports."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _broken(error: Exception) -> str:
+    return f"importing triton failed: {type(error).__name__}: {error}"

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+pytest.importorskip("timm", reason="needs timm and transformers, whose models it compares with")
+pytest.importorskip("transformers", reason="needs timm and transformers, whose models it compares with")
+
 import planecycle_fast as pcf
 from planecycle_fast import extract
 

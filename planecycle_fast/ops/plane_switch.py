@@ -57,9 +57,15 @@ def plane_switch(
         ValueError: an unknown plane, sizes or shapes that do not belong together, or a backend that is
             unknown or not usable.
     """
-    pick(backend)  # only "reference" exists so far: any other usable name would be dispatched here
     old, new = parse_plane(old, "old"), parse_plane(new, "new")
     _check(x, old, new, sizes, num_globals, transition)
+    chosen = pick(backend, x.device)
+    if old == new and (num_globals == 0 or transition.is_identity):
+        return x
+    if chosen == "triton":
+        from .plane_switch_triton import plane_switch_triton
+
+        return plane_switch_triton(x, old, new, sizes, num_globals, transition)
     return plane_switch_ref(x, old, new, sizes, num_globals, transition)
 
 

@@ -1,0 +1,127 @@
+"""``make gpu``: on a machine with an NVIDIA GPU, the GPU tests, and each operation's time against a measured copy.
+
+Needs torch, triton and pytest, nothing else. Writes ``benchmarks/results/<gpu>/``: `tests.txt`, and `ops.md` with the
+bytes that an operation declares, its time (median of many runs, caches flushed), its bandwidth, and that of a
+`copy_` of as many bytes in the same run. Every file says which GPU, versions, commit and command it is of.
+"""
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+BAR = {True: 0.75, False: 0.85}  # of a copy's bandwidth, at up to 1024 channels and above
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--skip-tests", action="store_true", help="time operations only")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device was found: nothing to run", file=sys.stderr)
+        return 1
+    gpu = torch.cuda.get_device_name()
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    status = 0 if arguments.skip_tests else run_tests(folder)
+    rows = [time_call(*call) for call in calls()]
+    (folder / "ops.md").write_text(table(rows))
+    print(table(rows))
+    return status
+
+
+def header() -> str:
+    """Where and of what a result is, as lines of text."""
+    import triton
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    properties = torch.cuda.get_device_properties(0)
+    return (
+        f"{properties.name} (sm_{properties.major}{properties.minor}), CUDA {torch.version.cuda}, "
+        f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, "
+        f"commit {commit or 'unknown'}, `make gpu`\n"
+    )
+
+
+def run_tests(folder: Path) -> int:
+    """Runs the tests marked gpu; writes what they printed. Returns pytest's status."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", *map(str, gpu_test_files())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (folder / "tests.txt").write_text(header() + "\n" + done.stdout[-20_000:])
+    print("\n".join(done.stdout.splitlines()[-15:]))
+    return done.returncode
+
+
+def gpu_test_files() -> list[Path]:
+    """Test files that need nothing but torch, triton and pytest, besides optional hosts."""
+    return sorted((Path(__file__).parents[1] / "tests").glob("test_gpu*.py"))
+
+
+def calls():
+    """(operation, label, channels, arguments): each operation on shapes of real models, forward and backward."""
+    from planecycle_fast.planes import DH, DW, HW
+    from tests.specs.plane_switch import OP, case, op_arguments
+
+    shapes = [
+        ("ViT-S, 8 volumes of 64^3", (64, 4, 4), 384, 8),
+        ("ViT-S, 32 x 448^2", (32, 28, 28), 384, 8),
+        ("ViT-B, 32 x 448^2", (32, 28, 28), 768, 8),
+        ("ViT-L, 32 x 512^2", (32, 32, 32), 1024, 8),
+        ("ViT-H, 32 x 512^2", (32, 32, 32), 1280, 8),
+        ("ViT-7B, 32 x 512^2", (32, 32, 32), 4096, 4),
+    ]
+    for label, sizes, channels, batch in shapes:
+        for old, new, pool_method in ((HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")):
+            c = case(old, new, sizes, 5, channels, batch, pool_method)
+            x = torch.randn(c.tensors["x"], device="cuda", dtype=torch.bfloat16)
+            for arguments, direction in zip(op_arguments({"x": x}, c.settings), ("forward", "backward")):
+                yield OP, f"{label}, {old} to {new}, {pool_method}, {direction}", channels, arguments
+
+
+def time_call(op, label: str, channels: int, arguments: tuple) -> dict:
+    """Times one call of an operation and a copy that moves as many bytes."""
+    from triton.testing import do_bench
+
+    cost = op.cost(*arguments)
+    moved = cost.read + cost.written
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = do_bench(lambda: op.body(*arguments), quantiles=[0.5])
+    copy = do_bench(lambda: target.copy_(source), quantiles=[0.5])
+    return {
+        "label": f"{op.name}: {label}",
+        "channels": channels,
+        "megabytes": moved / 1e6,
+        "microseconds": milliseconds * 1e3,
+        "bandwidth": moved / milliseconds / 1e9,
+        "copy": moved / copy / 1e9,
+        "ratio": copy / milliseconds,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; a ratio below its bar stands in bold."""
+    lines = [
+        header(),
+        "bf16, median of many runs with caches flushed. Bar: 75 % of the copy at up to 1024 channels, 85 % above;",
+        "**bold** is below its bar. Bytes are those the operation declares.\n",
+        "| call | C | MB | us | TB/s | copy, TB/s | of the copy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        below = row["ratio"] < BAR[row["channels"] <= 1024]
+        ratio = f"**{row['ratio']:.0%}**" if below else f"{row['ratio']:.0%}"
+        lines.append(
+            f"| {row['label']} | {row['channels']} | {row['megabytes']:.1f} | {row['microseconds']:.1f} "
+            f"| {row['bandwidth']:.2f} | {row['copy']:.2f} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The codegen gate: kernels compiled for GPUs that are not there, and what their machine code must look like."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+# bytes of shared memory that one block can have (CUDA programming guide, compute capabilities)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
+GLOBAL_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
+
+
+class CodegenError(AssertionError):
+    """A kernel compiles to something that it must not be."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a compiled kernel needs and does."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread: spilled, or arrays indexed at run time
+    shared: int  # bytes per block
+    instructions: int
+    local: int  # loads and stores of local memory: spills
+    tensor_cores: int  # instructions
+    accesses: dict[str, dict[int, int]]  # "load", "store": how many global accesses, by bytes per thread
+
+    def text(self, kind):
+        """How many accesses of which width, e.g. ``4 x 16 B``."""
+        return ", ".join(f"{count} x {width} B" for width, count in sorted(self.accesses[kind].items())) or "none"
+
+
+def compile_variant(variant, arch):
+    """The `Binary` of a `launches.Variant` on sm_<arch>."""
+    target = GPUTarget("cuda", arch, 32)
+    options = {name: getattr(variant.options, name) for name in ("num_warps", "num_stages", "num_ctas")}
+    compiled = triton.compile(variant.source(), target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name)
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name)
+    return read_binary(usage, sass, compiled.metadata.shared)
+
+
+def read_binary(usage, sass, shared):
+    """A `Binary` from the output of cuobjdump and nvdisasm. cuobjdump's LOCAL is 0 even where a kernel spills."""
+    accesses = {"load": Counter(), "store": Counter()}
+    for kind, modifiers in GLOBAL_ACCESS.findall(sass):
+        accesses["store" if kind == "STG" else "load"][_width(modifiers)] += 1
+    return Binary(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared=shared,
+        instructions=len(INSTRUCTION.findall(sass)),
+        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        tensor_cores=len(TENSOR_CORES.findall(sass)),
+        accesses={kind: dict(widths) for kind, widths in accesses.items()},
+    )
+
+
+def _width(modifiers):
+    wide = re.search(r"\.(256|128|64)\b", modifiers)
+    if wide:
+        return int(wide.group(1)) // 8
+    narrow = re.search(r"\.[US](8|16)\b", modifiers)
+    return int(narrow.group(1)) // 8 if narrow else 4
+
+
+def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False):
+    """No stack, no local memory, shared memory within the limit.
+
+    Args:
+        binary: a `Binary`.
+        arch: 80, 90, 100 or 120.
+        wide: whether accesses to row tensors take 16 bytes per thread.
+        exempt: how many accesses may be narrower all the same (vectors per channel, statistics, tables).
+        tensor_cores: whether the kernel claims to use them.
+
+    Raises CodegenError.
+    """
+    if binary.stack or binary.local:
+        raise CodegenError(f"spills: {binary.stack} bytes of stack, {binary.local} local loads and stores")
+    if binary.shared > SHARED_LIMIT[arch]:
+        raise CodegenError(f"{binary.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    narrow = sum(n for widths in binary.accesses.values() for width, n in widths.items() if width < 16)
+    if wide and narrow > exempt:
+        raise CodegenError(
+            f"{narrow} global accesses of less than 16 bytes, at most {exempt} expected: loads {binary.text('load')}; "
+            f"stores {binary.text('store')}"
+        )
+    if tensor_cores and not binary.tensor_cores:
+        raise CodegenError("no tensor-core instruction")
+
+
+def _run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,145 @@
+"""``make codegen``: compiles every kernel in every configuration for every GPU, and writes the committed table.
+
+Also which of that a test run compiles (`pairwise`), and whether the table is still true (`stale`).
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import sys
+import tokenize
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from .codegen import ARCHITECTURES, CodegenError, check_binary, compile_variant
+from .launches import launches_of, variants
+from .layouts import contiguous, stepped
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.csv"
+COLUMNS = [
+    "kernel", "configuration", "architecture", "registers", "shared", "instructions", "loads", "stores",
+    "tensor_cores", "triton", "source",
+]  # fmt: skip
+LAYOUTS = [contiguous, stepped]  # both ways channels can lie
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def all_factors(spec):
+    """Everything that a compiled kernel may depend on: names and their values."""
+    calls = len(launches_of(spec, spec.small[0], torch.float32))
+    fixed = {"dtype": DTYPES, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False], "arch": ARCHITECTURES}
+    return spec.factors | fixed
+
+
+def build(spec, dtype, layout, call, aligned, arch, **factors):
+    """The (name, variant, arch) of one choice of every factor."""
+    launch = launches_of(spec, spec.factors_case(**factors), dtype, layout)[call]
+    ((name, variant),) = variants([launch], [aligned], arch).items()
+    return name, variant, arch
+
+
+def pairwise(factors):
+    """A few choices of all factors, so that every pair of values of two factors is in one of them."""
+    choices = [dict(zip(factors, values)) for values in itertools.product(*factors.values())]
+    pairs = [set(itertools.combinations(choice.items(), 2)) for choice in choices]
+    missing = set().union(*pairs)
+    chosen = []
+    while missing:
+        best = max(range(len(choices)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        chosen.append(choices[best])
+    return chosen
+
+
+def every_build(spec):
+    """All different builds of an operation: {(name, arch): variant}."""
+    factors = all_factors(spec)
+    choices = (dict(zip(factors, values)) for values in itertools.product(*factors.values()))
+    return {(name, arch): variant for name, variant, arch in (build(spec, **choice) for choice in choices)}
+
+
+def source_hash(kernel):
+    """Of everything that the kernel's module compiles, comments left out."""
+    module = sys.modules[kernel.fn.__module__]
+    functions = [f for f in vars(module).values() if isinstance(f, triton.JITFunction)]
+    return hashlib.sha256("".join(_code(f.src) for f in functions).encode()).hexdigest()[:16]
+
+
+def _code(source):
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return " ".join(t.string for t in tokens if t.type not in (tokenize.COMMENT, tokenize.NL))
+
+
+def _row(job):
+    spec_index, name, arch = job
+    from ..specs import SPECS
+
+    spec = SPECS[spec_index]
+    variant = every_build_of(spec_index)[name, arch]
+    binary = compile_variant(variant, arch)
+    try:
+        check_binary(binary, arch, variant.aligned and spec.wide(variant.values), tensor_cores=spec.tensor_cores)
+    except CodegenError as error:
+        return f"{name} on sm_{arch}: {error}"
+    kernel, configuration = name.split(": ")
+    return [
+        kernel, configuration, f"sm_{arch}", binary.registers, binary.shared, binary.instructions,
+        binary.text("load"), binary.text("store"), binary.tensor_cores, triton.__version__,
+        source_hash(variant.kernel),
+    ]  # fmt: skip
+
+
+_builds = {}
+
+
+def every_build_of(spec_index):
+    """`every_build` of `SPECS[spec_index]`, once per process."""
+    from ..specs import SPECS
+
+    if spec_index not in _builds:
+        _builds[spec_index] = every_build(SPECS[spec_index])
+    return _builds[spec_index]
+
+
+def read_table():
+    """Rows of the committed table, as dictionaries."""
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stale(spec, rows, builds):
+    """Why the table is not that of these `builds` (of `every_build`), or None if it is."""
+    kernels = {variant.kernel.__name__: source_hash(variant.kernel) for variant in builds.values()}
+    rows = [row for row in rows if row["kernel"] in kernels]
+    listed = {(f"{row['kernel']}: {row['configuration']}", int(row["architecture"][3:])) for row in rows}
+    if listed != set(builds):
+        return f"{len(set(builds) - listed)} builds of {spec.op.name} are missing, {len(listed - set(builds))} are gone"
+    for row in rows:
+        if row["source"] != kernels[row["kernel"]]:
+            return f"the source of {row['kernel']} has changed"
+    return None
+
+
+def main():
+    from ..specs import SPECS
+
+    jobs = [(i, name, arch) for i in range(len(SPECS)) for name, arch in every_build_of(i)]
+    print(f"{len(jobs)} builds")
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(_row, jobs, chunksize=8))
+    errors = [row for row in rows if isinstance(row, str)]
+    if errors:
+        sys.exit("\n".join(errors))
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(sorted(rows))
+    print(f"wrote {TABLE.relative_to(Path.cwd())}: {len(rows)} builds, none spills")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""All checks of an operation in one line of a test file: ``TestThing = op_tests(THING)``."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from . import checks
+from .layouts import LAYOUTS
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64 is what they are measured by
+
+
+def op_tests(spec, examples=670):
+    """A class of tests for pytest to find. `examples` of hypothesis run for each of three dtypes."""
+    of_cases = pytest.mark.parametrize("case", spec.cases, ids=lambda case: case.name)
+    of_small = pytest.mark.parametrize("case", spec.small, ids=lambda case: case.name)
+    of_empty = pytest.mark.parametrize("case", spec.empty, ids=lambda case: case.name)
+    of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+    of_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+
+    class Tests:
+        @of_dtypes
+        @of_cases
+        def test_error_budget(self, case, dtype):
+            checks.error_budget(spec, case, dtype)
+
+        @of_dtypes
+        @settings(max_examples=examples, derandomize=True)
+        @given(case=spec.strategy(), layout=st.sampled_from(LAYOUTS), upstream=st.sampled_from(LAYOUTS))
+        def test_error_budget_of_any_case(self, case, layout, upstream, dtype):
+            checks.error_budget(spec, case, dtype, layout, upstream)
+
+        @pytest.mark.full
+        @of_dtypes
+        @settings(max_examples=3 * examples)
+        @given(case=spec.strategy(), layout=st.sampled_from(LAYOUTS), upstream=st.sampled_from(LAYOUTS))
+        def test_error_budget_of_many_cases(self, case, layout, upstream, dtype):
+            checks.error_budget(spec, case, dtype, layout, upstream)
+
+        @of_small
+        def test_derivatives(self, case):
+            checks.derivatives(spec, case)
+
+        @of_small
+        def test_forward_mode_without_gradients(self, case):
+            checks.forward_mode_without_gradients(spec, case)
+
+        @of_small
+        def test_needed_gradients(self, case):
+            checks.needed_gradients(spec, case)
+
+        @of_layouts
+        def test_opcheck(self, layout):
+            checks.opcheck(spec, spec.small[0], layout)
+
+        @of_small
+        def test_opcheck_of_cases(self, case):
+            checks.opcheck(spec, case)
+
+        @pytest.mark.parametrize("dynamic", [False, True])
+        @of_small
+        def test_compiled(self, case, dynamic):
+            checks.compiled(spec, case, dynamic)
+
+        @of_dtypes
+        @of_layouts
+        @of_small
+        def test_layouts(self, case, layout, dtype):
+            checks.layouts(spec, case, dtype, layout)
+
+        @of_empty
+        def test_zero_sizes(self, case):
+            checks.zero_sizes(spec, case)
+
+        @of_small
+        def test_gradient_of_a_sum(self, case):
+            checks.gradient_of_a_sum(spec, case)
+
+        @of_small
+        def test_nan_footprint(self, case):
+            checks.nan_footprint(spec, case)
+
+        @of_small
+        def test_repeatable(self, case):
+            checks.repeatable(spec, case, torch.bfloat16)
+
+        @of_small
+        def test_autocast(self, case):
+            checks.autocast(spec, case)
+
+        @of_dtypes
+        @of_cases
+        def test_declared_cost(self, case, dtype):
+            checks.declared_cost(spec, case, dtype)
+
+        @of_layouts
+        def test_declared_cost_of_layouts(self, layout):
+            checks.declared_cost(spec, spec.small[0], torch.float32, layout)
+
+        @of_empty
+        def test_declared_cost_of_nothing(self, case):
+            checks.declared_cost(spec, case, torch.float32)
+
+    Tests.__doc__ = f"Everything that planecycle_fast::{spec.op.name} must pass."
+    return Tests

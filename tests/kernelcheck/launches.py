@@ -1,0 +1,115 @@
+"""What an operation would launch on a GPU, without one: kernels, grids and the variants triton would compile.
+
+An operation's body runs on `meta` tensors while its launches are recorded; triton's own rules then say which
+arguments of a launch become part of the compiled kernel. Not under TRITON_INTERPRET=1.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
+
+    def variant(self, aligned, arch):
+        """What triton would compile for sm_<arch>, with all pointers aligned to 16 bytes or none of them."""
+        backend = make_backend(GPUTarget("cuda", arch, 32))
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        args = [Pointer(a.dtype, aligned) if isinstance(a, torch.Tensor) else a for a in self.args]
+        kwargs = dict(self.constants, debug=False)
+        bound, specialization, options = binder(*args, **kwargs)
+        options, signature, constants, attrs = self.kernel._pack_args(backend, kwargs, bound, specialization, options)
+        return Variant(self.kernel, aligned, signature, constants, attrs, options)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor as triton sees it when it chooses what to compile."""
+
+    dtype: torch.dtype
+    aligned: bool
+
+    def data_ptr(self):
+        return 0 if self.aligned else self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that its compilation depends on but the GPU."""
+
+    kernel: Any
+    aligned: bool
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attrs: dict
+    options: Any
+
+    def source(self):
+        return ASTSource(self.kernel, self.signature, self.constants, self.attrs)
+
+    @property
+    def values(self):
+        """Constants by name."""
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
+
+    @property
+    def name(self):
+        """Everything that tells the variants of a kernel apart, in words."""
+        tensor = next(kind for kind in self.signature.values() if kind.startswith("*"))[1:]
+        constants = [f"{name}={value}" for name, value in self.values.items()]
+        ints = "".join(f" {name}%16" for name in self._divisible())
+        return " ".join([tensor, "aligned" if self.aligned else "unaligned", *constants]) + ints
+
+    def _divisible(self):
+        names = [self.kernel.arg_names[path[0]] for path, attr in self.attrs.items() if attr]
+        return [name for name in names if not self.signature[name].startswith("*")]
+
+
+@contextmanager
+def recorded_launches():
+    """Within it bodies of operations on `meta` tensors launch into the list that it gives."""
+    launches = []
+
+    def wrap(kernel):
+        class Recorder:
+            def __getitem__(self, grid):
+                return lambda *args, **constants: launches.append(Launch(kernel, tuple(grid), args, constants))
+
+        return Recorder()
+
+    with mock.patch("torch.library.wrap_triton", wrap):
+        yield launches
+
+
+def launches_of(spec, case, dtype, layout=lambda t: t):
+    """The launches of all calls of a case, backward's too."""
+    tensors = {name: layout(torch.empty(shape, dtype=dtype, device="meta")) for name, shape in case.tensors.items()}
+    with recorded_launches() as launches:
+        for call in spec.op_arguments(tensors, case.settings):
+            spec.op.body(*call)
+    return launches
+
+
+def variants(launches, alignments=(True, False), arch=90):
+    """The different variants of some launches, by name."""
+    found = {}
+    for launch in launches:
+        for aligned in alignments:
+            variant = launch.variant(aligned, arch)
+            found[f"{launch.kernel.__name__}: {variant.name}"] = variant
+    return found

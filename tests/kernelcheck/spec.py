@@ -1,0 +1,46 @@
+"""What the test bed needs to know of an operation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: shapes of the tensors by argument name, and all other arguments."""
+
+    tensors: dict[str, tuple[int, ...]]
+    settings: dict[str, Any]
+    name: str = ""
+
+    def make(self, dtype, seed=0):
+        """Random tensors by argument name, the same at every call."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            for name, shape in self.tensors.items()
+        }
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An operation under test. `fast` and `reference` take a case's tensors and settings as keyword arguments."""
+
+    op: Any  # the registered `CustomOp`
+    fast: Callable[..., Any]
+    reference: Callable[..., Any]  # torch operations only
+    op_arguments: Callable[..., list[tuple]]  # of (tensors, settings): calls of `op` itself, backward's too
+    cases: list[Case]  # named, awkward
+    small: list[Case]  # a few, tiny, for checks that call often (gradcheck, opcheck, torch.compile)
+    empty: list[Case]  # with sizes of zero
+    strategy: Callable[[], Any]  # hypothesis' strategy for cases; hypothesis may be missing until then
+    groups: Callable[..., dict[str, torch.Tensor]]  # of (tensor, settings): rows that are judged separately
+    exact: frozenset[str] = field(default_factory=frozenset)  # groups that only move: bit for bit
+    forward_mode: bool = True  # whether forward-mode derivatives are right; if not they must raise
+    twice: bool = True  # whether backward can be differentiated; if not it must raise
+    factors: dict[str, list] = field(default_factory=dict)  # of the codegen gate: what its cases are made of
+    factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
+    wide: Callable[[dict], bool] = lambda constants: False  # of a kernel's constants: whether rows are aligned
+    tensor_cores: bool = False  # whether its kernels claim to use them

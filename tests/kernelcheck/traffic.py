@@ -1,0 +1,122 @@
+"""Counts what a callable moves: bytes read and written, copies and GPU launches, per operation and in total.
+
+The ledger's rules. An operation reads each input once and writes each output once; views and uninitialised
+allocations cost nothing; an axis of stride 0 is read once; an operation in place reads what it needs and writes once.
+A custom operation of this package counts what it declares (`CustomOp.cost`), and its body is looked into: whatever
+torch operation runs in there, beside kernels, is counted too, so that a copy cannot hide. Launches are one per torch
+operation: a lower bound, as torch may need more. Tensors may be on any device, `meta` included.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+try:
+    from planecycle_fast.ops.custom import OPS
+except ModuleNotFoundError:  # without triton there are no custom operations
+    OPS = {}
+
+COPIES = {
+    "_to_copy", "_unsafe_index", "cat", "clone", "copy_", "gather", "index", "index_copy_", "index_put_",
+    "index_select", "repeat", "scatter", "slice_scatter", "stack",
+}  # fmt: skip
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_"}  # in place, without reading
+
+
+@dataclass
+class Row:
+    """What all calls of one operation moved."""
+
+    calls: int = 0
+    read: int = 0  # bytes
+    written: int = 0  # bytes
+    launches: int = 0
+
+
+class Traffic(TorchDispatchMode):
+    """``with Traffic() as traffic: f(x)``, then `traffic.rows` by operation, and the totals.
+
+    Args:
+        smallest: tensors of fewer elements do not count (the ledger leaves out weights, statistics and tables).
+        ops: custom operations to look into, by name, and their namespace.
+    """
+
+    def __init__(self, smallest=1, ops=OPS, namespace="planecycle_fast"):
+        super().__init__()
+        self.smallest, self.ops, self.namespace = smallest, ops, namespace
+        self.rows = defaultdict(Row)
+        self.inside = ""  # of which custom operation's body
+
+    @property
+    def read(self):
+        return sum(row.read for row in self.rows.values())
+
+    @property
+    def written(self):
+        return sum(row.written for row in self.rows.values())
+
+    @property
+    def launches(self):
+        return sum(row.launches for row in self.rows.values())
+
+    @property
+    def copies(self):
+        """Calls by operation, of those that only move data; an operation in a custom one's body as ``"op in body"``."""
+        return {name: row.calls for name, row in self.rows.items() if name.split(" in ")[0] in COPIES}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if func.namespace == self.namespace and name in self.ops:
+            return self._custom(self.ops[name], func, args, kwargs)
+        out = func(*args, **kwargs)
+        if name not in ALLOCATIONS:
+            self._count(name, func, args, kwargs, out)
+        return out
+
+    def _count(self, name, func, args, kwargs, out):
+        arguments = func._schema.arguments
+        bound = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
+        mutated = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+        storages = {t.untyped_storage()._cdata for t in _tensors(list(bound.values()))}
+        written = [t for n in mutated for t in _tensors(bound.get(n))]
+        written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
+        if not written:  # a view, or an input as it came
+            return
+        overwritten = mutated if name in OVERWRITES or func._overloadname == "out" else []
+        if name.endswith("_like") or name.startswith("new_"):
+            overwritten = list(bound)  # only their shape is read
+        row = self.rows[f"{name} in {self.inside}" if self.inside else name]
+        row.calls += 1
+        row.launches += 1
+        row.read += sum(self._bytes(t) for n, v in bound.items() if n not in overwritten for t in _tensors(v))
+        row.written += sum(self._bytes(t) for t in written)
+
+    def _custom(self, op, func, args, kwargs):
+        cost = op.cost(*args, **kwargs)
+        row = self.rows[op.name]
+        row.calls += 1
+        row.launches += cost.launches
+        row.read += cost.read
+        row.written += cost.written
+        if any(t.device.type == "meta" for t in _tensors([args, kwargs])):
+            return func(*args, **kwargs)  # no kernel runs there; the body was looked into elsewhere
+        before, self.inside = self.inside, op.name
+        try:
+            with self:
+                return op.body(*args, **kwargs)
+        finally:
+            self.inside = before
+
+    def _bytes(self, t):
+        elements = math.prod([n for n, stride in zip(t.shape, t.stride()) if stride or n == 0])
+        return elements * t.element_size() if elements >= self.smallest else 0
+
+
+def _tensors(values):
+    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]

@@ -1,0 +1,101 @@
+"""plane_switch for the test bed: every pair of planes, awkward sizes, both pool methods."""
+
+import itertools
+from functools import partial
+
+from planecycle_fast.ops import plane_switch, plane_switch_ref
+from planecycle_fast.ops.plane_switch_triton import OP
+from planecycle_fast.planes import DH, DHW, DW, HW, PLANES
+from planecycle_fast.pooling import GLOBALS_AT, POOL_METHODS, transition
+
+from ..kernelcheck.spec import Case, Spec
+
+PAIRS = list(itertools.product(PLANES.values(), repeat=2))
+
+
+def case(old, new, sizes, g, channels, batch=1, pool_method="PCg", globals_at="depth", name=""):
+    m = transition(old.slices(sizes), new.slices(sizes), sizes[0], pool_method, globals_at)
+    return Case(
+        tensors={"x": (batch * old.slices(sizes), g + old.length(sizes), channels)},
+        settings=dict(old=old, new=new, sizes=sizes, num_globals=g, transition=m),
+        name=name or f"{old}-{new}-{pool_method}-{globals_at}",
+    )
+
+
+def op_arguments(tensors, settings):
+    """The call that `plane_switch` makes, and the one of its backward."""
+    x, m = tensors["x"], settings["transition"]
+    old, new, sizes, g = (settings[name] for name in ("old", "new", "sizes", "num_globals"))
+    rest = (list(sizes), g, m.num_prev if m.via is None else m.via, m.mean)
+    batch = x.shape[0] // old.slices(sizes)
+    grad = x.new_ones(batch * new.slices(sizes), g + new.length(sizes), x.shape[2], requires_grad=x.requires_grad)
+    return [(x, old.name, new.name, *rest, False), (grad, new.name, old.name, *rest, True)]
+
+
+def groups(t, settings):
+    g = settings["num_globals"]
+    name = "globals where M is 1" if settings["transition"].is_identity else "globals"
+    return {name: t[:, :g], "patches": t[:, g:]}
+
+
+def named_cases():
+    ways = itertools.cycle(itertools.product(GLOBALS_AT, (1, 2, 3), (5, 1, 9, 4)))
+    for (old, new), pool_method in itertools.product(PAIRS, POOL_METHODS):
+        globals_at, batch, g = next(ways)
+        yield case(old, new, (3, 5, 2), g, 7, batch, pool_method, globals_at)
+    yield case(HW, DW, (5, 7, 3), 0, 8, 2, name="no globals")
+    yield case(DW, DH, (1, 1, 1), 5, 1, name="ones")
+    yield case(HW, DHW, (13, 2, 3), 2, 8, name="prime depth, to one slice")
+    yield case(DHW, DH, (2, 3, 11), 17, 8, name="many globals, from one slice")
+    yield case(DW, DH, (6, 4, 4), 3, 8, name="bands of different bins at equal sizes")
+    yield case(DW, DH, (12, 4, 4), 3, 8, name="M is 1, by way of three times as many slices")
+    yield case(DW, DH, (3, 1, 1), 3, 8, pool_method="PCm", name="M is 1, a mean of one")
+    yield case(HW, DW, (64, 4, 4), 5, 8, name="64^3 volume: 21 rows to 261")
+    yield case(DH, HW, (64, 4, 4), 5, 8, pool_method="PCm", name="64^3 volume: 261 rows to 21")
+    yield case(HW, DH, (2, 17, 16), 1, 8, name="a row more than a tile has")
+    yield case(HW, DW, (2, 2, 3), 2, 300, name="channels in two blocks, the last one short")
+    yield case(DW, HW, (2, 3, 2), 2, 384, pool_method="PCm", name="ViT-S channels")
+
+
+def random_cases():
+    from hypothesis import strategies as st
+
+    sizes = st.tuples(*[st.integers(1, 4)] * 3) | st.sampled_from([(1, 1, 7), (5, 2, 3), (11, 2, 1), (7, 1, 3)])
+    return st.builds(
+        lambda pair, *rest: case(*pair, *rest),
+        st.sampled_from(PAIRS),
+        sizes,
+        st.sampled_from([0, 1, 2, 5, 9]),
+        st.sampled_from([1, 3, 8, 16, 33, 40, 80]),
+        st.integers(1, 3),
+        st.sampled_from(POOL_METHODS),
+        st.sampled_from(GLOBALS_AT),
+    )
+
+
+def codegen_case(channels, pool):
+    g = 0 if pool == "none" else 5
+    return case(DW, DH, (32, 14, 16), g, channels, pool_method="PCm" if pool == "PCm" else "PCg")
+
+
+SPEC = Spec(
+    op=OP,
+    fast=partial(plane_switch, backend="triton"),
+    reference=plane_switch_ref,
+    op_arguments=op_arguments,
+    cases=list(named_cases()),
+    small=[
+        case(DW, DH, (3, 2, 3), 1, 1),
+        case(HW, DW, (2, 3, 1), 2, 2, pool_method="PCm"),
+        case(DH, HW, (3, 1, 2), 1, 1, batch=2, globals_at="plane"),
+        case(DHW, DH, (2, 2, 2), 1, 2),
+    ],
+    empty=[case(old, new, (2, 3, 4), 2, c, b, name=f"{old}-{new} B={b} C={c}") for old, new, b, c in
+           [(HW, DW, 0, 4), (DW, DH, 2, 0), (DHW, HW, 0, 0)]],
+    strategy=random_cases,
+    groups=groups,
+    exact=frozenset({"patches", "globals where M is 1"}),
+    factors={"channels": [384, 768, 1024, 1280, 4096, 100], "pool": ["none", "PCg", "PCm"]},
+    factors_case=codegen_case,
+    wide=lambda constants: constants["UNIT"] > 1,
+)  # fmt: skip

@@ -1,0 +1,184 @@
+"""Operations on a real GPU: the same checks as in the interpreter, and what only a GPU shows."""
+
+import pytest
+import torch
+
+import planecycle_fast as pcf
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; see benchmarks/results/PENDING.md"),
+]
+triton = pytest.importorskip("triton", reason="needs triton")
+
+from planecycle_fast.planes import DH, DW, HW
+
+from .kernelcheck import checks, layouts
+from .specs import SPECS
+from .specs.plane_switch import SPEC as PLANE_SWITCH
+from .specs.plane_switch import case
+from .toy import PATCH, ToyViT, toy_lift
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = [pytest.param(spec, c, id=f"{spec.op.name} {c.name}") for spec in SPECS for c in spec.cases]
+SMALL = [pytest.param(spec, c, id=f"{spec.op.name} {c.name}") for spec in SPECS for c in spec.small]
+LAYOUTS = pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.__name__)
+VIT = case(HW, DW, (32, 16, 14), 5, 384, 2, name="ViT-S")
+
+
+def on_gpu(layout=layouts.contiguous):
+    return lambda t: layout(t.cuda())
+
+
+def inputs(c, dtype=torch.bfloat16):
+    return {name: t.cuda() for name, t in c.make(dtype).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec, c", CASES)
+def test_error_budget(spec, c, dtype):
+    checks.error_budget(spec, c, dtype, on_gpu(), on_gpu())
+
+
+@pytest.mark.parametrize("channels", [384, 768, 1024, 1280, 4096])
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
+    checks.error_budget(
+        PLANE_SWITCH, case(DW, DH, (33, 16, 14), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu()
+    )
+
+
+@LAYOUTS
+@pytest.mark.parametrize("spec, c", SMALL)
+def test_layouts(spec, c, layout):
+    checks.error_budget(spec, c, torch.bfloat16, on_gpu(layout), on_gpu(layout))
+    for dtype in DTYPES:
+        checks.layouts(spec, c, dtype, on_gpu(layout))
+
+
+@LAYOUTS
+def test_opcheck(layout):
+    for spec in SPECS:
+        checks.opcheck(spec, spec.small[0], on_gpu(layout))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_by_inductor(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(PLANE_SWITCH.fast, fullgraph=True, dynamic=dynamic)
+    for c in (VIT, case(DH, HW, (9, 7, 5), 5, 384, 1, "PCm")):
+        got = checks.run(compiled, inputs(c), c.settings, upstream=on_gpu())
+        expected = checks.run(PLANE_SWITCH.fast, inputs(c), c.settings, upstream=on_gpu())
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+
+
+def test_a_thousand_times_the_same_bits():
+    tensors = inputs(VIT)
+    first = checks.run(PLANE_SWITCH.fast, tensors, VIT.settings, upstream=on_gpu())
+    for _ in range(1000):
+        again = checks.run(PLANE_SWITCH.fast, tensors, VIT.settings, upstream=on_gpu())
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_new_sizes_compile_nothing():
+    from planecycle_fast.ops.plane_switch_triton import plane_switch_kernel
+
+    def compiled():
+        return sum(len(caches[0]) for caches in plane_switch_kernel.device_caches.values())
+
+    def run(sizes, batch):
+        c = case(DW, DH, sizes, 5, 384, batch)
+        checks.run(PLANE_SWITCH.fast, inputs(c), c.settings, upstream=on_gpu())
+
+    run((16, 14, 14), 1)
+    before = compiled()
+    assert before >= 2  # forward and backward
+    for sizes, batch in (((1, 1, 1), 1), ((17, 16, 16), 3), ((64, 4, 4), 16), ((31, 2, 9), 1)):
+        run(sizes, batch)
+    assert compiled() == before
+
+
+def test_it_allocates_its_output_and_nothing_else():
+    x = inputs(VIT)["x"]
+    PLANE_SWITCH.fast(x, **VIT.settings)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = PLANE_SWITCH.fast(x, **VIT.settings)
+    assert torch.cuda.max_memory_allocated() - before <= out.numel() * out.element_size() + 512
+
+
+def test_a_side_stream():
+    x = inputs(VIT)["x"]
+    expected = PLANE_SWITCH.fast(x, **VIT.settings)
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        got = PLANE_SWITCH.fast(late, **VIT.settings)  # on another stream it would read zeros
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+def test_graph_capture_and_replay():
+    x = inputs(VIT)["x"]
+    PLANE_SWITCH.fast(x, **VIT.settings)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = PLANE_SWITCH.fast(x, **VIT.settings)
+    for seed in range(3):
+        x.copy_(VIT.make(torch.bfloat16, seed)["x"])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, PLANE_SWITCH.fast(x, **VIT.settings))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_current():
+    tensors = {name: t.to("cuda:1") for name, t in VIT.make(torch.bfloat16).items()}
+    with torch.cuda.device(0):
+        got = checks.run(PLANE_SWITCH.fast, tensors, VIT.settings, upstream=lambda g: g.to("cuda:1"))
+    expected = checks.run(PLANE_SWITCH.fast, inputs(VIT), VIT.settings, upstream=on_gpu())
+    for name in expected:
+        assert torch.equal(got[name].cpu(), expected[name].cpu())
+
+
+def test_more_than_2_to_the_31_elements():
+    sizes, g, channels, batch = (64, 128, 128), 1, 1024, 3  # 3.2e9 elements
+    if torch.cuda.mem_get_info()[0] < 5 * batch * 64 * 128 * 128 * channels * 2:
+        pytest.skip("needs 32 GiB of free GPU memory")
+    c = case(HW, DH, sizes, g, channels, batch)
+    rows = batch * sizes[0] * (g + sizes[1] * sizes[2])
+    ids = torch.arange(rows, device="cuda") % 251  # exact in bf16
+    x = (ids[:, None] + torch.zeros(channels, device="cuda", dtype=torch.int64)).to(torch.bfloat16)
+    x = x.view(batch * sizes[0], -1, channels)
+    assert x.numel() > 2**31
+    out = PLANE_SWITCH.fast(x, **c.settings)
+    few = PLANE_SWITCH.reference(x[..., -8:].contiguous(), **c.settings)
+    assert torch.equal(out[..., -8:][:, g:], few[:, g:]) and torch.equal(out[:, g:, :8], few[:, g:])
+
+
+@pytest.mark.parametrize("mode", ["planecycle", "slice2d", "flatten3d"])
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+def test_lifted_models(mode, pool_method):
+    model = ToyViT().double().cuda()
+    volume = torch.randn(2, 3, 5, 3 * PATCH, 4 * PATCH, dtype=torch.float64, device="cuda")
+    expected = toy_lift(model, mode=mode, pool_method=pool_method, backend="reference")(volume)
+    got = toy_lift(model, mode=mode, pool_method=pool_method, backend="triton")(volume)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_auto_takes_triton_for_tensors_on_the_gpu():
+    from planecycle_fast.backends import pick
+
+    assert pcf.backends()["triton"] is None
+    assert pick("auto", torch.device("cuda")) == "triton"
+    assert pick("auto", torch.device("cpu")) == "reference"
+    with pytest.raises(ValueError, match="backend 'triton' is not usable: it needs tensors on a CUDA device, got cpu"):
+        pick("triton", torch.device("cpu"))
