@@ -15,7 +15,7 @@ from .kernelcheck.launches import Launch
 
 @triton.jit
 def row_kernel(x, out, stride: tl.int64, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * stride + tl.arange(0, BLOCK).to(tl.int64)
     tl.store(out + i, tl.load(x + i))
 
 
@@ -38,6 +38,18 @@ def dot_kernel(x, out, N: tl.constexpr, STAGES: tl.constexpr):
     tl.store(out + i, total.to(out.dtype.element_ty))
 
 
+@triton.jit
+def atomic_kernel(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK).to(tl.int64)
+    tl.atomic_add(out + i, tl.load(x + i))
+
+
+@triton.jit
+def narrow_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * n + tl.arange(0, BLOCK)
+    tl.store(out + i.to(tl.int64), tl.load(x + i))
+
+
 def compiled(kernel, arch=90, aligned=True, dtype=torch.bfloat16, args=(), **constants):
     x = torch.empty(1, dtype=dtype, device="meta")
     launch = Launch(kernel, (1,), (x, x, *args), constants)
@@ -49,7 +61,7 @@ def test_a_kernel_that_spills(arch):
     binary = compiled(spilling_kernel, arch, dtype=torch.float32, args=(7,), BLOCK=32768)
     assert binary.stack and binary.local
     with pytest.raises(CodegenError, match=r"spills: \d+ bytes of stack, \d+ local loads and stores"):
-        check_binary(binary, arch)
+        check_binary(binary, arch, narrow_offsets=True)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -76,15 +88,30 @@ def test_too_much_shared_memory(arch):
     binary = compiled(dot_kernel, arch, N=128, STAGES=5)
     if binary.shared > SHARED_LIMIT[arch]:
         with pytest.raises(CodegenError, match=f"bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}"):
-            check_binary(binary, arch)
+            check_binary(binary, arch, narrow_offsets=True)
     else:
-        check_binary(binary, arch)
+        check_binary(binary, arch, narrow_offsets=True)
     assert arch != 120 or binary.shared > SHARED_LIMIT[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tensor_cores_that_are_claimed(arch):
     binary = compiled(dot_kernel, arch, N=64, STAGES=1)
-    check_binary(binary, arch, tensor_cores=True)
+    check_binary(binary, arch, tensor_cores=True, narrow_offsets=True)
     with pytest.raises(CodegenError, match="no tensor-core instruction"):
         check_binary(compiled(row_kernel, arch, args=(1,), BLOCK=1024), arch, tensor_cores=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_atomics(arch):
+    binary = compiled(atomic_kernel, arch, dtype=torch.float32, BLOCK=1024)
+    check_binary(binary, arch, atomics=True)
+    with pytest.raises(CodegenError, match="atomics: the order of sums is not fixed"):
+        check_binary(binary, arch)
+
+
+def test_offsets_of_32_bits():
+    binary = compiled(narrow_kernel, args=(3,), BLOCK=1024)
+    check_binary(binary, 90, narrow_offsets=True)
+    with pytest.raises(CodegenError, match="1 pointers are advanced by 32-bit offsets"):
+        check_binary(binary, 90)

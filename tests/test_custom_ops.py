@@ -71,3 +71,16 @@ def test_compilers_see_the_kernel_and_nothing_else(dynamic):
         assert len([call for call in calls if call.startswith("triton_kernel_wrapper")]) == 1, calls
         assert not [call for call in calls if "planecycle_fast" in call], calls
         assert not [call for call in calls if any(name in call for name in ("clone", "copy", "cat", "index"))], calls
+
+
+@pytest.mark.parametrize("sizes, g", [((2048, 1024, 1024), 0), ((2**15, 2**15, 1), 2**15), ((40000, 40000, 1), 1)])
+def test_volumes_that_are_too_large_are_refused(sizes, g):
+    """Programs and places within a volume are counted in 32 bits; rows, in 64, have no such limit."""
+    x = torch.empty(sizes[0], g + sizes[1] * sizes[2], 8, device="meta")
+    with pytest.raises(ValueError, match="x is too large for backend 'triton': .* expected at most"):
+        switch(x, sizes, g)
+
+
+def test_many_rows_are_not_too_large():
+    sizes = (1000, 1000, 1000)
+    assert switch(torch.empty(1000, 5 + 1000 * 1000, 4096, device="meta"), sizes, 5).shape == (1000, 1000005, 4096)

@@ -72,7 +72,7 @@ def _patches(
     source = b * x_batch + tl.cast(num_globals, tl.int64) * x_row + i0 * x_0 + i1 * x_1 + i2 * x_2
     target = b * out_batch + i0 * out_0 + (num_globals + row).to(tl.int64) * channels
     mask = (row < n1 * n2)[:, None] & (c < channels * UNIT)[None, :]
-    tile_of_x = tl.load(x + (source * UNIT)[:, None] + (c.to(tl.int64) * x_channel)[None, :], mask=mask)
+    tile_of_x = tl.load(x + (source * UNIT)[:, None] + (c * x_channel)[None, :], mask=mask)
     tl.store(out + (target * UNIT)[:, None] + c[None, :], tile_of_x, mask=mask)
 
 
@@ -100,7 +100,7 @@ def _bands(
         else:
             weight = _share(o, k, num_out, num_in, via, ACC) / (size // last)
         rows = (source + tl.cast(k, tl.int64) * x_seq) * UNIT
-        values = tl.load(x + rows[:, None] + (c.to(tl.int64) * x_channel)[None, :], mask=mask, other=0)
+        values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0)
         total += weight * values.to(ACC)
     if not TRANSPOSED:
         total /= last
@@ -123,7 +123,7 @@ def _mean(
         k = start + tl.arange(0, BLOCK_R)
         rows = (source + k.to(tl.int64) * x_seq) * UNIT
         mask = (k < num_in)[:, None] & in_row
-        values = tl.load(x + rows[:, None] + (c.to(tl.int64) * x_channel)[None, :], mask=mask, other=0).to(ACC)
+        values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0).to(ACC)
         if not TRANSPOSED:
             values *= (_share(0, k, 1, num_in, via, ACC) / (via // last))[:, None]
         total += tl.sum(values, 0)
@@ -165,7 +165,7 @@ def plane_switch_kernel(
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels * UNIT, BLOCK_C)
     block, job = pid % blocks, pid // blocks
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     if pid >= global_programs:
         job -= global_programs // blocks
         _patches(

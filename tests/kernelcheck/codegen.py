@@ -14,6 +14,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
 GLOBAL_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)")
+ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|RED|REDG)\.E\b")  # of global memory
+NARROW_OFFSET = re.compile(r"tt\.addptr .*, (?:tensor<[\dx]*)?i32>?")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
 
 
@@ -31,6 +33,8 @@ class Binary:
     instructions: int
     local: int  # loads and stores of local memory: spills
     tensor_cores: int  # instructions
+    atomics: int
+    narrow_offsets: int  # additions of 32-bit offsets to pointers
     accesses: dict[str, dict[int, int]]  # "load", "store": how many global accesses, by bytes per thread
 
     def text(self, kind):
@@ -48,11 +52,11 @@ def compile_variant(variant, arch):
         cubin.flush()
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name)
         sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name)
-    return read_binary(usage, sass, compiled.metadata.shared)
+    return read_binary(usage, sass, compiled.asm["ttir"], compiled.metadata.shared)
 
 
-def read_binary(usage, sass, shared):
-    """A `Binary` from the output of cuobjdump and nvdisasm. cuobjdump's LOCAL is 0 even where a kernel spills."""
+def read_binary(usage, sass, ttir, shared):
+    """A `Binary` from cuobjdump, nvdisasm and triton's IR. cuobjdump's LOCAL is 0 even where a kernel spills."""
     accesses = {"load": Counter(), "store": Counter()}
     for kind, modifiers in GLOBAL_ACCESS.findall(sass):
         accesses["store" if kind == "STG" else "load"][_width(modifiers)] += 1
@@ -63,6 +67,8 @@ def read_binary(usage, sass, shared):
         instructions=len(INSTRUCTION.findall(sass)),
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_cores=len(TENSOR_CORES.findall(sass)),
+        atomics=len(ATOMIC.findall(sass)),
+        narrow_offsets=len(NARROW_OFFSET.findall(ttir)),
         accesses={kind: dict(widths) for kind, widths in accesses.items()},
     )
 
@@ -75,8 +81,8 @@ def _width(modifiers):
     return int(narrow.group(1)) // 8 if narrow else 4
 
 
-def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False):
-    """No stack, no local memory, shared memory within the limit.
+def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False, atomics=False, narrow_offsets=False):
+    """No stack, no local memory, no atomics, 64-bit offsets, shared memory within the limit.
 
     Args:
         binary: a `Binary`.
@@ -84,6 +90,7 @@ def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False):
         wide: whether accesses to row tensors take 16 bytes per thread.
         exempt: how many accesses may be narrower all the same (vectors per channel, statistics, tables).
         tensor_cores: whether the kernel claims to use them.
+        atomics, narrow_offsets: whether the kernel may have atomics, and 32-bit offsets to pointers.
 
     Raises CodegenError.
     """
@@ -96,6 +103,12 @@ def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False):
         raise CodegenError(
             f"{narrow} global accesses of less than 16 bytes, at most {exempt} expected: loads {binary.text('load')}; "
             f"stores {binary.text('store')}"
+        )
+    if binary.atomics and not atomics:
+        raise CodegenError(f"{binary.atomics} atomics: the order of sums is not fixed")
+    if binary.narrow_offsets and not narrow_offsets:
+        raise CodegenError(
+            f"{binary.narrow_offsets} pointers are advanced by 32-bit offsets, which end at 2^31 elements"
         )
     if tensor_cores and not binary.tensor_cores:
         raise CodegenError("no tensor-core instruction")

@@ -25,7 +25,7 @@ COLUMNS = [
     "tensor_cores", "triton", "source",
 ]  # fmt: skip
 LAYOUTS = [contiguous, stepped]  # both ways channels can lie
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def all_factors(spec):
