@@ -39,7 +39,11 @@ def header() -> str:
     """Where and of what a result is, as lines of text."""
     import triton
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     properties = torch.cuda.get_device_properties(0)
     return (
         f"{properties.name} (sm_{properties.major}{properties.minor}), CUDA {torch.version.cuda}, "
@@ -51,7 +55,7 @@ def header() -> str:
 def run_tests(folder: Path) -> int:
     """Runs the tests marked gpu; writes what they printed. Returns pytest's status."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", *map(str, gpu_test_files())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (folder / "tests.txt").write_text(header() + "\n" + done.stdout[-20_000:])
     print("\n".join(done.stdout.splitlines()[-15:]))
     return done.returncode

@@ -51,7 +51,7 @@ def pick(backend: str = "auto", device: torch.device | None = None) -> str:
     if backend == "auto":
         backend = _overrides[-1] if _overrides else os.environ.get(VARIABLE, "auto")
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, device) is None)
+        return next(name for name in BACKENDS if why_not(name, device) is None and not _is_slow(name))
     reason = why_not(backend, device)
     if reason is not None:
         raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device)}")
@@ -66,7 +66,7 @@ def use_backend(backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _overrides.remove(backend)
+        del _overrides[len(_overrides) - 1 - _overrides[::-1].index(backend)]  # another thread may have added one since
 
 
 def why_not_attention(attention: str) -> str | None:
@@ -91,6 +91,10 @@ def check_attention(attention: str) -> None:
     reason = why_not_attention(attention)
     if reason is not None:
         raise ValueError(f"attention {attention!r} is not usable: {reason}; use 'auto'")
+
+
+def _is_slow(backend: str) -> bool:  # kernels in triton's interpreter run when asked for by name only
+    return backend == "triton" and _interpreted()
 
 
 def _usable(device: torch.device | None) -> str:

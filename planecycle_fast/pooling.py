@@ -37,6 +37,13 @@ class Transition:
     via: int | None = None
     mean: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for fewer than one slice."""
+        for name in ("num_prev", "num_next", "via"):
+            slices = getattr(self, name)
+            if slices is not None and slices < 1:
+                raise ValueError(f"{name} must be at least 1, got {slices}")
+
     @property
     def is_identity(self) -> bool:
         """Whether M is the identity matrix, so that nothing needs to be computed.

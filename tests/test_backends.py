@@ -37,6 +37,16 @@ def test_auto_and_override(monkeypatch):
         pick()
 
 
+def test_leaving_a_block_leaves_the_innermost(monkeypatch):
+    module = sys.modules[pick.__module__]
+    monkeypatch.setattr(module, "BACKENDS", ("other", "reference"))
+    monkeypatch.setattr(module, "why_not", lambda backend, device=None: None)
+    with pcf.use_backend("reference"), pcf.use_backend("other"):
+        with pcf.use_backend("reference"):
+            assert pick() == "reference"
+        assert pick() == "other"
+
+
 def test_use_backend_raises_on_entering_and_restores():
     with pytest.raises(ValueError, match="backend 'cpu' is not usable"), pcf.use_backend("cpu"):
         raise AssertionError("entered")

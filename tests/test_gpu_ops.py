@@ -44,9 +44,7 @@ def test_error_budget(spec, c, dtype):
 @pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
-    checks.error_budget(
-        PLANE_SWITCH, case(DW, DH, (33, 16, 14), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu()
-    )
+    checks.error_budget(PLANE_SWITCH, case(DW, DH, (9, 8, 7), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu())
 
 
 @LAYOUTS
@@ -60,7 +58,7 @@ def test_layouts(spec, c, layout):
 @LAYOUTS
 def test_opcheck(layout):
     for spec in SPECS:
-        checks.opcheck(spec, spec.small[0], on_gpu(layout))
+        checks.opcheck(spec, spec.typical, on_gpu(layout))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -75,11 +73,16 @@ def test_compiled_by_inductor(dynamic):
 
 
 def test_a_thousand_times_the_same_bits():
-    tensors = inputs(VIT)
-    first = checks.run(PLANE_SWITCH.fast, tensors, VIT.settings, upstream=on_gpu())
+    x = inputs(VIT)["x"].requires_grad_()
+    g = torch.randn_like(PLANE_SWITCH.fast(x, **VIT.settings))
+
+    def run():
+        out = PLANE_SWITCH.fast(x, **VIT.settings)
+        return out.detach(), *torch.autograd.grad(out, x, g)
+
+    first = run()
     for _ in range(1000):
-        again = checks.run(PLANE_SWITCH.fast, tensors, VIT.settings, upstream=on_gpu())
-        assert all(torch.equal(again[name], first[name]) for name in first)
+        assert all(torch.equal(a, b) for a, b in zip(run(), first))
 
 
 def test_new_sizes_compile_nothing():
@@ -150,8 +153,8 @@ def test_a_device_that_is_not_current():
 
 def test_more_than_2_to_the_31_elements():
     sizes, g, channels, batch = (64, 128, 128), 1, 1024, 3  # 3.2e9 elements
-    if torch.cuda.mem_get_info()[0] < 5 * batch * 64 * 128 * 128 * channels * 2:
-        pytest.skip("needs 32 GiB of free GPU memory")
+    if torch.cuda.mem_get_info()[0] < 8 * batch * 64 * 128 * 128 * channels * 2:
+        pytest.skip("needs 48 GiB of free GPU memory")
     c = case(HW, DH, sizes, g, channels, batch)
     rows = batch * sizes[0] * (g + sizes[1] * sizes[2])
     ids = torch.arange(rows, device="cuda") % 251  # exact in bf16

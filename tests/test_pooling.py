@@ -108,3 +108,9 @@ def test_unknown_names():
         transition(2, 3, 4, "max")
     with pytest.raises(ValueError, match="globals_at must be one of depth, plane, got 'slice'"):
         transition(2, 3, 4, "PCg", "slice")
+
+
+@pytest.mark.parametrize("name", ["num_prev", "num_next", "via"])
+def test_no_slices_at_all(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Transition(**({"num_prev": 3, "num_next": 4} | {name: 0}))

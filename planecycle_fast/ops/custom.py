@@ -2,8 +2,7 @@
 
 Two routes lead to the same body. On a GPU it is a `torch.library.triton_op`: torch.compile sees through it to the
 kernels. Under TRITON_INTERPRET=1, where torch cannot wrap kernels (pytorch 152868), it is an opaque `custom_op`
-with a fake of its own. Both have autograd and vmap; forward mode is `with_tangents`, as torch.library has none: a
-custom op would silently give tangents of zero.
+with a fake of its own. `linear` adds the derivatives that torch.library has no place for.
 """
 
 from __future__ import annotations
@@ -57,6 +56,8 @@ def register(
 ) -> CustomOp:
     """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema; it mutates nothing.
 
+    Under autocast an operation keeps the dtypes it is given, as the residual stream must; none is a matrix product.
+
     Args:
         body: computes the outputs, always in new memory, launching kernels by `launch`.
         fake: the outputs' shapes, strides and dtypes, without data.
@@ -78,31 +79,60 @@ def register(
 
 
 def launch(
-    kernel: Any,
+    kernel: Any,  # what `torch.library.wrap_triton` gives, or the kernel itself in the interpreter
     grid: tuple[int, ...],
     device: torch.device,
     *args: Any,
     **constants: Any,
 ) -> None:
     """Runs a kernel on `device`, whichever device is current, or shows it to the compiler that traces it."""
-    if INTERPRETED:
-        kernel[grid](*args, **constants)
-    elif device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and torch.cuda.is_available():
         with torch.cuda.device(device):
-            torch.library.wrap_triton(kernel)[grid](*args, **constants)
-    else:  # traced for a GPU that this machine does not have
-        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+            kernel[grid](*args, **constants)
+    else:  # interpreted, or traced for a GPU that this machine does not have
+        kernel[grid](*args, **constants)
 
 
-def with_tangents(
-    linear: Callable[..., Tensor],
-    x: Tensor,
-    *args: Any,
-) -> Tensor:
-    """`linear(x, *args)` with forward-mode derivatives, for a function that is linear in x alone."""
-    if forward_ad._current_level < 0:
-        return linear(x, *args)
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is None:
-        return linear(x, *args)
-    return forward_ad.make_dual(linear(primal, *args), linear(tangent, *args))
+def linear(
+    op: CustomOp,
+    adjoint: Callable[..., tuple[Any, ...]],
+    vmap: Callable[..., Any],
+) -> Callable[..., Tensor]:
+    """An operation that is linear in its first argument alone, with every kind of derivative.
+
+    `torch.library` gives an operation reverse mode and vmap. Forward mode (silently zero) and torch.func's transforms
+    (an error) need an `autograd.Function`, which torch.compile in turn does not take: so it serves just those.
+
+    Args:
+        op: the operation, ``op(x, *arguments)``.
+        adjoint: the arguments with which `op` is its own transpose.
+        vmap: ``vmap(function, in_dim, x, *arguments)`` calls `function` on x with the extra dimension folded in.
+    """
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, *arguments: Any) -> Tensor:
+            return op(x, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.arguments = inputs[1:]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            return Linear.apply(grad, *adjoint(*ctx.arguments)), *[None] * len(ctx.arguments)
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+            return Linear.apply(tangent, *ctx.arguments)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+            return vmap(Linear.apply, in_dims[0], x, *arguments)
+
+    def call(x: Tensor, *arguments: Any) -> Tensor:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return Linear.apply(x, *arguments)
+        return op(x, *arguments)
+
+    return call

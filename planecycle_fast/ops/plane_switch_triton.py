@@ -18,19 +18,31 @@ output row is written by one program, and its sums run in a fixed order.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
 from ..planes import PLANES, Plane, Sizes, row_map
 from ..pooling import Transition
-from .custom import Cost, launch, register, with_tangents
+from .custom import INTERPRETED, Cost, launch, linear, register
 
 BLOCK_G = 8  # global tokens of a tile
-LIMIT = 2**30  # of tokens, of products of slices, of half the programs: those are 32-bit, offsets are 64-bit
+LIMIT = 2**30  # of tokens and of products of slices, which are 32-bit; offsets are 64-bit
+MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
+
+
+@triton.jit
+def _divide(a, b, ACC: tl.constexpr):  # rounded to nearest: fp32's `/` is not, on a GPU
+    if ACC == tl.float64:  # noqa: SIM300  (a constexpr compares from the left only)
+        quotient = a.to(ACC) / b.to(ACC)
+    else:
+        quotient = tl.div_rn(a.to(ACC), b.to(ACC))
+    return quotient
 
 
 @triton.jit
@@ -43,9 +55,9 @@ def _share(i, p, num_next, num_prev, via, ACC: tl.constexpr):  # M[i, p] * |bin(
     first = tl.maximum(i * via // num_next, p * via // num_prev)
     end = tl.minimum(tl.cdiv((i + 1) * via, num_next), tl.cdiv((p + 1) * via, num_prev))
     total = (first * 0).to(ACC)
-    for k in range(tl.cdiv(via, num_prev) + 1):  # no bin is longer
+    for k in range(tl.cdiv(via, tl.maximum(num_next, num_prev)) + 1):  # no overlap of bins is longer
         d = first + k
-        total += tl.where(d < end, 1 / _bin_size(d, num_prev, via).to(ACC), 0)
+        total += tl.where(d < end, _divide(d * 0 + 1, _bin_size(d, num_prev, via), ACC), 0)
     return total
 
 
@@ -96,14 +108,14 @@ def _bands(
     total = tl.zeros([BLOCK_G, c.shape[0]], ACC)
     for k in range(first, end):
         if TRANSPOSED:
-            weight = _share(k, o, num_in, num_out, via, ACC) / _bin_size(k, via, num_in).to(ACC)
+            weight = _divide(_share(k, o, num_in, num_out, via, ACC), _bin_size(k, via, num_in), ACC)
         else:
-            weight = _share(o, k, num_out, num_in, via, ACC) / (size // last)
+            weight = _divide(_share(o, k, num_out, num_in, via, ACC), size // last, ACC)
         rows = (source + tl.cast(k, tl.int64) * x_seq) * UNIT
         values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0)
         total += weight * values.to(ACC)
     if not TRANSPOSED:
-        total /= last
+        total = _divide(total, last, ACC)
     tl.store(out + (target * UNIT)[:, None] + c[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -125,16 +137,16 @@ def _mean(
         mask = (k < num_in)[:, None] & in_row
         values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0).to(ACC)
         if not TRANSPOSED:
-            values *= (_share(0, k, 1, num_in, via, ACC) / (via // last))[:, None]
+            values *= _divide(_share(0, k, 1, num_in, via, ACC), via // last, ACC)[:, None]
         total += tl.sum(values, 0)
-    total /= last
+    total = _divide(total, last, ACC)
     for start in range(0, num_out, BLOCK_R):
         k = start + tl.arange(0, BLOCK_R)
         rows = (target + k.to(tl.int64) * out_seq) * UNIT
         mask = (k < num_out)[:, None] & in_row
         values = tl.broadcast_to(total[None, :], [BLOCK_R, c.shape[0]])
         if TRANSPOSED:
-            values *= (_share(0, k, 1, num_out, via, ACC) / (via // last))[:, None]
+            values *= _divide(_share(0, k, 1, num_out, via, ACC), via // last, ACC)[:, None]
         tl.store(out + rows[:, None] + c[None, :], values.to(out.dtype.element_ty), mask=mask)
 
 
@@ -225,7 +237,7 @@ def _plane_switch(
     x_strides = [stride // unit for stride in (num_in * x_seq, x_seq, x_row, *x_axes)]
     out_strides = [stride // unit for stride in (num_out * out_seq, out_seq, out_0)]
     launch(
-        plane_switch_kernel, (programs,), x.device,
+        plane_switch_kernel if INTERPRETED else wrap_triton(plane_switch_kernel), (programs,), x.device,
         x, out, channels // unit, g, n0, n1, n2, *x_strides, x_channel, *out_strides, num_in, num_out, via,
         global_programs, UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_G=BLOCK_G, POOL=pool,
         TRANSPOSED=transposed and g > 0, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
@@ -235,10 +247,10 @@ def _plane_switch(
 
 def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, via: int, programs: int) -> None:
     slices = max(before.slices(sizes), after.slices(sizes))
-    if max(math.prod(sizes), slices * (via + 1), slices * g, programs // 2) > LIMIT:
+    if max(math.prod(sizes), slices * (via + 1), slices * g) > LIMIT or programs > MAX_PROGRAMS:
         raise ValueError(
             f"x is too large for backend 'triton': {tuple(sizes)} tokens, {g} globals, a transition by way of {via} "
-            f"slices, {programs} programs; expected at most 2**30 tokens and 2**31 programs"
+            f"slices, {programs} programs; expected at most 2**30 tokens and 2**31 - 1 programs"
         )
 
 
@@ -252,15 +264,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.arguments = inputs[1:]
 
 
+def _adjoint(
+    old: str, new: str, sizes: list[int], num_globals: int, via: int, mean: bool, transposed: bool
+) -> tuple[Any, ...]:
+    return new, old, sizes, num_globals, via, mean, not transposed
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    old, new, sizes, num_globals, via, mean, transposed = ctx.arguments
-    return OP(grad, new, old, sizes, num_globals, via, mean, not transposed), *[None] * 7
+    return _switch(grad, *_adjoint(*ctx.arguments)), *[None] * 7
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Tensor, int]:
-    many = x.movedim(in_dims[0], 0)  # (V, B*P1, g + L1, C): more volumes
-    out = OP(many.flatten(0, 1), *args)
+def _more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    many = x.movedim(in_dim, 0)  # (V, B*P1, g + L1, C)
+    out = function(many.flatten(0, 1), *arguments)
     return out.unflatten(0, (len(many), out.shape[0] // len(many))), 0
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    return _more_volumes(OP, in_dims[0], x, *arguments)
 
 
 def _cost(
@@ -279,6 +300,7 @@ def _cost(
 
 
 OP = register(_plane_switch, fake=_fake, setup_context=_setup_context, backward=_backward, vmap=_vmap, cost=_cost)
+_switch = linear(OP, _adjoint, _more_volumes)
 
 
 def plane_switch_triton(
@@ -289,12 +311,12 @@ def plane_switch_triton(
     num_globals: int,  # g
     transition: Transition,  # M, (P2, P1)
 ) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`, contiguous
-    """`plane_switch_ref` in one launch: forward and backward, forward mode, any number of times.
+    """`plane_switch_ref` in one launch, with derivatives in forward and reverse mode, any number of times.
 
     Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a volume of more than 2**30 tokens, or more than 2**31 programs.
+        ValueError: a volume of more than 2**30 tokens, or more than 2**31 - 1 programs.
     """
     via = transition.num_prev if transition.via is None else transition.via
-    return with_tangents(OP, x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)
+    return _switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)

@@ -52,6 +52,16 @@ def forgetful_kernel(x, y, out, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def masked_kernel(x, y, out, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    a = tl.load(x + i, mask=mask).to(ACC)
+    rest = tl.sum(a, 0) * 0  # takes in lanes that were not loaded
+    total = a * scale + tl.load(y + i, mask=mask).to(ACC) + rest
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def silent_kernel(x, y, out, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
@@ -106,6 +116,7 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
         fast=fast,
         reference=reference,
         op_arguments=lambda tensors, settings: [(tensors["x"], tensors["y"])],
+        typical=case(2, 3, 4),
         cases=[case(3, 5, 7), case(2, 40, 32)],
         small=[case(1, 3, 2)],
         empty=[case(0, 3, 2)],

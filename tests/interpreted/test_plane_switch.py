@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from planecycle_fast.backends import pick
 from planecycle_fast.ops.custom import Cost
 from planecycle_fast.ops.plane_switch_triton import OP
-from planecycle_fast.planes import DW, HW
+from planecycle_fast.planes import DH, DHW, DW, HW
 
 from ..kernelcheck.harness import op_tests
-from ..specs.plane_switch import SPEC, case, op_arguments
+from ..specs.plane_switch import SPEC, case, groups, op_arguments
 
 TestPlaneSwitch = op_tests(SPEC)
 
@@ -22,3 +23,62 @@ def test_each_row_is_read_once_and_written_once(pool_method):
     assert OP.cost(*forward) == Cost(3 * (24 + 5 * 4) * row, 3 * (24 + 5 * 2) * row, 1)
     read = {"PCg": 4, "PCm": 2}[pool_method]  # each of 4 slices reads the one it was pooled into; PCm reduces 2 once
     assert OP.cost(*backward) == Cost(3 * (24 + 5 * read) * row, 3 * (24 + 5 * 4) * row, 1)
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("old, new", [(HW, DW), (DW, DH), (DHW, DH), (DH, DHW)], ids=str)
+def test_the_mean_of_equal_globals_is_the_same(old, new, pool_method):
+    c = case(old, new, (7, 3, 5), 2, 8, pool_method=pool_method, globals_at="plane")
+    values = torch.randint(1, 100, (1, 2, 8)).float()
+    x = c.make(torch.float32)["x"]
+    groups(x, c.settings)["globals"].copy_(values.expand(len(x), 2, 8))
+    out = SPEC.fast(x, **c.settings)[:, :2]
+    assert torch.equal(out, values.expand_as(out))
+
+
+X = case(HW, DW, (2, 3, 1), 1, 1).make(torch.float64)["x"]
+DIRECTION = torch.randn(X.shape, dtype=torch.float64)
+
+
+def cubed(function, c):
+    return lambda x: (function(x, **c.settings) ** 3).sum()
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(f)(X),
+        lambda f: torch.func.jvp(f, (X,), (DIRECTION,))[1],
+        lambda f: torch.func.jvp(lambda y: torch.func.jvp(f, (y,), (DIRECTION,))[1], (X,), (DIRECTION,))[1],
+        lambda f: torch.func.jvp(torch.func.grad(f), (X,), (DIRECTION,))[1],
+        lambda f: torch.func.grad(lambda y: torch.func.jvp(f, (y,), (DIRECTION,))[1])(X),
+        lambda f: torch.func.hessian(f)(X),
+        lambda f: torch.func.jacrev(torch.func.jacfwd(f))(X),
+        lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([X, DIRECTION])),
+        lambda f: torch.func.jvp(torch.func.vmap(f), (torch.stack([X, X]),), (torch.stack([X, DIRECTION]),))[1],
+        lambda f: torch.func.vmap(f, in_dims=2)(torch.stack([X, DIRECTION], 2)),
+    ],
+    ids=["grad", "jvp", "jvp-jvp", "jvp-grad", "grad-jvp", "hessian", "jacrev-jacfwd", "vmap-grad", "jvp-vmap", "vmap"],
+)
+def test_transforms_of_torch_func(transform, pool_method):
+    c = case(HW, DW, (2, 3, 1), 1, 1, pool_method=pool_method)
+    torch.testing.assert_close(transform(cubed(SPEC.fast, c)), transform(cubed(SPEC.reference, c)))
+
+
+def test_forward_over_reverse():
+    c = case(HW, DW, (2, 3, 1), 1, 1)
+
+    def product(function):  # of the Hessian and a direction
+        x = X.clone().requires_grad_()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, DIRECTION)
+            (grad,) = torch.autograd.grad(cubed(function, c)(dual), dual, create_graph=True)
+            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    torch.testing.assert_close(product(SPEC.fast), product(SPEC.reference))
+
+
+def test_auto_does_not_take_the_interpreter():
+    assert pick("auto", torch.device("cpu")) == "reference"
+    assert pick("triton", torch.device("cpu")) == "triton"

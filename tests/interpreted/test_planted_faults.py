@@ -101,29 +101,113 @@ def test_gradients_that_depend_on_which_are_needed():
 def test_tangents_of_zero():
     spec = make("tangents", tangents=False)
     with pytest.raises(AssertionError, match="forward mode: no tangent"):
-        checks.forward_mode_without_gradients(spec, spec.small[0])
+        checks.forward_mode(spec, spec.small[0])
     with pytest.raises(AssertionError, match="forward mode neither works nor raises"):
-        checks.forward_mode_without_gradients(_without_forward_mode(spec), spec.small[0])
+        checks.forward_mode(replace(spec, forward_mode=False), spec.small[0])
 
 
-def _without_forward_mode(spec):
-    return replace(spec, forward_mode=False)
+def test_tangents_that_are_lost_where_gradients_are_needed():
+    def fast(x, y):
+        return RIGHT.op(x, y) if x.requires_grad else RIGHT.fast(x, y)
+
+    with pytest.raises((AssertionError, RuntimeError), match="forward|jvp"):
+        checks.forward_mode(replace(RIGHT, fast=fast), RIGHT.small[0])
 
 
-def test_a_double_backward_of_zero():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y):
-            ctx.save_for_backward(x)
-            return x * x + y
+def test_an_unrelated_error_in_forward_mode():
+    def fast(x, y):
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError("shapes cannot be multiplied")
+        return RIGHT.op(x, y)
 
-        @staticmethod
-        def backward(ctx, g):
-            return 2 * ctx.saved_tensors[0].detach() * g, g
+    with pytest.raises(AssertionError, match="raises something else: shapes cannot be multiplied"):
+        checks.forward_mode(replace(RIGHT, fast=fast, forward_mode=False), RIGHT.small[0])
 
-    spec = replace(RIGHT, fast=lambda x, y: Once.apply(x, y), forward_mode=False)
-    with pytest.raises(AssertionError):
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x)
+        return x * x + y
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0].detach() * g, g
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_double_backward_of_zero(twice):
+    spec = replace(RIGHT, fast=lambda x, y: Once.apply(x, y), forward_mode=False, twice=twice)
+    with pytest.raises(AssertionError, match="gradcheck|double backward neither works nor raises"):
         checks.derivatives(spec, spec.small[0])
+
+
+def test_the_dtype_of_the_fake_is_wrong():
+    spec = make("fake_dtype", fake=lambda x, y: torch.empty(x.shape, dtype=torch.float32, device=x.device))
+    checks.opcheck(spec, spec.small[0])
+    with pytest.raises(AssertionError, match="opcheck: .*dtype"):
+        checks.opcheck(spec, spec.small[0], dtype=torch.bfloat16)
+
+
+def test_the_dtype_of_the_output_is_wrong():
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x, y).float())
+    with pytest.raises(BudgetError, match=r"out, rows: torch.float32 \(3, 5, 7\), expected torch.bfloat16"):
+        checks.error_budget(spec, spec.cases[0], torch.bfloat16)
+
+
+def test_gradients_that_are_lost():
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x.detach(), y))
+    with pytest.raises(AssertionError, match="came out, expected"):
+        checks.error_budget(spec, spec.cases[0], torch.float32)
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x, y) if x.requires_grad else RIGHT.fast(x, y).detach())
+    with pytest.raises(AssertionError, match="came out, expected"):
+        checks.needed_gradients(spec, spec.small[0])
+
+
+def test_a_backward_that_writes_on_what_it_is_given():
+    def backward(ctx, g):
+        gradients = g * faulty.SCALE, g * 1
+        g.detach().zero_()
+        return gradients
+
+    spec = make("greedy", backward=backward)
+    with pytest.raises(BudgetError, match="incoming gradient, after backward"):
+        checks.error_budget(spec, spec.cases[0], torch.float32)
+
+
+def test_a_backward_that_reads_gradients_as_contiguous():
+    def backward(ctx, g):
+        dense = torch.as_strided(g, g.shape, torch.empty(g.shape).stride())
+        return dense * faulty.SCALE, dense * 1
+
+    spec = make("dense", backward=backward)
+    for check in (checks.layouts, lambda spec, case, dtype, layout: checks.gradient_of_a_sum(spec, case, dtype)):
+        with pytest.raises((AssertionError, RuntimeError)):
+            check(spec, spec.cases[0], torch.float32, permuted)
+
+
+def test_masked_lanes_that_are_used():
+    spec = make("masked", faulty.masked_kernel)
+    with pytest.raises(BudgetError, match="not finite where float64 is"):
+        checks.error_budget(spec, spec.cases[0], torch.float32)
+
+
+def test_an_empty_input_that_is_not_expected():
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x, y) if x.numel() else torch.empty(1))
+    with pytest.raises(AssertionError):
+        checks.zero_sizes(spec, spec.empty[0])
+
+
+def test_results_that_depend_on_the_run():
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x, y) + 1e-3 * torch.rand(1))
+    with pytest.raises(BudgetError, match="again at"):
+        checks.repeatable(spec, spec.small[0], torch.float32)
+
+
+def test_a_product_that_autocast_rounds():
+    spec = replace(RIGHT, fast=lambda x, y: RIGHT.fast(x, y) @ torch.eye(x.shape[-1]))
+    with pytest.raises(BudgetError, match="under autocast"):
+        checks.autocast(spec, spec.small[0])
 
 
 def test_a_copy_inside_a_body():
@@ -178,6 +262,8 @@ def test_an_operation_that_breaks_the_graph():
 
 
 def test_a_group_that_must_only_move():
-    spec = replace(RIGHT, fast=lambda x, y: x.nextafter(y), reference=lambda x, y: x * 1, exact=frozenset({"rows"}))
+    spec = replace(
+        RIGHT, fast=lambda x, y: (x + 0 * y) * (1 + 2**-23), reference=lambda x, y: x + 0 * y, exact=frozenset({"rows"})
+    )
     with pytest.raises(BudgetError, match="must be equal bit for bit"):
         checks.error_budget(spec, spec.cases[0], torch.float32)

@@ -26,11 +26,12 @@ class BudgetError(AssertionError):
 class Errors(NamedTuple):
     """How far a reference is from float64."""
 
+    dtype: torch.dtype
     largest: float = 0.0
     leaning: float = 0.0  # median error away from zero, in eps of each value
 
     def worse(self, other):
-        return Errors(max(self.largest, other.largest), max(abs(self.leaning), abs(other.leaning)))
+        return Errors(self.dtype, max(self.largest, other.largest), max(abs(self.leaning), abs(other.leaning)))
 
 
 def errors(name, reference, exact):
@@ -43,8 +44,9 @@ def errors(name, reference, exact):
     if (~same(reference.double(), rounded) & (odd | ~reference.isfinite())).any():
         raise ValueError(f"{name}: the reference is not finite where float64 is, or the other way round")
     if exact.numel() == 0:
-        return Errors()
-    return Errors((reference.double() - exact).masked_fill(odd, 0).abs().amax().item(), _leaning(reference, exact))
+        return Errors(reference.dtype)
+    largest = (reference.double() - exact).masked_fill(odd, 0).abs().amax().item()
+    return Errors(reference.dtype, largest, _leaning(reference, exact))
 
 
 def _leaning(t, exact):
@@ -63,8 +65,9 @@ def check(name, got, exact, reference):
 
     Raises BudgetError where `got` is out of budget.
     """
-    if got.shape != exact.shape:
-        raise BudgetError(f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
+    if got.shape != exact.shape or got.dtype != reference.dtype:
+        found, expected = f"{got.dtype} {tuple(got.shape)}", f"{reference.dtype} {tuple(exact.shape)}"
+        raise BudgetError(f"{name}: {found}, expected {expected}")
     rounded = exact.to(got.dtype).double()
     odd = ~rounded.isfinite()
     wrong = ~same(got.double(), rounded) & (odd | ~got.isfinite())
@@ -95,7 +98,7 @@ def check_bits(name, got, expected):
     """`got` equal to `expected` bit for bit, signs of zero included; any NaN equals any other."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         raise BudgetError(f"{name}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}")
-    differs = ~same(got, expected) | (got.signbit() != expected.signbit()) & ~got.isnan()
+    differs = ~same(got, expected) | (got.signbit() != expected.signbit()) & ~expected.isnan()
     if differs.any():
         raise BudgetError(_message(name, differs.double(), got, expected, "must be equal bit for bit"))
 

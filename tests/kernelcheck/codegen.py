@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import triton
 from triton.backends.compiler import GPUTarget
 
+from .launches import OPTIONS
+
 # bytes of shared memory that one block can have (CUDA programming guide, compute capabilities)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHITECTURES = tuple(SHARED_LIMIT)
-TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
+TENSOR_CORES = re.compile(r"\b(?:[HIQDO]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b")
 GLOBAL_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)")
 ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|RED|REDG)\.E\b")  # of global memory
 NARROW_OFFSET = re.compile(r"tt\.addptr .*, (?:tensor<[\dx]*)?i32>?")
@@ -34,7 +36,7 @@ class Binary:
     local: int  # loads and stores of local memory: spills
     tensor_cores: int  # instructions
     atomics: int
-    narrow_offsets: int  # additions of 32-bit offsets to pointers
+    narrow_offsets: int  # additions of 32-bit offsets to pointers, and products widened too late
     accesses: dict[str, dict[int, int]]  # "load", "store": how many global accesses, by bytes per thread
 
     def text(self, kind):
@@ -45,7 +47,7 @@ class Binary:
 def compile_variant(variant, arch):
     """The `Binary` of a `launches.Variant` on sm_<arch>."""
     target = GPUTarget("cuda", arch, 32)
-    options = {name: getattr(variant.options, name) for name in ("num_warps", "num_stages", "num_ctas")}
+    options = {name: getattr(variant.options, name) for name in OPTIONS}
     compiled = triton.compile(variant.source(), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -68,9 +70,34 @@ def read_binary(usage, sass, ttir, shared):
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_cores=len(TENSOR_CORES.findall(sass)),
         atomics=len(ATOMIC.findall(sass)),
-        narrow_offsets=len(NARROW_OFFSET.findall(ttir)),
+        narrow_offsets=len(NARROW_OFFSET.findall(ttir)) + late_widenings(ttir),
         accesses={kind: dict(widths) for kind, widths in accesses.items()},
     )
+
+
+def late_widenings(ttir):
+    """How many values become 64-bit after a 32-bit product of two variables, which may have wrapped by then."""
+    made_of = {}  # of every value: the operation that makes it, and of what
+    late = 0
+    for name, operation, operands in re.findall(r"(%[\w#]+) = ([\w.]+)(.*?) :", ttir):
+        values = re.findall(r"%[\w#]+", operands)
+        made_of[name] = operation, values
+        late += operation == "arith.extsi" and _is_product(values[0], made_of)
+    return late
+
+
+def _is_product(value, made_of):
+    operation, values = made_of.get(value, ("argument", []))
+    if operation == "arith.muli":
+        return not any(made_of.get(_source(v, made_of), ("",))[0] == "arith.constant" for v in values)
+    if operation in ("arith.addi", "arith.subi", "tt.splat", "tt.broadcast", "tt.expand_dims", "arith.select"):
+        return any(_is_product(v, made_of) for v in values)
+    return False
+
+
+def _source(value, made_of):  # before it was spread over a block
+    operation, values = made_of.get(value, ("argument", []))
+    return _source(values[0], made_of) if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims") else value
 
 
 def _width(modifiers):
@@ -99,6 +126,8 @@ def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False, atomics
     if binary.shared > SHARED_LIMIT[arch]:
         raise CodegenError(f"{binary.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
     narrow = sum(n for widths in binary.accesses.values() for width, n in widths.items() if width < 16)
+    if wide and not all(binary.accesses.values()):
+        raise CodegenError("no global loads or no stores were found")
     if wide and narrow > exempt:
         raise CodegenError(
             f"{narrow} global accesses of less than 16 bytes, at most {exempt} expected: loads {binary.text('load')}; "
@@ -108,7 +137,7 @@ def check_binary(binary, arch, wide=False, exempt=0, tensor_cores=False, atomics
         raise CodegenError(f"{binary.atomics} atomics: the order of sums is not fixed")
     if binary.narrow_offsets and not narrow_offsets:
         raise CodegenError(
-            f"{binary.narrow_offsets} pointers are advanced by 32-bit offsets, which end at 2^31 elements"
+            f"{binary.narrow_offsets} pointers are advanced by 32-bit offsets or products, which end at 2^31 elements"
         )
     if tensor_cores and not binary.tensor_cores:
         raise CodegenError("no tensor-core instruction")

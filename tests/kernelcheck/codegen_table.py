@@ -16,7 +16,7 @@ import torch
 import triton
 
 from .codegen import ARCHITECTURES, CodegenError, check_binary, compile_variant
-from .launches import launches_of, variants
+from .launches import launches_of
 from .layouts import contiguous, stepped
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.csv"
@@ -25,7 +25,7 @@ COLUMNS = [
     "tensor_cores", "triton", "source",
 ]  # fmt: skip
 LAYOUTS = [contiguous, stepped]  # both ways channels can lie
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def all_factors(spec):
@@ -35,11 +35,12 @@ def all_factors(spec):
     return spec.factors | fixed
 
 
-def build(spec, dtype, layout, call, aligned, arch, **factors):
-    """The (name, variant, arch) of one choice of every factor."""
-    launch = launches_of(spec, spec.factors_case(**factors), dtype, layout)[call]
-    ((name, variant),) = variants([launch], [aligned], arch).items()
-    return name, variant, arch
+def build(spec, arch, aligned, **choice):
+    """The (name, variant, whether its accesses must be wide) of one choice of every factor."""
+    factors = {name: choice[name] for name in spec.factors}
+    launch = launches_of(spec, spec.factors_case(**factors), choice["dtype"], choice["layout"])[choice["call"]]
+    variant = launch.variant(aligned, arch)
+    return variant.name, variant, aligned and choice["layout"] is contiguous and spec.wide(choice)
 
 
 def pairwise(factors):
@@ -56,10 +57,14 @@ def pairwise(factors):
 
 
 def every_build(spec):
-    """All different builds of an operation: {(name, arch): variant}."""
-    factors = all_factors(spec)
-    choices = (dict(zip(factors, values)) for values in itertools.product(*factors.values()))
-    return {(name, arch): variant for name, variant, arch in (build(spec, **choice) for choice in choices)}
+    """All different builds of an operation: {(name, arch): (variant, whether its accesses must be wide)}."""
+    factors, builds = all_factors(spec), {}
+    for values in itertools.product(*factors.values()):
+        choice = dict(zip(factors, values))
+        name, variant, wide = build(spec, **choice)
+        before = builds.get((name, choice["arch"]), (None, False))
+        builds[name, choice["arch"]] = variant, wide or before[1]
+    return builds
 
 
 def source_hash(kernel):
@@ -79,10 +84,10 @@ def _row(job):
     from ..specs import SPECS
 
     spec = SPECS[spec_index]
-    variant = every_build_of(spec_index)[name, arch]
+    variant, wide = every_build_of(spec_index)[name, arch]
     binary = compile_variant(variant, arch)
     try:
-        check_binary(binary, arch, variant.aligned and spec.wide(variant.values), tensor_cores=spec.tensor_cores)
+        check_binary(binary, arch, wide, tensor_cores=spec.tensor_cores)
     except CodegenError as error:
         return f"{name} on sm_{arch}: {error}"
     kernel, configuration = name.split(": ")
@@ -113,7 +118,7 @@ def read_table():
 
 def stale(spec, rows, builds):
     """Why the table is not that of these `builds` (of `every_build`), or None if it is."""
-    kernels = {variant.kernel.__name__: source_hash(variant.kernel) for variant in builds.values()}
+    kernels = {variant.kernel.__name__: source_hash(variant.kernel) for variant, _ in builds.values()}
     rows = [row for row in rows if row["kernel"] in kernels]
     listed = {(f"{row['kernel']}: {row['configuration']}", int(row["architecture"][3:])) for row in rows}
     if listed != set(builds):

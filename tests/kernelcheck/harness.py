@@ -43,8 +43,8 @@ def op_tests(spec, examples=670):
             checks.derivatives(spec, case)
 
         @of_small
-        def test_forward_mode_without_gradients(self, case):
-            checks.forward_mode_without_gradients(spec, case)
+        def test_forward_mode(self, case):
+            checks.forward_mode(spec, case)
 
         @of_small
         def test_needed_gradients(self, case):
@@ -52,22 +52,24 @@ def op_tests(spec, examples=670):
 
         @of_layouts
         def test_opcheck(self, layout):
-            checks.opcheck(spec, spec.small[0], layout)
+            checks.opcheck(spec, spec.typical, layout)
 
         @of_small
         def test_opcheck_of_cases(self, case):
-            checks.opcheck(spec, case)
+            checks.opcheck(spec, case, dtype=torch.bfloat16)
 
         @pytest.mark.parametrize("dynamic", [False, True])
         @of_small
         def test_compiled(self, case, dynamic):
             checks.compiled(spec, case, dynamic)
 
+        def test_compiled_bf16(self):
+            checks.compiled(spec, spec.typical, dtype=torch.bfloat16)
+
         @of_dtypes
         @of_layouts
-        @of_small
-        def test_layouts(self, case, layout, dtype):
-            checks.layouts(spec, case, dtype, layout)
+        def test_layouts(self, layout, dtype):
+            checks.layouts(spec, spec.typical, dtype, layout)
 
         @of_empty
         def test_zero_sizes(self, case):
@@ -96,7 +98,7 @@ def op_tests(spec, examples=670):
 
         @of_layouts
         def test_declared_cost_of_layouts(self, layout):
-            checks.declared_cost(spec, spec.small[0], torch.float32, layout)
+            checks.declared_cost(spec, spec.typical, torch.float32, layout)
 
         @of_empty
         def test_declared_cost_of_nothing(self, case):

@@ -29,6 +29,7 @@ def patch():
         raise RuntimeError("kernels run under TRITON_INTERPRET=1, which triton reads when it is imported")
     _patch_casts()
     _patch_arithmetic()
+    _patch_masked_lanes()
     _patch_speed()
 
 
@@ -43,6 +44,8 @@ def to_torch(handle):
 
 
 def _to_bf16(handle):
+    if handle.dtype.scalar.is_fp8():
+        raise Bf16ArithmeticError("fp8 to bf16 in the interpreter: convert to fp32 first")
     data = to_torch(handle).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     return TensorHandle(data.reshape(np.shape(handle.data)), tl.bfloat16)
 
@@ -100,6 +103,22 @@ def _patch_arithmetic():
         return dot(self, a, b, d, *args)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def _patch_masked_lanes():
+    """Lanes of a masked load without `other` are undefined on a GPU; as shipped they are 0 here."""
+    load = InterpreterBuilder.create_masked_load
+
+    def masked_load(self, pointers, mask, other, *rest, **more):
+        if other is None and mask is not None:
+            dtype = pointers.get_element_ty()
+            np_dtype = shipped._get_np_dtype(dtype)
+            worst = np.nan if np_dtype.kind == "f" else True if np_dtype.kind == "b" else np.iinfo(np_dtype).max
+            worst = 0x7FC0 if dtype == tl.bfloat16 else worst
+            other = TensorHandle(np.full(np.shape(pointers.data), worst, np_dtype), dtype)
+        return load(self, pointers, mask, other, *rest, **more)
+
+    InterpreterBuilder.create_masked_load = masked_load
 
 
 def _patch_speed():

@@ -4,6 +4,7 @@ An operation's body runs on `meta` tensors while its launches are recorded; trit
 arguments of a launch become part of the compiled kernel. Not under TRITON_INTERPRET=1.
 """
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class Variant:
     @property
     def name(self):
         """Everything that tells the variants of a kernel apart, in words."""
-        tensor = next(kind for kind in self.signature.values() if kind.startswith("*"))[1:]
+        kinds = Counter(kind for kind in self.signature.values() if kind != "constexpr")
+        types = " ".join(f"{count} {kind}" for kind, count in kinds.items())
         constants = [f"{name}={value}" for name, value in self.values.items()]
-        ints = "".join(f" {name}%16" for name in self._divisible())
-        return " ".join([tensor, "aligned" if self.aligned else "unaligned", *constants]) + ints
+        options = [f"{name}={getattr(self.options, name)}" for name in OPTIONS if getattr(self.options, name)]
+        ints = [f"{name}%16" for name in self._divisible()]
+        aligned = "aligned" if self.aligned else "unaligned"
+        return f"{self.kernel.__name__}: " + " ".join([f"({types})", aligned, *constants, *ints, *options])
 
     def _divisible(self):
         names = [self.kernel.arg_names[path[0]] for path, attr in self.attrs.items() if attr]
@@ -81,8 +85,8 @@ class Variant:
 
 
 @contextmanager
-def recorded_launches():
-    """Within it bodies of operations on `meta` tensors launch into the list that it gives."""
+def recorded_launches(body):
+    """Within it an operation's body, on `meta` tensors, launches into the list that it gives."""
     launches = []
 
     def wrap(kernel):
@@ -92,16 +96,17 @@ def recorded_launches():
 
         return Recorder()
 
-    with mock.patch("torch.library.wrap_triton", wrap):
+    with mock.patch.dict(body.__globals__, {"wrap_triton": wrap}):
         yield launches
 
 
 def launches_of(spec, case, dtype, layout=lambda t: t):
     """The launches of all calls of a case, backward's too."""
     tensors = {name: layout(torch.empty(shape, dtype=dtype, device="meta")) for name, shape in case.tensors.items()}
-    with recorded_launches() as launches:
+    with recorded_launches(spec.op.body) as launches:
         for call in spec.op_arguments(tensors, case.settings):
             spec.op.body(*call)
+    assert launches or case in spec.empty, f"{spec.op.name} launches nothing"
     return launches
 
 
@@ -111,5 +116,5 @@ def variants(launches, alignments=(True, False), arch=90):
     for launch in launches:
         for aligned in alignments:
             variant = launch.variant(aligned, arch)
-            found[f"{launch.kernel.__name__}: {variant.name}"] = variant
+            found[variant.name] = variant
     return found

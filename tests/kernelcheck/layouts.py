@@ -18,6 +18,8 @@ def stepped(t):  # every second channel of something
 
 
 def permuted(t):  # channels slowest
+    if t.ndim < 2:
+        return t
     return t.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
@@ -34,6 +36,8 @@ def constant(t):  # all strides 0, the gradient of a sum
 
 
 def channels_last_3d(t):  # a token tensor taken from maps (N, C, ...) of that format
+    if t.ndim < 2:
+        return t
     maps = t.movedim(-1, 1)
     maps = maps[(..., *[None] * (5 - t.ndim))].contiguous(memory_format=torch.channels_last_3d)
     return maps[(..., *[0] * (5 - t.ndim))].movedim(1, -1)

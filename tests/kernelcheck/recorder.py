@@ -31,23 +31,23 @@ def recording():
         count = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
         return count * max(1, bits // 8)
 
-    def masked_load(self, pointers, mask, *rest):
+    def masked_load(self, pointers, mask, *rest, **more):
         record.read += lanes(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **more)
 
-    def masked_store(self, pointers, value, mask, *rest):
+    def masked_store(self, pointers, value, mask, *rest, **more):
         record.written += lanes(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **more)
 
-    def atomic_rmw(self, operation, pointers, value, mask, *rest):
+    def atomic_rmw(self, operation, pointers, value, mask, *rest, **more):
         record.read += lanes(pointers, mask)
         record.written += lanes(pointers, mask)
-        return rmw(self, operation, pointers, value, mask, *rest)
+        return rmw(self, operation, pointers, value, mask, *rest, **more)
 
-    def atomic_cas(self, pointers, *rest):
+    def atomic_cas(self, pointers, *rest, **more):
         record.read += lanes(pointers, None)
         record.written += lanes(pointers, None)
-        return cas(self, pointers, *rest)
+        return cas(self, pointers, *rest, **more)
 
     def launch(self, *args, **kwargs):
         record.launches[self.fn.__name__] += 1

@@ -32,6 +32,7 @@ class Spec:
     fast: Callable[..., Any]
     reference: Callable[..., Any]  # torch operations only
     op_arguments: Callable[..., list[tuple]]  # of (tensors, settings): calls of `op` itself, backward's too
+    typical: Case  # nothing special: every size at least 2
     cases: list[Case]  # named, awkward
     small: list[Case]  # a few, tiny, for checks that call often (gradcheck, opcheck, torch.compile)
     empty: list[Case]  # with sizes of zero
@@ -42,5 +43,5 @@ class Spec:
     twice: bool = True  # whether backward can be differentiated; if not it must raise
     factors: dict[str, list] = field(default_factory=dict)  # of the codegen gate: what its cases are made of
     factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
-    wide: Callable[[dict], bool] = lambda constants: False  # of a kernel's constants: whether rows are aligned
+    wide: Callable[[dict], bool] = lambda choice: False  # of a choice of factors: whether rows take 16-byte accesses
     tensor_cores: bool = False  # whether its kernels claim to use them

@@ -24,8 +24,9 @@ COPIES = {
     "_to_copy", "_unsafe_index", "cat", "clone", "copy_", "gather", "index", "index_copy_", "index_put_",
     "index_select", "repeat", "scatter", "slice_scatter", "stack",
 }  # fmt: skip
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_"}  # in place, without reading
+ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "exponential_"}  # without reading
+PICKS = {"index", "index_select", "gather", "embedding"}  # read of their input what they return
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Traffic(TorchDispatchMode):
         if func.namespace == self.namespace and name in self.ops:
             return self._custom(self.ops[name], func, args, kwargs)
         out = func(*args, **kwargs)
-        if name not in ALLOCATIONS:
+        if name not in ALLOCATIONS and torch.Tag.inplace_view not in func.tags:
             self._count(name, func, args, kwargs, out)
         return out
 
@@ -86,15 +87,18 @@ class Traffic(TorchDispatchMode):
         storages = {t.untyped_storage()._cdata for t in _tensors(list(bound.values()))}
         written = [t for n in mutated for t in _tensors(bound.get(n))]
         written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
-        if not written:  # a view, or an input as it came
+        if not written and _tensors(out):  # a view, or an input as it came
             return
-        overwritten = mutated if name in OVERWRITES or func._overloadname == "out" else []
+        overwritten = [a.name for a in arguments if a.is_out] or (mutated if name in OVERWRITES else [])
         if name.endswith("_like") or name.startswith("new_"):
             overwritten = list(bound)  # only their shape is read
         row = self.rows[f"{name} in {self.inside}" if self.inside else name]
         row.calls += 1
         row.launches += 1
-        row.read += sum(self._bytes(t) for n, v in bound.items() if n not in overwritten for t in _tensors(v))
+        reads = [t for n, v in bound.items() if n not in overwritten for t in _tensors(v)]
+        if name in PICKS:
+            reads = [*written, *reads[1:]]
+        row.read += sum(self._bytes(t) for t in reads)
         row.written += sum(self._bytes(t) for t in written)
 
     def _custom(self, op, func, args, kwargs):

@@ -53,6 +53,9 @@ def named_cases():
     yield case(HW, DW, (64, 4, 4), 5, 8, name="64^3 volume: 21 rows to 261")
     yield case(DH, HW, (64, 4, 4), 5, 8, pool_method="PCm", name="64^3 volume: 261 rows to 21")
     yield case(HW, DH, (2, 17, 16), 1, 8, name="a row more than a tile has")
+    yield case(HW, DW, (2, 3, 2), 8, 16, name="as many globals as a tile has")
+    yield case(DW, DH, (2, 3, 4), 16, 16, name="two tiles of globals")
+    yield case(HW, DW, (20, 19, 1), 2, 300, pool_method="PCm", name="a mean of more slices than a tile has")
     yield case(HW, DW, (2, 2, 3), 2, 300, name="channels in two blocks, the last one short")
     yield case(DW, HW, (2, 3, 2), 2, 384, pool_method="PCm", name="ViT-S channels")
 
@@ -83,6 +86,7 @@ SPEC = Spec(
     fast=partial(plane_switch, backend="triton"),
     reference=plane_switch_ref,
     op_arguments=op_arguments,
+    typical=case(HW, DW, (3, 4, 2), 9, 16, batch=2, name="typical"),
     cases=list(named_cases()),
     small=[
         case(DW, DH, (3, 2, 3), 1, 1),
@@ -97,5 +101,5 @@ SPEC = Spec(
     exact=frozenset({"patches", "globals where M is 1"}),
     factors={"channels": [384, 768, 1024, 1280, 4096, 100], "pool": ["none", "PCg", "PCm"]},
     factors_case=codegen_case,
-    wide=lambda constants: constants["UNIT"] > 1,
+    wide=lambda choice: choice["channels"] * choice["dtype"].itemsize % 16 == 0,
 )  # fmt: skip
