@@ -7,7 +7,6 @@ PLANECYCLE_FAST_BACKEND names another.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ BACKENDS = ("triton", "cpu", "reference")
 ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
+_found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for
 _overrides: list[str] = []  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
@@ -101,9 +101,13 @@ def _usable(device: torch.device | None) -> str:
     return ", ".join([name for name in BACKENDS if why_not(name, device) is None])
 
 
-@functools.cache
-@torch.compiler.assume_constant_result  # what is installed does not change under a compiled model
 def _why_not_triton() -> str | None:
+    if "triton" not in _found:
+        _found["triton"] = _look_for_triton()
+    return _found["triton"]
+
+
+def _look_for_triton() -> str | None:
     try:
         import triton
         import triton.language
@@ -124,13 +128,17 @@ def _why_not_triton() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device was found"
 
 
-@functools.cache
-@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Whether triton's interpreter stands in for a GPU, on tensors of any device. Call it where triton imports."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+# torch.compile takes their results for constants: what is installed does not change under a compiled model. By
+# attribute, as torch.compiler.assume_constant_result imports the whole compiler, and triton with it.
+_why_not_triton._dynamo_marked_constant = True
+_interpreted._dynamo_marked_constant = True
 
 
 def _broken(error: Exception) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.backends import BACKENDS, VARIABLE, _why_not_triton, pick, why_not
+from planecycle_fast.backends import BACKENDS, VARIABLE, _found, pick, why_not
 
 from .toy import ToyViT, toy_lift
 
@@ -59,9 +59,11 @@ def test_use_backend_raises_on_entering_and_restores():
 
 @pytest.fixture
 def no_cache():
-    _why_not_triton.cache_clear()
+    found = dict(_found)
+    _found.clear()
     yield
-    _why_not_triton.cache_clear()
+    _found.clear()
+    _found.update(found)
 
 
 class _Missing:
