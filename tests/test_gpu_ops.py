@@ -50,7 +50,8 @@ def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
 @LAYOUTS
 @pytest.mark.parametrize("spec, c", SMALL)
 def test_layouts(spec, c, layout):
-    checks.error_budget(spec, c, torch.bfloat16, on_gpu(layout), on_gpu(layout))
+    if layout in layouts.VARIED:
+        checks.error_budget(spec, c, torch.bfloat16, on_gpu(layout), on_gpu(layout))
     for dtype in DTYPES:
         checks.layouts(spec, c, dtype, on_gpu(layout))
 

@@ -65,7 +65,8 @@ def _share(i, p, num_next, num_prev, via, ACC: tl.constexpr):  # M[i, p] * |bin(
 def _last_divisor(size, via, num_prev):
     """What of a bin's size divides the sum, after it; weights take the rest.
 
-    One step has equal weights, so dividing last rounds like a mean. Of two steps, M = 1 must come out as exactly 1.
+    One step has equal weights, so dividing last rounds like a mean (fp32's `/` on a GPU: to 2 ulp; `_divide` on a
+    whole tile spills). Of two steps, M = 1 must come out as exactly 1.
     """
     return tl.where(via == num_prev, size, 1)
 
@@ -115,7 +116,7 @@ def _bands(
         values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0)
         total += weight * values.to(ACC)
     if not TRANSPOSED:
-        total = _divide(total, last, ACC)
+        total /= last
     tl.store(out + (target * UNIT)[:, None] + c[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -139,7 +140,7 @@ def _mean(
         if not TRANSPOSED:
             values *= _divide(_share(0, k, 1, num_in, via, ACC), via // last, ACC)[:, None]
         total += tl.sum(values, 0)
-    total = _divide(total, last, ACC)
+    total /= last
     for start in range(0, num_out, BLOCK_R):
         k = start + tl.arange(0, BLOCK_R)
         rows = (target + k.to(tl.int64) * out_seq) * UNIT
@@ -197,12 +198,14 @@ def plane_switch_kernel(
 
 
 def _tile(itemsize: int, channels: int, offsets: tuple[int, ...]) -> tuple[int, int, int]:
-    """UNIT, BLOCK_R, BLOCK_C: 16 elements per thread in 16-byte accesses, or 8 where rows do not start at such."""
+    """UNIT, BLOCK_R, BLOCK_C: 16 elements per thread in 16-byte accesses, or 4 where rows do not start at such."""
     vector = 16 // itemsize
     unit = vector if all([offset % vector == 0 for offset in (channels, *offsets)]) else 1
     whole = [block for block in (256, 128, 64) if channels % block == 0]  # no idle lanes
     block_c = whole[0] if whole else min(256, max(32, triton.next_power_of_2(channels)))
-    return unit, (2048 if unit > 1 else 1024) // block_c, block_c
+    if unit == 1:  # an address per element: larger tiles spill
+        return unit, 8, min(64, block_c)
+    return unit, 2048 // block_c, block_c
 
 
 def _plane_switch(

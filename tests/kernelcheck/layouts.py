@@ -43,4 +43,6 @@ def channels_last_3d(t):  # a token tensor taken from maps (N, C, ...) of that f
     return maps[(..., *[0] * (5 - t.ndim))].movedim(1, -1)
 
 
+# Where all slices are equal, a reference may be exact by structure, and no measure of rounding.
+VARIED = [contiguous, sliced, stepped, permuted, offset, channels_last_3d]
 LAYOUTS = [contiguous, sliced, stepped, permuted, offset, expanded, constant, channels_last_3d]
