@@ -32,7 +32,7 @@ from ..pooling import Transition
 from .custom import INTERPRETED, Cost, launch, linear, register
 
 BLOCK_G = 8  # global tokens of a tile
-LIMIT = 2**30  # of tokens and of products of slices, which are 32-bit; offsets are 64-bit
+LIMIT = 2**30  # of what is counted in 32 bits: tokens and globals of a volume; offsets are 64-bit
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
 
@@ -79,10 +79,10 @@ def _patches(
     """BLOCK_R rows of the plane i0 of volume b."""
     tiles = tl.cdiv(n1 * n2, BLOCK_R)
     tile, job = job % tiles, job // tiles
-    i0, b = (job % n0).to(tl.int64), (job // n0).to(tl.int64)
+    i0, b = job % n0, job // n0
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    i1, i2 = (row // n2).to(tl.int64), (row % n2).to(tl.int64)
-    source = b * x_batch + tl.cast(num_globals, tl.int64) * x_row + i0 * x_0 + i1 * x_1 + i2 * x_2
+    i1, i2 = row // n2, row % n2
+    source = b * x_batch + num_globals * x_row + i0 * x_0 + i1 * x_1 + i2 * x_2
     target = b * out_batch + i0 * out_0 + (num_globals + row).to(tl.int64) * channels
     mask = (row < n1 * n2)[:, None] & (c < channels * UNIT)[None, :]
     tile_of_x = tl.load(x + (source * UNIT)[:, None] + (c * x_channel)[None, :], mask=mask)
@@ -97,10 +97,10 @@ def _bands(
     """BLOCK_G tokens of slice o of volume b: weighted sums over a band of slices."""
     tiles = tl.cdiv(num_globals, BLOCK_G)
     tile, job = job % tiles, job // tiles
-    o, b = job % num_out, (job // num_out).to(tl.int64)
+    o, b = job % num_out, job // num_out
     token = tile * BLOCK_G + tl.arange(0, BLOCK_G)
-    source = b * x_batch + token.to(tl.int64) * x_row
-    target = b * out_batch + o.to(tl.int64) * out_seq + token.to(tl.int64) * channels
+    source = b * x_batch + token * x_row
+    target = b * out_batch + o * out_seq + token.to(tl.int64) * channels
     mask = (token < num_globals)[:, None] & (c < channels * UNIT)[None, :]
     first = (o * via // num_out) * num_in // via
     end = tl.cdiv(tl.cdiv((o + 1) * via, num_out) * num_in, via)
@@ -112,7 +112,7 @@ def _bands(
             weight = _divide(_share(k, o, num_in, num_out, via, ACC), _bin_size(k, via, num_in), ACC)
         else:
             weight = _divide(_share(o, k, num_out, num_in, via, ACC), size // last, ACC)
-        rows = (source + tl.cast(k, tl.int64) * x_seq) * UNIT
+        rows = (source + k * x_seq) * UNIT
         values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0)
         total += weight * values.to(ACC)
     if not TRANSPOSED:
@@ -126,15 +126,15 @@ def _mean(
     UNIT: tl.constexpr, BLOCK_R: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One token of volume b: reduced over all slices once, then written to all."""
-    token, b = (job % num_globals).to(tl.int64), (job // num_globals).to(tl.int64)
+    token, b = job % num_globals, job // num_globals
     source = b * x_batch + token * x_row
-    target = b * out_batch + token * channels
+    target = b * out_batch + token.to(tl.int64) * channels
     in_row = (c < channels * UNIT)[None, :]
     last = _last_divisor(via, via, num_out if TRANSPOSED else num_in)
     total = tl.zeros([c.shape[0]], ACC)
     for start in range(0, num_in, BLOCK_R):
         k = start + tl.arange(0, BLOCK_R)
-        rows = (source + k.to(tl.int64) * x_seq) * UNIT
+        rows = (source + k * x_seq) * UNIT
         mask = (k < num_in)[:, None] & in_row
         values = tl.load(x + rows[:, None] + (c * x_channel)[None, :], mask=mask, other=0).to(ACC)
         if not TRANSPOSED:
@@ -143,7 +143,7 @@ def _mean(
     total /= last
     for start in range(0, num_out, BLOCK_R):
         k = start + tl.arange(0, BLOCK_R)
-        rows = (target + k.to(tl.int64) * out_seq) * UNIT
+        rows = (target + k * out_seq) * UNIT
         mask = (k < num_out)[:, None] & in_row
         values = tl.broadcast_to(total[None, :], [BLOCK_R, c.shape[0]])
         if TRANSPOSED:
@@ -161,7 +161,7 @@ def plane_switch_kernel(
     channels,  # C; like all strides below but x_channel it counts UNIT elements
     num_globals,  # g
     n0, n1, n2,  # sizes of the new plane's axes, slowest first
-    x_batch: tl.int64, x_seq: tl.int64, x_row: tl.int64,  # strides of volumes, sequences and rows
+    x_batch: tl.int64, x_seq: tl.int64, x_row: tl.int64,  # strides of volumes, sequences and rows; so wide are offsets
     x_0: tl.int64, x_1: tl.int64, x_2: tl.int64,  # strides of patches along the new plane's axes
     x_channel,  # stride of channels in elements; specialised, so that 1 is a constant
     out_batch: tl.int64, out_seq: tl.int64, out_0: tl.int64,  # of volumes, sequences, the new plane's slowest axis
@@ -173,8 +173,11 @@ def plane_switch_kernel(
     BLOCK_G: tl.constexpr,  # global tokens of a tile
     POOL: tl.constexpr,  # "none" (g = 0), "bands" (PCg), "mean" (PCm)
     TRANSPOSED: tl.constexpr,  # apply the transpose of M, which leads from out to x
+    WIDE: tl.constexpr,  # whether products of slices need 64 bits
     ACC: tl.constexpr,  # dtype of sums
 ):  # fmt: skip
+    if WIDE:
+        via = via.to(tl.int64)
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels * UNIT, BLOCK_C)
     block, job = pid % blocks, pid // blocks
@@ -234,7 +237,7 @@ def _plane_switch(
     pool = "none" if g == 0 else "mean" if mean else "bands"
     global_programs = batch * blocks * {"none": 0, "mean": g, "bands": num_out * triton.cdiv(g, BLOCK_G)}[pool]
     programs = global_programs + batch * blocks * n0 * triton.cdiv(n1 * n2, block_r)
-    _check_limits(before, after, sizes, g, via, programs)
+    _check_limits(before, after, sizes, g, programs)
     out_seq = out.shape[1] * channels
     out_0 = out_seq if after.batch else n1 * n2 * channels
     x_strides = [stride // unit for stride in (num_in * x_seq, x_seq, x_row, *x_axes)]
@@ -243,17 +246,18 @@ def _plane_switch(
         plane_switch_kernel if INTERPRETED else wrap_triton(plane_switch_kernel), (programs,), x.device,
         x, out, channels // unit, g, n0, n1, n2, *x_strides, x_channel, *out_strides, num_in, num_out, via,
         global_programs, UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_G=BLOCK_G, POOL=pool,
-        TRANSPOSED=transposed and g > 0, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        TRANSPOSED=transposed and g > 0, WIDE=g > 0 and max(num_in, num_out) * (via + 1) > LIMIT,
+        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     return out
 
 
-def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, via: int, programs: int) -> None:
+def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, programs: int) -> None:
     slices = max(before.slices(sizes), after.slices(sizes))
-    if max(math.prod(sizes), slices * (via + 1), slices * g) > LIMIT or programs > MAX_PROGRAMS:
+    if max(math.prod(sizes), slices * g) > LIMIT or programs > MAX_PROGRAMS:
         raise ValueError(
-            f"x is too large for backend 'triton': {tuple(sizes)} tokens, {g} globals, a transition by way of {via} "
-            f"slices, {programs} programs; expected at most 2**30 tokens and 2**31 - 1 programs"
+            f"x is too large for backend 'triton': {tuple(sizes)} tokens, {slices} slices of {g} globals, {programs} "
+            "programs; expected at most 2**30 tokens, 2**30 globals and 2**31 - 1 programs"
         )
 
 
@@ -319,7 +323,7 @@ def plane_switch_triton(
     Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a volume of more than 2**30 tokens, or more than 2**31 - 1 programs.
+        ValueError: a volume of more than 2**30 tokens or 2**30 globals, or more than 2**31 - 1 programs.
     """
     via = transition.num_prev if transition.via is None else transition.via
     return _switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)

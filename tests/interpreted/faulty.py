@@ -12,6 +12,14 @@ from ..kernelcheck.spec import Case, Spec
 
 @triton.jit
 def axpy_kernel(x, y, out, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    total = tl.load(x + i, mask=mask).to(ACC) * scale + tl.load(y + i, mask=mask).to(ACC)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def narrow_kernel(x, y, out, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     total = tl.load(x + i, mask=mask).to(ACC) * scale + tl.load(y + i, mask=mask).to(ACC)
@@ -81,7 +89,7 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
     """The `Spec` of the operation, registered as ``faults::<name>``, with what is given in place of what is right."""
 
     def run(x, y):
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel():
             acc = tl.float64 if x.dtype == torch.float64 else tl.float32
             kernel[(triton.cdiv(x.numel(), 64),)](x, y, out, SCALE, x.numel(), ACC=acc, BLOCK=64)
@@ -117,9 +125,11 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
         reference=reference,
         op_arguments=lambda tensors, settings: [(tensors["x"], tensors["y"])],
         typical=case(2, 3, 4),
+        plain=[case(4, 4, 4)],
         cases=[case(3, 5, 7), case(2, 40, 32)],
         small=[case(1, 3, 2)],
         empty=[case(0, 3, 2)],
+        huge=[case(100_000, 2**10, 32)],
         strategy=lambda: st.builds(case, *[st.integers(1, 9)] * 3),
         groups=lambda t, settings: {"rows": t},
     )

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from planecycle_fast.ops.custom import Cost
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import BudgetError
 from ..kernelcheck.harness import op_tests
+from ..kernelcheck.interpreter import Bf16ArithmeticError
 from ..kernelcheck.layouts import contiguous, permuted
 from ..kernelcheck.traffic import Traffic
 from . import faulty
@@ -43,7 +43,7 @@ def test_a_coarse_rounding():
 
 def test_arithmetic_in_bf16():
     spec = make("bf16", faulty.bf16_kernel)
-    with pytest.raises(InterpreterError, match="arithmetic on bf16"):
+    with pytest.raises(Bf16ArithmeticError, match="arithmetic on bf16"):
         checks.error_budget(spec, spec.cases[0], torch.bfloat16)
 
 

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import math
 import re
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.gradcheck import GradcheckError
 from .budget import Errors, check, check_bits, check_footprint, errors
 from .interpreter import poisoned
 from .layouts import constant, contiguous
+from .overflow import MANY_SLICES, probing
 from .recorder import recording
 from .traffic import Traffic
 
@@ -89,6 +91,20 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
             check_bits(name, a, b)
         else:
             check(name, a, c, measured.get(name, Errors(b.dtype)))
+
+
+def plain(spec, case, dtype=torch.float32):
+    """What tests without a test bed check: outputs and gradients are close to the reference's."""
+    tensors = case.make(dtype)
+    results = []
+    for function in (spec.fast, spec.reference):
+        leaves = [t.clone().requires_grad_() for t in tensors.values()]
+        outs = function(**dict(zip(tensors, leaves)), **case.settings)
+        outs = outs if isinstance(outs, (tuple, list)) else (outs,)
+        loss = sum((out * _like(out, i)).sum() for i, out in enumerate(outs))
+        results.append([*outs, *torch.autograd.grad(loss, leaves)])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected)
 
 
 def derivatives(spec, case):
@@ -273,3 +289,19 @@ def declared_cost(spec, case, dtype, layout=contiguous):
         recorded = (record.read, record.written, sum(record.launches.values()))
         if tuple(declared) != recorded:
             raise AssertionError(f"{spec.op.name} declares (read, written, launches) {tuple(declared)}, ran {recorded}")
+
+
+def overflow(spec, case, layout=contiguous, dtype=torch.bfloat16):
+    """No integer overflows, every address is right and grids fit, at sizes past 2^31, with nothing allocated."""
+    for call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
+        with probing() as probe:
+            spec.op.body(*[layout(arg) if isinstance(arg, torch.Tensor) else arg for arg in call])
+        assert probe.launches, f"{spec.op.name} launches nothing"
+
+
+def huge_cases(spec):
+    """The sizes that `overflow` runs at are what they must be."""
+    shapes = [shape for case in spec.huge for shape in case.tensors.values()]
+    largest, sequences = max(math.prod(shape) for shape in shapes), max(shape[0] for shape in shapes)
+    assert largest > 2**31, f"{spec.op.name}: no huge case has more than 2^31 elements, the largest {largest}"
+    assert sequences >= MANY_SLICES, f"{spec.op.name}: no huge case has {MANY_SLICES} slices, the most {sequences}"

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import checks
-from .layouts import LAYOUTS, VARIED
+from .layouts import LAYOUTS, VARIED, permuted
+from .overflow import apart, apart_unaligned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64 is what they are measured by
 
@@ -14,12 +15,18 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64 is what they 
 def op_tests(spec, examples=670):
     """A class of tests for pytest to find. `examples` of hypothesis run for each of three dtypes."""
     of_cases = pytest.mark.parametrize("case", spec.cases, ids=lambda case: case.name)
+    of_plain = pytest.mark.parametrize("case", spec.plain, ids=lambda case: case.name)
     of_small = pytest.mark.parametrize("case", spec.small, ids=lambda case: case.name)
     of_empty = pytest.mark.parametrize("case", spec.empty, ids=lambda case: case.name)
+    of_huge = pytest.mark.parametrize("case", spec.huge, ids=lambda case: case.name)
     of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
     of_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 
     class Tests:
+        @of_plain
+        def test_plain(self, case):
+            checks.plain(spec, case)
+
         @of_dtypes
         @of_cases
         def test_error_budget(self, case, dtype):
@@ -95,6 +102,18 @@ def op_tests(spec, examples=670):
         @of_cases
         def test_declared_cost(self, case, dtype):
             checks.declared_cost(spec, case, dtype)
+
+        @of_huge
+        def test_overflow(self, case):
+            checks.overflow(spec, case)
+
+        @pytest.mark.parametrize("layout", [permuted, apart, apart_unaligned], ids=lambda layout: layout.__name__)
+        @pytest.mark.parametrize("case", [spec.typical, *spec.small], ids=lambda case: case.name)
+        def test_overflow_of_strides(self, case, layout):
+            checks.overflow(spec, case, layout)
+
+        def test_overflow_sees_huge_cases(self):
+            checks.huge_cases(spec)
 
         @of_layouts
         def test_declared_cost_of_layouts(self, layout):

@@ -1,9 +1,8 @@
 """Triton's interpreter (TRITON_INTERPRET=1) made honest, for tests only.
 
 As shipped its bf16 is wrong: casts from fp32 truncate, arithmetic adds bit patterns (triton 11585). With `patch`,
-casts round as torch does, and arithmetic on raw bf16 raises: kernels convert to fp32 first. A call of one kernel
-function by another does not patch the language again, and integer operations are not computed twice to look for
-overflow that nobody asks about: the same results in a third of the time.
+casts round as torch does, and arithmetic on raw bf16 raises: kernels convert to fp32 first. Integer operations are not
+computed twice to look for overflow that nobody asks about. `executor` runs the kernels, `sanitizer` watches them.
 """
 
 import functools
@@ -13,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as shipped
-from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
+
+from .executor import observe, patch_executor
+from .sanitizer import Bounds, Races
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -24,13 +25,17 @@ class Bf16ArithmeticError(TypeError):
 
 
 def patch():
-    """Makes the interpreter of this process honest. Raises RuntimeError without TRITON_INTERPRET=1."""
+    """Makes the interpreter of this process honest.
+
+    Raises RuntimeError without TRITON_INTERPRET=1, and where triton's interpreter has changed too much.
+    """
     if not INTERPRETED:
         raise RuntimeError("kernels run under TRITON_INTERPRET=1, which triton reads when it is imported")
     _patch_casts()
     _patch_arithmetic()
-    _patch_masked_lanes()
     _patch_speed()
+    patch_executor()
+    observe(Bounds(), Races())
 
 
 def _is_bf16(handle):
@@ -105,22 +110,6 @@ def _patch_arithmetic():
     InterpreterBuilder.create_dot = create_dot
 
 
-def _patch_masked_lanes():
-    """Lanes of a masked load without `other` are undefined on a GPU; as shipped they are 0 here."""
-    load = InterpreterBuilder.create_masked_load
-
-    def masked_load(self, pointers, mask, other, *rest, **more):
-        if other is None and mask is not None:
-            dtype = pointers.get_element_ty()
-            np_dtype = shipped._get_np_dtype(dtype)
-            worst = np.nan if np_dtype.kind == "f" else True if np_dtype.kind == "b" else np.iinfo(np_dtype).max
-            worst = 0x7FC0 if dtype == tl.bfloat16 else worst
-            other = TensorHandle(np.full(np.shape(pointers.data), worst, np_dtype), dtype)
-        return load(self, pointers, mask, other, *rest, **more)
-
-    InterpreterBuilder.create_masked_load = masked_load
-
-
 def _patch_speed():
     np_dtype, known = shipped._get_np_dtype, {}
 
@@ -133,30 +122,6 @@ def _patch_speed():
 
     shipped._get_np_dtype = get_np_dtype
     shipped.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
-    run, call, patch_lang = shipped.GridExecutor.__call__, shipped.InterpretedFunction.__call__, shipped._patch_lang
-    patched = set()  # modules whose `tl` is patched already in the grid that runs
-
-    def patch_lang_once(fn):
-        if fn.__module__ not in patched:
-            patched.add(fn.__module__)
-            return patch_lang(fn)
-
-    def run_grid(self, *args, **kwargs):
-        patched.clear()
-        shipped._patch_lang = patch_lang
-        patched.add(self.fn.__module__)
-        with _disable_current_modes():  # what the interpreter does with tensors is none of a counter's business
-            return run(self, *args, **kwargs)
-
-    def call_function(self, *args, **kwargs):
-        shipped._patch_lang = patch_lang_once
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            shipped._patch_lang = patch_lang
-
-    shipped.GridExecutor.__call__ = run_grid
-    shipped.InterpretedFunction.__call__ = call_function
 
 
 class poisoned:

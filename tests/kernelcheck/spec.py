@@ -15,8 +15,10 @@ class Case:
     settings: dict[str, Any]
     name: str = ""
 
-    def make(self, dtype, seed=0):
-        """Random tensors by argument name, the same at every call."""
+    def make(self, dtype, seed=0, device="cpu"):
+        """Random tensors by argument name, the same at every call; on `meta` without values."""
+        if device == "meta":
+            return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in self.tensors.items()}
         generator = torch.Generator().manual_seed(seed)
         return {
             name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -33,9 +35,11 @@ class Spec:
     reference: Callable[..., Any]  # torch operations only
     op_arguments: Callable[..., list[tuple]]  # of (tensors, settings): calls of `op` itself, backward's too
     typical: Case  # nothing special: every size at least 2
+    plain: list[Case]  # of round sizes, what a simple test would take
     cases: list[Case]  # named, awkward
     small: list[Case]  # a few, tiny, for checks that call often (gradcheck, opcheck, torch.compile)
     empty: list[Case]  # with sizes of zero
+    huge: list[Case]  # past 2^31 elements, 100,000 slices and up to what the operation takes; never allocated
     strategy: Callable[[], Any]  # hypothesis' strategy for cases; hypothesis may be missing until then
     groups: Callable[..., dict[str, torch.Tensor]]  # of (tensor, settings): rows that are judged separately
     exact: frozenset[str] = field(default_factory=frozenset)  # groups that only move: bit for bit

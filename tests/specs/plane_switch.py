@@ -60,6 +60,20 @@ def named_cases():
     yield case(DW, HW, (2, 3, 2), 2, 384, pool_method="PCm", name="ViT-S channels")
 
 
+def huge_cases():
+    yield case(HW, DW, (1024, 1024, 1024), 0, 8, name="2^30 tokens")
+    yield case(DW, DH, (1024, 1024, 1023), 5, 8, name="2^30 tokens with globals")
+    yield case(DH, HW, (64, 1024, 1024), 5, 768, 40, name="2^41 elements in 40 volumes")
+    yield case(DHW, DH, (2**12, 2**12, 2**6), 3, 64, 3, globals_at="plane", name="from one slice")
+    yield case(HW, DW, (100_000, 10_000, 1), 5, 32, name="100,000 slices")
+    yield case(DW, HW, (100_000, 10_000, 1), 5, 32, name="to 100,000 slices")
+    yield case(HW, DH, (66_000, 3, 2), 1, 32, pool_method="PCm", name="a mean of 66,000 slices")
+    yield case(DW, DH, (70_000, 120, 121), 5, 32, name="by way of 70,000 slices")
+    yield case(DW, HW, (3, 2, 2), 2**28, 8, name="2^28 globals")
+    yield case(DW, DH, (3, 2, 2), 2**28, 8, pool_method="PCm", name="2^28 globals, a mean")
+    yield case(HW, DW, (3, 5, 2), 5, 2**27, 9, name="2^27 channels")
+
+
 def random_cases():
     from hypothesis import strategies as st
 
@@ -77,8 +91,8 @@ def random_cases():
 
 
 def codegen_case(channels, pool):
-    g = 0 if pool == "none" else 5
-    return case(DW, DH, (32, 14, 16), g, channels, pool_method="PCm" if pool == "PCm" else "PCg")
+    g, depth = 0 if pool == "none" else 5, 70_000 if "wide" in pool else 32
+    return case(HW, DH, (depth, 14, 16), g, channels, pool_method="PCm" if "PCm" in pool else "PCg")
 
 
 SPEC = Spec(
@@ -87,6 +101,8 @@ SPEC = Spec(
     reference=plane_switch_ref,
     op_arguments=op_arguments,
     typical=case(HW, DW, (3, 4, 2), 9, 16, batch=2, name="typical"),
+    plain=[case(old, new, (4, 4, 4), 5, 16, 2, m) for old, new in itertools.product((HW, DW, DH), repeat=2)
+           for m in POOL_METHODS],
     cases=list(named_cases()),
     small=[
         case(DW, DH, (3, 2, 3), 1, 1),
@@ -96,10 +112,11 @@ SPEC = Spec(
     ],
     empty=[case(old, new, (2, 3, 4), 2, c, b, name=f"{old}-{new} B={b} C={c}") for old, new, b, c in
            [(HW, DW, 0, 4), (DW, DH, 2, 0), (DHW, HW, 0, 0)]],
+    huge=list(huge_cases()),
     strategy=random_cases,
     groups=groups,
     exact=frozenset({"patches", "globals where M is 1"}),
-    factors={"channels": [384, 768, 1024, 1280, 4096, 100], "pool": ["none", "PCg", "PCm"]},
+    factors={"channels": [384, 768, 1024, 1280, 4096, 100], "pool": ["none", "PCg", "PCm", "wide PCg", "wide PCm"]},
     factors_case=codegen_case,
     wide=lambda choice: choice["channels"] * choice["dtype"].itemsize % 16 == 0,
 )  # fmt: skip

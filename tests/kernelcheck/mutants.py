@@ -1,0 +1,191 @@
+"""Runs mutants of a kernel against that kernel's tests, each in a process of its own that may crash or hang.
+
+A process is forked from one that has imported torch, triton and pytest but nothing of this project; it takes the
+project from a copy in which one file is edited. Two runs per mutant: `PLAIN`, `test_plain` without sanitizers, and
+`ALL`, until the first failure. `ALL` leaves out what tests the wiring around kernels, and fuzzing in 16 bits.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+PARTS = ["planecycle_fast", "tests", "pyproject.toml", "README.md"]  # of the project, that its tests need
+PLAIN, ALL = "plain tests", "all checks"
+FIRST = ["test_plain", "test_error_budget", "test_layouts", "test_zero_sizes", "test_nan_footprint", "test_overflow"]
+LAST = ["test_overflow", "test_error_budget_of_any_case"]  # slow
+LEFT_OUT = {
+    "test_opcheck", "test_opcheck_of_cases", "test_compiled", "test_compiled_bf16", "test_autocast", "test_derivatives",
+    "test_forward_mode", "test_transforms_of_torch_func", "test_forward_over_reverse",
+    "test_auto_does_not_take_the_interpreter",
+}  # fmt: skip
+ADDRESS_SPACE = 24 * 2**30  # bytes: a mutant that asks for more fails alone
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: what failed in which test ("" where all passed), and how long every test took."""
+
+    test: str = ""
+    error: str = ""
+    seconds: dict | None = None
+
+    @property
+    def killed(self):
+        return bool(self.error)
+
+
+class Bench:
+    """A copy of the project for mutants to run in, one at a time.
+
+    Args:
+        project: the folder of the project.
+        module, test_file: what is edited and what is run, relative to it.
+        folder: where to copy to.
+    """
+
+    def __init__(self, project, module, test_file, folder):
+        self.folder, self.module, self.test_file = Path(folder), module, test_file
+        for part in PARTS:
+            source = Path(project) / part
+            if source.is_dir():
+                shutil.copytree(source, self.folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy(source, self.folder / part)
+
+    def start(self, source, stage, limits):
+        """Forks a run on an edited source. `limits` are seconds by test, with one for all others under ""."""
+        (self.folder / self.module).write_text(source)
+        self.report = self.folder / "report.jsonl"
+        self.report.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                status = _run(self, stage, limits)
+            finally:
+                os._exit(status)
+        return pid
+
+    def outcome(self, status):
+        """The `Outcome` of a run, from its exit status."""
+        lines = [json.loads(line) for line in self.report.read_text().splitlines()] if self.report.exists() else []
+        seconds = {line["test"]: line["seconds"] for line in lines if "seconds" in line}
+        failed = next((line for line in lines if "error" in line), None)
+        running = next((line["test"] for line in reversed(lines) if "test" in line), "collection")
+        if failed:
+            return Outcome(failed["test"], failed["error"], seconds)
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            return Outcome(running, "time limit" if number == signal.SIGALRM else signal.Signals(number).name, seconds)
+        code = os.WEXITSTATUS(status)
+        if code == 0 and seconds:
+            return Outcome(seconds=seconds)
+        raise RuntimeError(f"{self.test_file} could not be run: pytest ends with {code} in {running}")
+
+
+def _run(bench, stage, limits):
+    """In the child: pytest's exit status."""
+    import pytest
+
+    os.chdir(bench.folder)
+    sys.path.insert(0, str(bench.folder))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "planecycle_fast")]:
+        del sys.modules[name]
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not full", "--tb=no"]
+    return int(pytest.main([*options, bench.test_file], plugins=[_Watch(bench, stage, limits)]))
+
+
+class _Watch:
+    """A pytest plugin: chooses and orders tests, limits their time, reports."""
+
+    def __init__(self, bench, stage, limits):
+        self.stage, self.limits, self.file = stage, limits, bench.report.open("a", buffering=1)
+
+    def tell(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+
+    def pytest_collection_modifyitems(self, items):
+        def kept(item):
+            name = _function(item)
+            plain = name == "test_plain"
+            fuzz = name == "test_error_budget_of_any_case" and "float32" not in item.name
+            return plain if self.stage == PLAIN else name not in LEFT_OUT and not fuzz
+
+        items[:] = sorted(filter(kept, items), key=lambda item: _rank(_function(item)))
+
+    def pytest_collection_finish(self):
+        if self.stage == PLAIN and "tests.kernelcheck.executor" in sys.modules:
+            sys.modules["tests.kernelcheck.executor"].forget()
+
+    def pytest_runtest_setup(self, item):
+        self.tell(test=item.name)
+        self.began = time.monotonic()
+        signal.alarm(int(self.limits.get(item.name, self.limits[""])))
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            signal.alarm(0)
+            self.tell(test=report.nodeid.split("::")[-1], seconds=time.monotonic() - self.began)
+
+    def pytest_exception_interact(self, node, call):
+        signal.alarm(0)
+        self.tell(test=_function(node), error=call.excinfo.type.__name__)
+
+
+def _function(item):
+    return getattr(item, "originalname", None) or "collection"
+
+
+def _rank(name):
+    return (LAST.index(name) + 1 if name in LAST else 0, FIRST.index(name) if name in FIRST else len(FIRST), name)
+
+
+def run_all(benches, original, mutants, limit=None, tell=print):
+    """[(mutant, outcome of PLAIN, outcome of ALL)] in the order of `mutants`; as many at a time as there are benches.
+
+    A test may take 10 seconds more than 5 times what it takes on the original, or `limit` seconds.
+
+    Raises RuntimeError where the original does not pass.
+    """
+    limits = {}
+    for stage in (PLAIN, ALL):
+        [baseline] = _finish(benches[:1], [(None, stage)], lambda _: original, {"": 3600}, lambda *_: None).values()
+        if baseline.killed:
+            raise RuntimeError(f"the original fails {baseline.test}: {baseline.error}")
+        limits |= {test: limit or 10 + 5 * seconds for test, seconds in baseline.seconds.items()}
+    limits[""] = limit or 60
+    jobs = [(mutant, stage) for mutant in mutants for stage in (PLAIN, ALL)]
+    outcomes = _finish(benches, jobs, lambda mutant: mutant.source(original), limits, tell)
+    return [(mutant, outcomes[mutant, PLAIN], outcomes[mutant, ALL]) for mutant in mutants]
+
+
+def _finish(benches, jobs, source, limits, tell):
+    """{job: outcome} of (mutant, stage) jobs."""
+    waiting, free, running, outcomes = list(reversed(jobs)), list(benches), {}, {}
+    while waiting or running:
+        while waiting and free:
+            job, bench = waiting.pop(), free.pop()
+            running[bench.start(source(job[0]), job[1], limits)] = job, bench
+        pid, status = os.wait()
+        job, bench = running.pop(pid)
+        outcomes[job] = bench.outcome(status)
+        free.append(bench)
+        tell(f"{len(outcomes)} of {len(jobs)}", *job, outcomes[job])
+    return outcomes
+
+
+def count(outcomes):
+    """How many mutants each check killed, by ``error in test``."""
+    return Counter(f"{o.error} in {o.test}" for o in outcomes if o.killed)

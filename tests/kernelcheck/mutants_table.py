@@ -1,0 +1,180 @@
+"""``make mutants``: edits every kernel in every way of `mutate`, runs `mutants`, and writes the committed tables.
+
+`mutants.csv` has a row per mutant. Its last column says why a survivor is harmless; it is written by hand and kept as
+long as the edit stays the same. `mutants.md` counts them, and compares plain tests with all of the test bed.
+Also whether the tables are still true (`stale`).
+"""
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from .mutate import mutants
+
+PROJECT = Path(__file__).parents[2]
+RESULTS = PROJECT / "benchmarks" / "results"
+TABLE, SUMMARY = RESULTS / "mutants.csv", RESULTS / "mutants.md"
+EDIT = ["operation", "function", "kind", "line", "before", "after", "occurrence"]
+STAGES = ["plain tests", "all checks"]
+COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless"]
+LEAST, SHARE = 100, 0.95  # mutants of an operation; of them killed
+
+
+def operations():
+    """The stems of all operations under test."""
+    return sorted(path.stem for path in (PROJECT / "tests" / "specs").glob("*.py") if path.stem != "__init__")
+
+
+def module_of(operation):
+    """Where the kernels of an operation are, relative to the project."""
+    return f"planecycle_fast/ops/{operation}_triton.py"
+
+
+def edits(operation):
+    """[(row with the columns of EDIT, mutant)] of an operation as its source is now."""
+    seen, found = Counter(), []
+    for mutant in mutants((PROJECT / module_of(operation)).read_text(), f"_{operation}"):
+        one_line = {name: " ".join(getattr(mutant, name).split()) for name in ("line", "before", "after")}
+        row = {"operation": operation, "function": mutant.function, "kind": mutant.kind, **one_line}
+        seen[tuple(row.values())] += 1
+        found.append((row | {"occurrence": str(seen[tuple(row.values())])}, mutant))
+    return found
+
+
+def read_table():
+    """Rows of the committed table, as dictionaries."""
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def edit_of(row):
+    return tuple(row[name] for name in EDIT)
+
+
+def stale(operation, rows):
+    """Why the rows are not those of an operation as it is now, or None if they are."""
+    listed = {edit_of(row) for row in rows if row["operation"] == operation}
+    now = {edit_of(row) for row, _ in edits(operation)}
+    if listed != now:
+        return f"{len(now - listed)} mutants of {operation} are missing, {len(listed - now)} are gone"
+    return None
+
+
+def summary(rows):
+    """The text of mutants.md."""
+    lines = [
+        "# Mutants: faults planted in kernels, and what notices them",
+        "",
+        "`make mutants` writes this page and [mutants.csv](mutants.csv), a row per mutant. *Plain tests* compare",
+        "outputs and gradients with the reference at round sizes in fp32, without sanitizers; *all checks* is all of",
+        "the test bed.",
+    ]
+    for operation in sorted({row["operation"] for row in rows}):
+        mine = [row for row in rows if row["operation"] == operation]
+        lines += ["", f"## {operation}", "", *_by_kind(mine), "", *_by_check(mine), "", *_survivors(mine)]
+    return "\n".join(lines) + "\n"
+
+
+def _killed(rows, stage):
+    return sum(row[stage] == "killed" for row in rows)
+
+
+def _by_kind(rows):
+    yield "| kind of edit | mutants | killed by plain tests | killed by all checks |"
+    yield "|---|---|---|---|"
+    for kind in sorted({row["kind"] for row in rows}):
+        mine = [row for row in rows if row["kind"] == kind]
+        plain, everything = (_killed(mine, stage) for stage in STAGES)
+        yield f"| {kind.replace('_', ' ')} | {len(mine)} | {plain} | {everything} |"
+    plain, everything = (_killed(rows, stage) for stage in STAGES)
+    shares = f"{plain} ({plain / len(rows):.1%}) | {everything} ({everything / len(rows):.1%})"
+    yield f"| **all** | {len(rows)} | {shares} |"
+
+
+def _by_check(rows):
+    yield "What killed those that plain tests let live, first:"
+    yield ""
+    yield "| error | in | mutants |"
+    yield "|---|---|---|"
+    late = [row for row in rows if [row[stage] for stage in STAGES] == ["survived", "killed"]]
+    found = Counter((row["error"], row["test"]) for row in late)
+    for (error, test), number in sorted(found.items(), key=lambda item: (-item[1], item[0])):
+        yield f"| {error} | {test} | {number} |"
+
+
+def _survivors(rows):
+    survivors = [row for row in rows if row["all checks"] == "survived"]
+    yield f"Survivors: {len(survivors)}"
+    if survivors:
+        yield ""
+        yield "| function | edit | why it is harmless |"
+        yield "|---|---|---|"
+    for row in survivors:
+        before, after = (row[name].replace("|", "\\|") for name in ("before", "after"))
+        yield f"| {row['function']} | `{before}` to `{after}` | {row['why it is harmless'] or 'NOT EXPLAINED'} |"
+
+
+def main():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("needs TRITON_INTERPRET=1, as in `make mutants`")
+    parser = argparse.ArgumentParser(description="Runs mutants of kernels against their tests.")
+    parser.add_argument("--operation", choices=operations(), nargs="*", default=operations())
+    parser.add_argument("--only", default="", help="edits with this text; writes no table")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    before = {edit_of(row): row for row in read_table()}
+    rows = [row for row in before.values() if row["operation"] not in arguments.operation]
+    for operation in arguments.operation:
+        for row, plain, everything in _run(operation, arguments):
+            row |= {"plain tests": _word(plain), "all checks": _word(everything)}
+            row |= {"test": everything.test, "error": everything.error, "why it is harmless": ""}
+            if not everything.killed and edit_of(row) in before:
+                row["why it is harmless"] = before[edit_of(row)]["why it is harmless"]
+            rows.append(row)
+    if arguments.only:
+        sys.exit(0 if rows else f"no edit has the text {arguments.only!r}")
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    SUMMARY.write_text(summary(rows))
+    print(f"{_killed(rows, 'all checks')} of {len(rows)} killed, {_killed(rows, 'plain tests')} by plain tests alone")
+
+
+def _word(outcome):
+    return "killed" if outcome.killed else "survived"
+
+
+def _run(operation, arguments):
+    """(row, outcome of plain tests, outcome of all checks) of every edit."""
+    import hypothesis  # noqa: F401  (imported once, before forking)
+    import torch._dynamo  # noqa: F401
+    import triton.language  # noqa: F401
+
+    from .mutants import Bench, run_all
+
+    chosen = [(row, mutant) for row, mutant in edits(operation) if arguments.only in f"{row}"]
+    rows = {mutant: row for row, mutant in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        test_file = f"tests/interpreted/test_{operation}.py"
+        benches = [
+            Bench(PROJECT, module_of(operation), test_file, Path(folder) / str(i)) for i in range(arguments.jobs)
+        ]
+
+        def tell(progress, mutant, stage, outcome):
+            result = f"{outcome.error} in {outcome.test}" if outcome.killed else "SURVIVED"
+            print(f"{progress} | {stage} | {mutant.kind} | {mutant.before} -> {mutant.after} | {result}", flush=True)
+
+        original = (PROJECT / module_of(operation)).read_text()
+        for mutant, plain, everything in run_all(benches, original, [m for _, m in chosen], tell=tell):
+            yield rows[mutant], plain, everything
+
+
+if __name__ == "__main__":
+    main()

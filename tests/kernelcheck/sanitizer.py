@@ -1,0 +1,125 @@
+"""Bounds and races: what the interpreter does not see of a kernel, and a GPU does not tell.
+
+Bounds: every lane of every load, store and atomic must be an element of the view that its pointer comes from; that the
+view's storage goes on behind it does not help. Races: programs run at once on a GPU, in any order, so what one of them
+writes no other may read or write within the launch, unless both do it by atomics. Reads by many, lanes that share an
+element of an expanded view, and a program that writes where it has read itself (in place) are fine.
+
+What is not understood: programs that wait for each other by atomics (they are reported), and the order of accesses of
+the threads of one program.
+"""
+
+import numpy as np
+
+from .executor import Fault, Observer
+
+
+class BoundsError(Fault):
+    """An access to something that is no element of the tensor that the kernel was given."""
+
+
+class RaceError(Fault):
+    """Two programs of a launch, or two lanes of a store, meet in one element."""
+
+
+class Bounds(Observer):
+    """Raises BoundsError before an access that is not to elements."""
+
+    def accessed(self, access):
+        argument, size = access.argument, access.argument.tensor.element_size()
+        outside = np.zeros(access.distances.shape, bool)
+        for part in range(0, access.width, size):  # more than one where a kernel takes several elements as one
+            outside |= ~argument.elements.contain((access.distances + part) // size)
+        misaligned = (access.distances + argument.tensor.data_ptr()) % access.width != 0
+        if outside.any() or misaligned.any():
+            wrong, what = (outside, "no element") if outside.any() else (misaligned, "an odd address")
+            distance = int(access.distances[wrong][0])
+            raise BoundsError(
+                f"{access.launch}: {access.kind} at {what} of {argument}: "
+                f"{np.count_nonzero(wrong)} of {wrong.size} lanes, the first {distance} bytes from the first element"
+                f"{', within its storage' if _in_storage(argument.tensor, distance, access.width) else ''}"
+            )
+
+
+def _in_storage(tensor, distance, width):
+    start = tensor.storage_offset() * tensor.element_size() + distance
+    return 0 <= start <= tensor.untyped_storage().nbytes() - width
+
+
+class Races(Observer):
+    """Raises RaceError before an access that races with an earlier one of the same launch."""
+
+    def launched(self, launch):
+        self.storages = {}
+
+    def accessed(self, access):
+        tensor = access.argument.tensor
+        if tensor.device.type == "meta":  # nothing is there, of any size
+            return
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            others = [a.tensor for a in access.launch.tensors.values()]
+            cell = min(t.element_size() for t in others if t.untyped_storage().data_ptr() == storage.data_ptr())
+            self.storages[storage.data_ptr()] = _Storage(cell, storage.nbytes() // cell)
+        self.storages[storage.data_ptr()].accessed(access, tensor.storage_offset() * tensor.element_size())
+
+
+class _Storage:
+    """Who touched which cell; a cell is the smallest element that the launch has there."""
+
+    def __init__(self, cell, cells):
+        self.cell, self.cells = cell, cells
+        self.seen = {}  # by kind: the first program that did it to a cell and another one, counted from 1
+
+    def accessed(self, access, start):
+        cells = (start + access.distances) // self.cell
+        if access.width > self.cell:
+            cells = (cells[:, None] + np.arange(access.width // self.cell)).ravel()
+        program = np.ravel_multi_index(access.launch.program, access.launch.grid) + 1
+        if access.kind == "store":
+            _check_lanes(access)
+        for kind, programs in self.seen.items():
+            if kind == access.kind != "store":  # reads do not race with reads, nor atomics with atomics
+                continue
+            for who in programs:
+                before = who[cells]
+                racing = (before != 0) & (before != program)
+                if racing.any():
+                    self._report(access, kind, cells, racing, before, start)
+        self._note(access.kind, cells, program)
+
+    def _note(self, kind, cells, program):
+        if kind not in self.seen:
+            self.seen[kind] = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
+        first, other = self.seen[kind]
+        before = first[cells]
+        other[cells[(before != 0) & (before != program)]] = program
+        first[cells[before == 0]] = program
+
+    def _report(self, access, kind, cells, racing, before, start):
+        launch, argument = access.launch, access.argument
+        place = np.flatnonzero(racing)[0]
+        earlier = tuple(int(i) for i in np.unravel_index(int(before[place]) - 1, launch.grid))
+        distance = int(cells[place]) * self.cell - start
+        element = argument.elements.index(distance // argument.tensor.element_size())
+        words = {"load": "read", "store": "write", "atomic": "atomic"}
+        raise RaceError(
+            f"{launch.kernel}: {words[kind]}-{words[access.kind]} race of programs {earlier} and {launch.program} "
+            f"at element {element} of {argument}"
+        )
+
+
+def _check_lanes(access):
+    """Lanes of one store that share an element must write the same."""
+    if (np.diff(access.distances) > 0).all():
+        return
+    distances, order = np.unique(access.distances, return_index=True)
+    if distances.size == access.distances.size:
+        return
+    values = np.ascontiguousarray(access.values)
+    bits = values.view(f"u{values.itemsize}") if values.dtype.kind == "f" else values
+    same = bits[order][np.searchsorted(distances, access.distances)]
+    if (bits != same).any():
+        distance = int(access.distances[np.flatnonzero(bits != same)[0]])
+        element = access.argument.elements.index(distance // access.argument.tensor.element_size())
+        raise RaceError(f"{access.launch}: lanes of one store write different values to {element} of {access.argument}")
