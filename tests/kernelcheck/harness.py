@@ -9,11 +9,13 @@ from . import checks
 from .layouts import LAYOUTS, VARIED, permuted
 from .overflow import apart, apart_unaligned
 
+EXAMPLES = 670
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64 is what they are measured by
 
 
-def op_tests(spec, examples=670):
-    """A class of tests for pytest to find. `examples` of hypothesis run for each of three dtypes."""
+def op_tests(spec, examples=None):
+    """A class of tests for pytest to find. `examples` of hypothesis, or `EXAMPLES`, run for each of three dtypes."""
+    examples = examples or EXAMPLES
     of_cases = pytest.mark.parametrize("case", spec.cases, ids=lambda case: case.name)
     of_plain = pytest.mark.parametrize("case", spec.plain, ids=lambda case: case.name)
     of_small = pytest.mark.parametrize("case", spec.small, ids=lambda case: case.name)
@@ -123,5 +125,6 @@ def op_tests(spec, examples=670):
         def test_declared_cost_of_nothing(self, case):
             checks.declared_cost(spec, case, torch.float32)
 
+    Tests.spec = spec
     Tests.__doc__ = f"Everything that planecycle_fast::{spec.op.name} must pass."
     return Tests
