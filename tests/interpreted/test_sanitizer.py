@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..kernelcheck.elements import Elements
-from ..kernelcheck.executor import Fault
+from ..kernelcheck.observers import Fault
 from ..kernelcheck.sanitizer import BoundsError, RaceError
 
 BLOCK = 16

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import checks
-from .layouts import LAYOUTS, VARIED, permuted
+from .layouts import LAYOUTS, VARIED, contiguous, permuted
 from .overflow import apart, apart_unaligned
 
 EXAMPLES = 670
@@ -105,9 +105,10 @@ def op_tests(spec, examples=None):
         def test_declared_cost(self, case, dtype):
             checks.declared_cost(spec, case, dtype)
 
+        @pytest.mark.parametrize("layout", [contiguous, permuted], ids=lambda layout: layout.__name__)
         @of_huge
-        def test_overflow(self, case):
-            checks.overflow(spec, case)
+        def test_overflow(self, case, layout):
+            checks.overflow(spec, case, layout)
 
         @pytest.mark.parametrize("layout", [permuted, apart, apart_unaligned], ids=lambda layout: layout.__name__)
         @pytest.mark.parametrize("case", [spec.typical, *spec.small], ids=lambda case: case.name)

@@ -14,7 +14,8 @@ import triton.language as tl
 import triton.runtime.interpreter as shipped
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
 
-from .executor import observe, patch_executor
+from .executor import patch_executor
+from .observers import watching
 from .sanitizer import Bounds, Races
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -35,7 +36,7 @@ def patch():
     _patch_arithmetic()
     _patch_speed()
     patch_executor()
-    observe(Bounds(), Races())
+    watching.extend([Bounds(), Races()])
 
 
 def _is_bf16(handle):
@@ -70,7 +71,8 @@ def _patch_casts():
         return _from_bf16(src, dst_type) if _is_bf16(src) else cast(self, src, dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        if rounding_mode == shipped._ir.ROUNDING_MODE.RTZ:
+        fp8 = src.dtype.scalar.is_fp8() or dst_type.scalar.is_fp8()
+        if rounding_mode == shipped._ir.ROUNDING_MODE.RTZ or fp8:
             return convert(self, src, dst_type, rounding_mode)
         return cast_impl(self, src, dst_type)
 

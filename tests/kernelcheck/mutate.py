@@ -32,18 +32,20 @@ class Mutant:
 
 class _Source:
     def __init__(self, text):
+        if not text.isascii():
+            raise ValueError("the source of kernels must be ASCII, so that columns are characters")
         self.text = text
         self.lines = [0, *itertools.accumulate(len(line) for line in text.splitlines(keepends=True))]
 
     def span(self, node):
-        """Where a node stands. Source is ASCII, so that columns are characters."""
+        """Where a node stands."""
         start = self.lines[node.lineno - 1] + node.col_offset
         return start, self.lines[node.end_lineno - 1] + node.end_col_offset
 
     def of(self, node):
         """The text of a node; of an operation in parentheses, which do not belong to it."""
         start, end = self.span(node)
-        operation = isinstance(node, (ast.BinOp, ast.Compare, ast.IfExp, ast.UnaryOp))
+        operation = isinstance(node, (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.UnaryOp, ast.Lambda))
         return f"({self.text[start:end]})" if operation else self.text[start:end]
 
 
@@ -62,12 +64,14 @@ def another_stride(node, s, names):
 def another_axis_of_the_plane(node, s, names):
     """The next of several numbered names: n2 for n1."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and re.fullmatch(r"[a-z]\d", node.id):
-        yield node.id[0] + str((int(node.id[1]) + 1) % 3)
+        family = sorted(name for name in names if re.fullmatch(node.id[0] + r"\d", name))
+        if node.id in family and len(family) > 1:
+            yield family[(family.index(node.id) + 1) % len(family)]
 
 
 def the_other_plane(node, s, names):
     """New for old, out for in, end for start."""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in SWAPS:
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and SWAPS.get(node.id) in names:
         yield SWAPS[node.id]
 
 
@@ -87,19 +91,21 @@ def half_mask(node, s, names):
 
 def bound_off_by_one(node, s, names):
     """`<` that lets one more in, or one fewer."""
-    if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Lt, ast.GtE)):
-        less = isinstance(node.ops[0], ast.Lt)
+    others = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.GtE: (">=", ">"), ast.Gt: (">", ">=")}
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in others:
+        same, other = others[type(node.ops[0])]
         left, right = s.of(node.left), s.of(node.comparators[0])
-        yield f"{left} {'<=' if less else '>'} {right}"
-        yield f"{left} {'<' if less else '>='} {right} - 1"
+        yield f"{left} {other} {right}"
+        yield f"{left} {same} {right} - 1"
 
 
 def wrong_axis(node, s, names):
     """A reduction over, or a program of, another axis; a column for a row."""
-    if _called(node) in ("tl.sum", "tl.max") and len(node.args) > 1:
-        yield f"{s.of(node.func)}({s.of(node.args[0])}, {1 - node.args[1].value})"
-    if _called(node) == "tl.program_id":
-        yield f"tl.program_id({1 - node.args[0].value})"
+    if _called(node) in ("tl.sum", "tl.max", "tl.min", "tl.program_id", "tl.num_programs"):
+        axis = next((k.value for k in node.keywords if k.arg == "axis"), node.args[-1] if node.args else None)
+        if isinstance(axis, ast.Constant) and axis.value in (0, 1):
+            start, end = (place - s.span(node)[0] for place in s.span(axis))
+            yield s.of(node)[:start] + str(1 - axis.value) + s.of(node)[end:]
     if isinstance(node, ast.Subscript) and s.of(node).endswith(("[:, None]", "[None, :]")):
         rows = s.of(node).endswith("[:, None]")
         yield s.of(node.value) + ("[None, :]" if rows else "[:, None]")
@@ -126,11 +132,12 @@ def drop_edge(node, s, names):
 
 def shorter_loop(node, s, names):
     """A loop without its last step, or without its first."""
-    if _called(node) == "range":
+    if _called(node) in ("range", "tl.range", "tl.static_range"):
         args = [s.of(a) for a in node.args]
         first, last, *step = args if len(args) > 1 else ["0", *args]
-        yield f"range({', '.join([first, f'{last} - 1', *step])})"
-        yield f"range({', '.join([f'{first} + {step[0] if step else 1}', last, *step])})"
+        rest = [*step, *(s.of(k) for k in node.keywords)]
+        yield f"{s.of(node.func)}({', '.join([first, f'{last} - {(step or [1])[0]}', *rest])})"
+        yield f"{s.of(node.func)}({', '.join([f'{first} + {(step or [1])[0]}', last, *rest])})"
 
 
 def another_reduction(node, s, names):
@@ -144,7 +151,7 @@ def another_reduction(node, s, names):
 
 def another_operator(node, s, names):
     """`-` for `+`, `+` for `*`, `%` for `//`."""
-    swaps = {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "%", ast.Mod: "//"}
+    swaps = {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "%", ast.Mod: "//"}
     if isinstance(node, ast.BinOp) and type(node.op) in swaps:
         yield f"({s.of(node.left)} {swaps[type(node.op)]} {s.of(node.right)})"
 
@@ -162,7 +169,7 @@ def other_branch(node, s, names):
         yield f"not ({s.of(node.test)})"
     if isinstance(node, ast.IfExp):
         yield f"({s.of(node.orelse)} if {s.of(node.test)} else {s.of(node.body)})"
-    if _called(node) == "tl.where":
+    if _called(node) == "tl.where" and len(node.args) == 3:
         condition, yes, no = (s.of(a) for a in node.args)
         yield f"tl.where({condition}, {no}, {yes})"
 
@@ -192,7 +199,7 @@ def coarse_sum(node, s, names):
 def used_masked_lanes(node, s, names):
     """Masked lanes that are not 0."""
     if isinstance(node, ast.keyword) and node.arg == "other":
-        yield "other=1"
+        yield "other=2"
 
 
 KINDS = [
@@ -203,13 +210,16 @@ KINDS = [
 
 
 def mutants(text, body, most=4):
-    """Mutants of a module's kernels and of `body`, at most so many of a kind and function, the same at every call."""
+    """Mutants of a module's kernels and of `body`, at most so many of a kind and function, the same at every call.
+
+    Of `narrow_integer` there are all: what is too narrow shows at sizes that nobody runs.
+    """
     s, found = _Source(text), []
     functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     for function in functions:
         if function.name != body and "triton.jit" not in {_name_of(d) for d in function.decorator_list}:
             continue
-        names = [arg.arg for arg in function.args.args]
+        names = [arg.arg for arg in (*function.args.args, *function.args.kwonlyargs)]
         names += [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         names = list(dict.fromkeys(names))
         for kind in KINDS:
@@ -217,8 +227,9 @@ def mutants(text, body, most=4):
             of_kind = [_mutant(kind, function, *edit, s) for edit in edits]
             of_kind = [m for m in dict.fromkeys(of_kind) if _compiles(m.source(text))]
             random.Random(f"{kind.__name__} {function.name}").shuffle(of_kind)
-            found += sorted(of_kind[:most], key=lambda m: (m.start, m.after))
-    return found
+            of_kind = of_kind if kind is narrow_integer else of_kind[:most]
+            found += sorted(of_kind, key=lambda m: (m.start, m.after))
+    return list({(m.source(text)): m for m in reversed(found)}.values())[::-1]  # no edit twice, by two kinds
 
 
 def _name_of(decorator):
@@ -227,7 +238,7 @@ def _name_of(decorator):
 
 def _nodes(function):
     """All of a function but its docstring and default values."""
-    for part in (*function.args.args, *function.body):
+    for part in (*function.args.args, *function.args.kwonlyargs, *function.body):
         yield from ast.walk(part)
 
 

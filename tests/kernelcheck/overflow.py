@@ -1,9 +1,9 @@
 """The overflow probe: the arithmetic of addresses at sizes no machine has memory for.
 
 Tensors are on `meta`, so loads give zeros and stores do nothing; what kernels compute on integers is real. Every
-integer that does not fit into its type is reported (a GPU wraps it silently), and `sanitizer.Bounds` holds every
-address against the view it is for. Of a large grid the first and last programs run, and those between at distances
-of powers of four from either end.
+signed integer that does not fit into its type is reported (a GPU wraps it silently; unsigned ones are meant to wrap),
+and `sanitizer.Bounds` holds every address against the view it is for. Of a large grid the first and last programs run,
+those between at distances of powers of four from either end, and those that an argument of the kernel counts.
 """
 
 import linecache
@@ -18,7 +18,7 @@ import triton
 import triton.runtime.interpreter as shipped
 from triton.runtime.interpreter import InterpreterBuilder
 
-from .executor import Fault, Observer, observing
+from .observers import Fault, Observer, observing
 
 GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along x, y, z (CUDA programming guide)
 MANY_SLICES = 100_000  # at which grids must fit
@@ -52,18 +52,19 @@ class _Probe(Observer):
     def programs(self, grid):
         count = int(np.prod(grid, dtype=object))
         steps = {0, *(4**k for k in range(16))}
-        chosen = sorted(i for i in steps | {count - 1 - step for step in steps} if 0 <= i < count)
+        sizes = {value for value in self.launch.values.values() if type(value) is int}  # where parts of a grid may meet
+        steps |= {count - 1 - step for step in steps} | sizes | {size - 1 for size in sizes}
+        chosen = sorted(i for i in steps if 0 <= i < count)
         return [tuple(int(i) for i in np.unravel_index(i, grid)) for i in chosen]
 
     def check(self, values, dtype, what):
         """Raises OverflowFault unless integers, computed without limits, fit into a type of triton."""
-        bits = dtype.scalar.int_bitwidth - dtype.scalar.is_int_signed()
-        low = -(2**bits) if dtype.scalar.is_int_signed() else 0
-        wrong = (values < low) | (values > 2**bits - 1)
+        bits = dtype.scalar.int_bitwidth - 1
+        wrong = (values < -(2**bits)) | (values > 2**bits - 1)
         if wrong.any():
             value = int(values[wrong].flat[0]) if np.shape(values) else int(values)
             raise OverflowFault(
-                f"{self.launch}: {what()} gives {value}, too large for {dtype.scalar}, in {_kernel_line()}"
+                f"{self.launch}: {what()} gives {value}, which does not fit into {dtype.scalar}, in {_kernel_line()}"
             )
 
 
@@ -93,7 +94,7 @@ def probing():
         return binary(self, lhs, rhs, op)
 
     def cast_impl(self, src, dst_type):
-        if _is_integer(dst_type) and (_is_integer(src.dtype) or src.dtype.scalar.is_floating()):
+        if _is_integer(dst_type) and (src.dtype.scalar.is_int() or src.dtype.scalar.is_floating()):
             finite = src.data[np.isfinite(src.data)] if src.data.dtype.kind == "f" else src.data
             probe.check(finite, dst_type, lambda: f"a cast of {_some(src)}")
         return cast(self, src, dst_type)
@@ -103,7 +104,15 @@ def probing():
             probe.check(np.asarray(ret), dtype, lambda: "a reduction")
         return to_tensor(self, ret, dtype)
 
+    def advance(self, ptr, offsets):
+        for old, step in zip(ptr.offsets, offsets):
+            exact = old.data.astype(np.int64) + step.data
+            probe.check(exact, old.dtype, lambda: "advancing a block pointer")
+        return advance_shipped(self, ptr, offsets)
+
     with ExitStack() as stack:
+        if advance_shipped := getattr(InterpreterBuilder, "create_advance", None):  # gone in triton 3.9
+            stack.enter_context(mock.patch.object(InterpreterBuilder, "create_advance", advance))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "binary_op", binary_op))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl))
         stack.enter_context(mock.patch.object(shipped.ReduceScanOpInterface, "to_tensor", reduced))
@@ -119,8 +128,8 @@ def _exactly(op, a, b):
     return op(*wide)
 
 
-def _is_integer(dtype):
-    return dtype.scalar.is_int() and dtype.scalar.int_bitwidth > 1
+def _is_integer(dtype):  # signed
+    return dtype.scalar.is_int_signed() and dtype.scalar.int_bitwidth > 1
 
 
 def _some(handle):

@@ -3,7 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager
 
-from .executor import Observer, observing
+from .observers import Observer, observing
 
 
 class Record(Observer):

@@ -5,13 +5,13 @@ view's storage goes on behind it does not help. Races: programs run at once on a
 writes no other may read or write within the launch, unless both do it by atomics. Reads by many, lanes that share an
 element of an expanded view, and a program that writes where it has read itself (in place) are fine.
 
-What is not understood: programs that wait for each other by atomics (they are reported), and the order of accesses of
-the threads of one program.
+What is not understood: programs that wait for each other by atomics (they are reported), pointers that come from
+memory (refused), and the order of accesses of the threads of one program.
 """
 
 import numpy as np
 
-from .executor import Fault, Observer
+from .observers import Fault, Observer
 
 
 class BoundsError(Fault):
@@ -50,29 +50,32 @@ class Races(Observer):
     """Raises RaceError before an access that races with an earlier one of the same launch."""
 
     def launched(self, launch):
-        self.storages = {}
+        storages = [a.tensor.untyped_storage() for a in launch.tensors.values() if a.tensor.device.type != "meta"]
+        self.blocks = []
+        for start, end in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
+            if self.blocks and start < self.blocks[-1].end:  # the same memory, by another storage
+                self.blocks[-1].end = max(end, self.blocks[-1].end)
+            else:
+                self.blocks.append(_Block(start, end))
 
     def accessed(self, access):
         tensor = access.argument.tensor
-        if tensor.device.type == "meta":  # nothing is there, of any size
-            return
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.storages:
-            others = [a.tensor for a in access.launch.tensors.values()]
-            cell = min(t.element_size() for t in others if t.untyped_storage().data_ptr() == storage.data_ptr())
-            self.storages[storage.data_ptr()] = _Storage(cell, storage.nbytes() // cell)
-        self.storages[storage.data_ptr()].accessed(access, tensor.storage_offset() * tensor.element_size())
+        if tensor.device.type != "meta" and access.distances.size:  # on meta nothing is there, of any size
+            address = tensor.data_ptr()
+            next(block for block in self.blocks if block.start <= address < block.end).accessed(access, address)
 
 
-class _Storage:
-    """Who touched which cell; a cell is the smallest element that the launch has there."""
+class _Block:
+    """Who touched which cell of some memory. A cell is as large as the smallest access so far."""
 
-    def __init__(self, cell, cells):
-        self.cell, self.cells = cell, cells
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+        self.cell = None
         self.seen = {}  # by kind: the first program that did it to a cell and another one, counted from 1
 
-    def accessed(self, access, start):
-        cells = (start + access.distances) // self.cell
+    def accessed(self, access, address):
+        self._fit(access.width)
+        cells = (address - self.start + access.distances) // self.cell
         if access.width > self.cell:
             cells = (cells[:, None] + np.arange(access.width // self.cell)).ravel()
         program = np.ravel_multi_index(access.launch.program, access.launch.grid) + 1
@@ -85,22 +88,32 @@ class _Storage:
                 before = who[cells]
                 racing = (before != 0) & (before != program)
                 if racing.any():
-                    self._report(access, kind, cells, racing, before, start)
+                    self._report(access, kind, cells, racing, before, address)
         self._note(access.kind, cells, program)
 
-    def _note(self, kind, cells, program):
-        if kind not in self.seen:
-            self.seen[kind] = np.zeros(self.cells, np.int64), np.zeros(self.cells, np.int64)
-        first, other = self.seen[kind]
-        before = first[cells]
-        other[cells[(before != 0) & (before != program)]] = program
-        first[cells[before == 0]] = program
+    def _fit(self, width):
+        """Makes cells at most so many bytes."""
+        if self.cell is None:
+            self.cell = width
+        elif width < self.cell:
+            parts = self.cell // width
+            self.seen = {kind: tuple(np.repeat(who, parts) for who in both) for kind, both in self.seen.items()}
+            self.cell = width
 
-    def _report(self, access, kind, cells, racing, before, start):
+    def _note(self, kind, places, program):
+        if kind not in self.seen:
+            cells = -(-(self.end - self.start) // self.cell)
+            self.seen[kind] = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+        first, other = self.seen[kind]
+        before = first[places]
+        other[places[(before != 0) & (before != program)]] = program
+        first[places[before == 0]] = program
+
+    def _report(self, access, kind, cells, racing, before, address):
         launch, argument = access.launch, access.argument
         place = np.flatnonzero(racing)[0]
         earlier = tuple(int(i) for i in np.unravel_index(int(before[place]) - 1, launch.grid))
-        distance = int(cells[place]) * self.cell - start
+        distance = self.start + int(cells[place]) * self.cell - address
         element = argument.elements.index(distance // argument.tensor.element_size())
         words = {"load": "read", "store": "write", "atomic": "atomic"}
         raise RaceError(

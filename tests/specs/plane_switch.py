@@ -64,7 +64,7 @@ def named_cases():
 def huge_cases():
     yield case(HW, DW, (1024, 1024, 1024), 0, 8, name="2^30 tokens")
     yield case(DW, DH, (1024, 1024, 1023), 5, 8, name="2^30 tokens with globals")
-    yield case(DH, HW, (64, 1024, 1024), 5, 768, 40, name="2^41 elements in 40 volumes")
+    yield case(DH, HW, (64, 1024, 1024), 5, 64, 40, name="2^37 elements in 40 volumes")
     yield case(DHW, DH, (2**12, 2**12, 2**6), 3, 64, 3, globals_at="plane", name="from one slice")
     yield case(HW, DW, (100_000, 10_000, 1), 5, 32, name="100,000 slices")
     yield case(DW, HW, (100_000, 10_000, 1), 5, 32, name="to 100,000 slices")
@@ -72,6 +72,8 @@ def huge_cases():
     yield case(DW, DH, (70_000, 120, 121), 5, 32, name="by way of 70,000 slices")
     yield case(DW, HW, (3, 2, 2), 2**28, 8, name="2^28 globals")
     yield case(DW, DH, (3, 2, 2), 2**28, 8, pool_method="PCm", name="2^28 globals, a mean")
+    yield case(DW, HW, (3, 2, 2), 2**28, 9, name="2^28 globals, odd channels")
+    yield case(DW, DH, (3, 2, 2), 2**28, 9, pool_method="PCm", name="2^28 globals, odd channels, a mean")
     yield case(HW, DW, (3, 5, 2), 5, 2**27, 9, name="2^27 channels")
 
 
