@@ -6,7 +6,10 @@
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from ..kernelcheck import interpreter
+    try:
+        from ..kernelcheck import interpreter
+    except ImportError as error:
+        raise RuntimeError(f"tests/kernelcheck knows the interpreter of triton 3.6 to 3.9: {error}") from error
 
     interpreter.patch()
 else:

@@ -1,5 +1,6 @@
 """The sanitizers catch what they are there for, each fault in a kernel of its own, and let the rest pass."""
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -143,6 +144,41 @@ def test_a_race_of_two_views():
     storage = torch.zeros(43)
     with pytest.raises(RaceError, match="write-read race of programs .* of x of shape"):
         copy(storage[:40], storage[3:], 40)
+
+
+def test_a_race_of_two_storages():
+    """The same memory by two tensors that torch does not know to share it."""
+    memory = np.zeros(43, np.float32)
+    x, out = torch.from_numpy(memory[:40]), torch.from_numpy(memory[3:])
+    with pytest.raises(RaceError, match="write-read race of programs"):
+        copy(x, out, 40)
+    copy(torch.from_numpy(memory[:16]), torch.from_numpy(memory), 16)
+
+
+@triton.jit
+def halves_kernel(out):
+    pid = tl.program_id(0)
+    tl.store(out.to(tl.pointer_type(tl.int16)) + pid, pid.to(tl.int16))
+
+
+def test_parts_of_an_element():
+    out = torch.zeros(2)
+    halves_kernel[(4,)](out)
+    assert out.view(torch.int16).tolist() == [0, 1, 2, 3]
+
+
+@triton.jit
+def mixed_widths_kernel(out):
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(out + 1, 1.0)
+    else:
+        tl.store(out.to(tl.pointer_type(tl.int16)) + pid + 1, pid.to(tl.int16))
+
+
+def test_a_race_of_accesses_of_two_widths():
+    with pytest.raises(RaceError, match=r"write-write race of programs \(0, 0, 0\) and \(1, 0, 0\) at element \(1,\)"):
+        mixed_widths_kernel[(2,)](torch.zeros(2))
 
 
 @triton.jit
