@@ -176,8 +176,11 @@ def test_nearly_all_mutants_are_killed(operation):
 
 
 def test_a_stale_table_is_noticed():
-    rows = [row for row, _ in mutants_table.edits("plane_switch")]
+    source = {"source": mutants_table.source_hash("plane_switch")}
+    rows = [row | source for row, _ in mutants_table.edits("plane_switch")]
     assert mutants_table.stale("plane_switch", rows) is None
+    older = [row | {"source": "another"} for row in rows]
+    assert mutants_table.stale("plane_switch", older) == "the kernels of plane_switch have changed"
     assert mutants_table.stale("plane_switch", rows[1:]) == "1 mutants of plane_switch are missing, 0 are gone"
     changed = [rows[0] | {"after": "something else"}, *rows[1:]]
     assert mutants_table.stale("plane_switch", changed) == "1 mutants of plane_switch are missing, 1 are gone"

@@ -2,8 +2,8 @@
 
 A process is forked from one that has imported torch, triton and pytest but nothing of this project; it takes the
 project from a copy in which one file is edited. Two runs per mutant: `PLAIN`, `test_plain` without sanitizers, and
-`ALL`, until the first failure. `ALL` is the tests of the kernel without those of the wiring around it, fp16, and most
-of the fuzzing.
+`ALL`, until the first failure. `ALL` is the tests of the kernel without opcheck, torch.compile and autocast, which are
+about the wiring around it, without fp16, and with less fuzzing.
 """
 
 import faulthandler
@@ -23,8 +23,7 @@ PLAIN, ALL = "plain tests", "all checks"
 FIRST = ["test_plain", "test_error_budget", "test_overflow_of_strides", "test_layouts", "test_nan_footprint"]
 LAST = ["test_overflow", "test_error_budget_of_any_case"]  # slow
 LEFT_OUT = {
-    "test_opcheck", "test_opcheck_of_cases", "test_compiled", "test_compiled_bf16", "test_autocast", "test_derivatives",
-    "test_forward_mode", "test_transforms_of_torch_func", "test_forward_over_reverse",
+    "test_opcheck", "test_opcheck_of_cases", "test_compiled", "test_compiled_bf16", "test_autocast",
     "test_auto_does_not_take_the_interpreter",
 }  # fmt: skip
 EXAMPLES = 100  # of fuzzing

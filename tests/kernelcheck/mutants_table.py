@@ -1,12 +1,14 @@
 """``make mutants``: edits every kernel in every way of `mutate`, runs `mutants`, and writes the committed tables.
 
-`mutants.csv` has a row per mutant. Its last column says why a survivor is harmless; it is written by hand and kept as
-long as the edit stays the same. `mutants.md` counts them, and compares plain tests with all of the test bed.
-Also whether the tables are still true (`stale`).
+`mutants.csv` has a row per mutant; why a survivor is harmless is written into it by hand, and kept as long as the edit
+stays the same. `mutants.md` counts them, and compares plain tests with all of the test bed. Mutants that are known to
+be killed do not run again until their kernel's source changes, or with ``--again``. Also whether the tables are still
+true (`stale`).
 """
 
 import argparse
 import csv
+import hashlib
 import os
 import sys
 import tempfile
@@ -20,7 +22,7 @@ RESULTS = PROJECT / "benchmarks" / "results"
 TABLE, SUMMARY = RESULTS / "mutants.csv", RESULTS / "mutants.md"
 EDIT = ["operation", "function", "kind", "line", "before", "after", "occurrence"]
 STAGES = ["plain tests", "all checks"]
-COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless"]
+COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless", "source"]
 LEAST, SHARE = 100, 0.95  # mutants of an operation; of them killed
 
 
@@ -32,6 +34,11 @@ def operations():
 def module_of(operation):
     """Where the kernels of an operation are, relative to the project."""
     return f"planecycle_fast/ops/{operation}_triton.py"
+
+
+def source_hash(operation):
+    """Of the module with the kernels."""
+    return hashlib.sha256((PROJECT / module_of(operation)).read_bytes()).hexdigest()[:12]
 
 
 def edits(operation):
@@ -63,6 +70,8 @@ def stale(operation, rows):
     now = {edit_of(row) for row, _ in edits(operation)}
     if listed != now:
         return f"{len(now - listed)} mutants of {operation} are missing, {len(listed - now)} are gone"
+    if {row["source"] for row in rows if row["operation"] == operation} != {source_hash(operation)}:
+        return f"the kernels of {operation} have changed"
     return None
 
 
@@ -125,18 +134,19 @@ def main():
         sys.exit("needs TRITON_INTERPRET=1, as in `make mutants`")
     parser = argparse.ArgumentParser(description="Runs mutants of kernels against their tests.")
     parser.add_argument("--operation", choices=operations(), nargs="*", default=operations())
-    parser.add_argument("--only", default="", help="edits with this text; writes no table")
+    parser.add_argument("--only", default="", help="edits with this text, all of them; writes no table")
+    parser.add_argument("--again", action="store_true", help="also those that are known to be killed")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     before = {edit_of(row): row for row in read_table()}
     rows = [row for row in before.values() if row["operation"] not in arguments.operation]
     for operation in arguments.operation:
-        for row, plain, everything in _run(operation, arguments):
-            row |= {"plain tests": _word(plain), "all checks": _word(everything)}
-            row |= {"test": everything.test, "error": everything.error, "why it is harmless": ""}
-            if not everything.killed and edit_of(row) in before:
-                row["why it is harmless"] = before[edit_of(row)]["why it is harmless"]
-            rows.append(row)
+        known = {} if arguments.again or arguments.only else _killed_before(operation, before)
+        results = known | {edit_of(row): row for row in _run(operation, known, arguments)}
+        rows += [results[edit_of(row)] for row, _ in edits(operation) if edit_of(row) in results]
+    for row in rows:
+        explained = row["all checks"] == "survived" and edit_of(row) in before
+        row["why it is harmless"] = before[edit_of(row)]["why it is harmless"] if explained else ""
     if arguments.only:
         return
     with TABLE.open("w", newline="") as file:
@@ -147,33 +157,39 @@ def main():
     print(f"{_killed(rows, 'all checks')} of {len(rows)} killed, {_killed(rows, 'plain tests')} by plain tests alone")
 
 
+def _killed_before(operation, rows):
+    now = source_hash(operation)
+    return {edit: row for edit, row in rows.items() if row["source"] == now and row["all checks"] == "killed"}
+
+
 def _word(outcome):
     return "killed" if outcome.killed else "survived"
 
 
-def _run(operation, arguments):
-    """(row, outcome of plain tests, outcome of all checks) of every edit."""
+def _run(operation, known, arguments):
+    """Rows of every edit that is not known."""
     import hypothesis  # noqa: F401  (imported once, before forking)
     import torch._dynamo  # noqa: F401
     import triton.language  # noqa: F401
 
     from .mutants import Bench, run_all
 
-    chosen = [(row, mutant) for row, mutant in edits(operation) if arguments.only in f"{row}"]
+    chosen = [pair for pair in edits(operation) if arguments.only in f"{pair[0]}" and edit_of(pair[0]) not in known]
     rows = {mutant: row for row, mutant in chosen}
+
+    def tell(progress, mutant, stage, outcome):
+        result = f"{outcome.error} in {outcome.test}" if outcome.killed else "SURVIVED"
+        print(f"{progress} | {stage} | {mutant.kind} | {mutant.before} -> {mutant.after} | {result}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        test_file = f"tests/interpreted/test_{operation}.py"
-        benches = [
-            Bench(PROJECT, module_of(operation), test_file, Path(folder) / str(i)) for i in range(arguments.jobs)
-        ]
-
-        def tell(progress, mutant, stage, outcome):
-            result = f"{outcome.error} in {outcome.test}" if outcome.killed else "SURVIVED"
-            print(f"{progress} | {stage} | {mutant.kind} | {mutant.before} -> {mutant.after} | {result}", flush=True)
-
+        places = [PROJECT, module_of(operation), f"tests/interpreted/test_{operation}.py"]
+        benches = [Bench(*places, Path(folder) / str(i)) for i in range(arguments.jobs)]
         original = (PROJECT / module_of(operation)).read_text()
-        for mutant, plain, everything in run_all(benches, original, [m for _, m in chosen], tell=tell):
-            yield rows[mutant], plain, everything
+        for mutant, plain, everything in run_all(benches, original, list(rows), tell=tell) if rows else ():
+            yield rows[mutant] | {
+                "plain tests": _word(plain), "all checks": _word(everything), "test": everything.test,
+                "error": everything.error, "source": source_hash(operation),
+            }  # fmt: skip
 
 
 if __name__ == "__main__":
