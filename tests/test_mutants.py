@@ -139,9 +139,10 @@ def test_how_runs_end(tmp_path):
     benches = [Bench(project, "planecycle_fast/toy.py", "tests/test_toy.py", tmp_path / str(i)) for i in range(2)]
     edits = [Edit(f"return {i}") for i in (2, 3, 4, 5, 7)] + [Edit("return 1 +")]
     lines = []
-    results = run_all(benches, TOY, edits, limit=2, tell=lambda *line: lines.append(line))
-    assert [edit for edit, _, _ in results] == edits and len(lines) == 2 * len(edits)
-    ends = [[(o.test, o.error) for o in outcomes] for _, *outcomes in results]
+    results = {}
+    run_all(benches, TOY, edits, lambda edit, *ends: results.update({edit: ends}), 2, lambda *line: lines.append(line))
+    assert len(lines) == 2 * len(edits)
+    ends = [[(outcome.test, outcome.error) for outcome in results[edit]] for edit in edits]
     assert ends == [
         [("test_plain", "AssertionError")] * 2,
         [("", ""), ("test_error_budget", "AssertionError")],
@@ -152,7 +153,7 @@ def test_how_runs_end(tmp_path):
     ]
     assert (project / "planecycle_fast" / "toy.py").read_text() == TOY
     with pytest.raises(RuntimeError, match="the original fails test_plain: AssertionError"):
-        run_all(benches, TOY.replace("1", "2"), edits)
+        run_all(benches, TOY.replace("1", "2"), edits, results.update)
     assert {PLAIN, ALL} == set(mutants_table.STAGES)
 
 

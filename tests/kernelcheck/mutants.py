@@ -171,8 +171,8 @@ def _rank(name):
     return (LAST.index(name) + 1 if name in LAST else 0, FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
-def run_all(benches, original, mutants, limit=None, tell=print):
-    """[(mutant, outcome of PLAIN, outcome of ALL)] in the order of `mutants`; as many at a time as there are benches.
+def run_all(benches, original, mutants, done, limit=None, tell=print):
+    """Calls ``done(mutant, outcome of PLAIN, outcome of ALL)`` for each mutant, as many at a time as there are benches.
 
     A test may take 10 seconds more than 5 times what it takes on the original, or `limit` seconds.
 
@@ -187,11 +187,17 @@ def run_all(benches, original, mutants, limit=None, tell=print):
         limits |= {test: limit or 10 + 5 * seconds for test, seconds in baseline.seconds.items()}
     limits[""] = limit or 60
     jobs = [(mutant, stage) for mutant in mutants for stage in (PLAIN, ALL)]
-    outcomes = _finish(benches, jobs, lambda mutant: mutant.source(original), limits, tell)
-    for (_, stage), outcome in outcomes.items():
+    outcomes = {}
+
+    def ended(progress, mutant, stage, outcome):
         if not outcome.killed and outcome.seconds.keys() != expected[stage]:
             raise RuntimeError(f"a run of {stage} ended early without a failure: {outcome}")
-    return [(mutant, outcomes[mutant, PLAIN], outcomes[mutant, ALL]) for mutant in mutants]
+        outcomes[mutant, stage] = outcome
+        tell(progress, mutant, stage, outcome)
+        if (mutant, PLAIN) in outcomes and (mutant, ALL) in outcomes:
+            done(mutant, outcomes[mutant, PLAIN], outcomes[mutant, ALL])
+
+    _finish(benches, jobs, lambda mutant: mutant.source(original), limits, ended)
 
 
 def _finish(benches, jobs, source, limits, tell):

@@ -138,23 +138,27 @@ def main():
     parser.add_argument("--again", action="store_true", help="also those that are known to be killed")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    before = {edit_of(row): row for row in read_table()}
-    rows = [row for row in before.values() if row["operation"] not in arguments.operation]
+    rows = {edit_of(row): row for row in read_table()}
     for operation in arguments.operation:
-        known = {} if arguments.again or arguments.only else _killed_before(operation, before)
-        results = known | {edit_of(row): row for row in _run(operation, known, arguments)}
-        rows += [results[edit_of(row)] for row, _ in edits(operation) if edit_of(row) in results]
-    for row in rows:
-        explained = row["all checks"] == "survived" and edit_of(row) in before
-        row["why it is harmless"] = before[edit_of(row)]["why it is harmless"] if explained else ""
-    if arguments.only:
-        return
+        now = {edit_of(row) for row, _ in edits(operation)}
+        rows = {edit: row for edit, row in rows.items() if row["operation"] != operation or edit in now}
+        known = {} if arguments.again or arguments.only else _killed_before(operation, rows)
+        _run(operation, rows, known, arguments)
+    if not arguments.only:
+        print(_write(rows))
+
+
+def _write(rows):
+    """Both tables; every finished mutant is in them, so that an interrupted run can go on."""
+    order = [edit_of(row) for operation in operations() for row, _ in edits(operation)]
+    rows = [rows[edit] for edit in order if edit in rows]
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     SUMMARY.write_text(summary(rows))
-    print(f"{_killed(rows, 'all checks')} of {len(rows)} killed, {_killed(rows, 'plain tests')} by plain tests alone")
+    killed = [_killed(rows, stage) for stage in reversed(STAGES)]
+    return f"{killed[0]} of {len(rows)} killed, {killed[1]} by plain tests alone"
 
 
 def _killed_before(operation, rows):
@@ -166,8 +170,8 @@ def _word(outcome):
     return "killed" if outcome.killed else "survived"
 
 
-def _run(operation, known, arguments):
-    """Rows of every edit that is not known."""
+def _run(operation, table, known, arguments):
+    """Runs every edit that is not known, and writes its row into the table."""
     import hypothesis  # noqa: F401  (imported once, before forking)
     import torch._dynamo  # noqa: F401
     import triton.language  # noqa: F401
@@ -181,15 +185,22 @@ def _run(operation, known, arguments):
         result = f"{outcome.error} in {outcome.test}" if outcome.killed else "SURVIVED"
         print(f"{progress} | {stage} | {mutant.kind} | {mutant.before} -> {mutant.after} | {result}", flush=True)
 
+    def done(mutant, plain, everything):
+        row = rows[mutant]
+        why = "" if everything.killed else table.get(edit_of(row), {}).get("why it is harmless", "")
+        table[edit_of(row)] = row | {
+            "plain tests": _word(plain), "all checks": _word(everything), "test": everything.test,
+            "error": everything.error, "why it is harmless": why, "source": source_hash(operation),
+        }  # fmt: skip
+        if not arguments.only:
+            _write(table)
+
+    if not rows:
+        return
     with tempfile.TemporaryDirectory() as folder:
         places = [PROJECT, module_of(operation), f"tests/interpreted/test_{operation}.py"]
         benches = [Bench(*places, Path(folder) / str(i)) for i in range(arguments.jobs)]
-        original = (PROJECT / module_of(operation)).read_text()
-        for mutant, plain, everything in run_all(benches, original, list(rows), tell=tell) if rows else ():
-            yield rows[mutant] | {
-                "plain tests": _word(plain), "all checks": _word(everything), "test": everything.test,
-                "error": everything.error, "source": source_hash(operation),
-            }  # fmt: skip
+        run_all(benches, (PROJECT / module_of(operation)).read_text(), list(rows), done, tell=tell)
 
 
 if __name__ == "__main__":
