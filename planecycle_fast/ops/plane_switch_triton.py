@@ -32,7 +32,7 @@ from ..pooling import Transition
 from .custom import INTERPRETED, Cost, launch, linear, register
 
 BLOCK_G = 8  # global tokens of a tile
-LIMIT = 2**30  # of what is counted in 32 bits: tokens and globals of a volume; offsets are 64-bit
+LIMIT = 2**30  # of what is counted in 32 bits: tokens, globals and products of slices; offsets are 64-bit
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
 
@@ -173,11 +173,8 @@ def plane_switch_kernel(
     BLOCK_G: tl.constexpr,  # global tokens of a tile
     POOL: tl.constexpr,  # "none" (g = 0), "bands" (PCg), "mean" (PCm)
     TRANSPOSED: tl.constexpr,  # apply the transpose of M, which leads from out to x
-    WIDE: tl.constexpr,  # whether products of slices need 64 bits
     ACC: tl.constexpr,  # dtype of sums
 ):  # fmt: skip
-    if WIDE:
-        via = via.to(tl.int64)
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels * UNIT, BLOCK_C)
     block, job = pid % blocks, pid // blocks
@@ -237,7 +234,7 @@ def _plane_switch(
     pool = "none" if g == 0 else "mean" if mean else "bands"
     global_programs = batch * blocks * {"none": 0, "mean": g, "bands": num_out * triton.cdiv(g, BLOCK_G)}[pool]
     programs = global_programs + batch * blocks * n0 * triton.cdiv(n1 * n2, block_r)
-    _check_limits(before, after, sizes, g, programs)
+    _check_limits(before, after, sizes, g, via, programs)
     out_seq = out.shape[1] * channels
     out_0 = out_seq if after.batch else n1 * n2 * channels
     x_strides = [stride // unit for stride in (num_in * x_seq, x_seq, x_row, *x_axes)]
@@ -246,18 +243,19 @@ def _plane_switch(
         plane_switch_kernel if INTERPRETED else wrap_triton(plane_switch_kernel), (programs,), x.device,
         x, out, channels // unit, g, n0, n1, n2, *x_strides, x_channel, *out_strides, num_in, num_out, via,
         global_programs, UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_G=BLOCK_G, POOL=pool,
-        TRANSPOSED=transposed and g > 0, WIDE=g > 0 and max(num_in, num_out) * (via + 1) > LIMIT,
-        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        TRANSPOSED=transposed and g > 0, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     return out
 
 
-def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, programs: int) -> None:
+def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, via: int, programs: int) -> None:
     slices = max(before.slices(sizes), after.slices(sizes))
-    if max(math.prod(sizes), slices * g) > LIMIT or programs > MAX_PROGRAMS:
+    products = slices * max(g, via + 1) if g else 0  # 64-bit division, which longer ones need, spills
+    if max(math.prod(sizes), products) > LIMIT or programs > MAX_PROGRAMS:
         raise ValueError(
-            f"x is too large for backend 'triton': {tuple(sizes)} tokens, {slices} slices of {g} globals, {programs} "
-            "programs; expected at most 2**30 tokens, 2**30 globals and 2**31 - 1 programs"
+            f"x is too large for backend 'triton': {tuple(sizes)} tokens, {slices} slices of {g} globals by way of "
+            f"{via}, {programs} programs; expected at most 2**30 tokens, 2**30 globals, 2**30 as the product of slices "
+            "where there are globals, and 2**31 - 1 programs"
         )
 
 
@@ -323,7 +321,8 @@ def plane_switch_triton(
     Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a volume of more than 2**30 tokens or 2**30 globals, or more than 2**31 - 1 programs.
+        ValueError: a volume of more than 2**30 tokens or 2**30 globals, more than 32,767 slices with globals, or more
+            than 2**31 - 1 programs.
     """
     via = transition.num_prev if transition.via is None else transition.via
     return _switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)

@@ -24,9 +24,7 @@ def patch_memory():
         mask = _boolean(mask, ptrs)
         addresses = _addresses("load", ptrs, mask)
         dtype = ptrs.get_element_ty()
-        if (
-            mask is not None and other is None and watching
-        ):  # masked lanes are undefined on a GPU; as shipped they are 0
+        if mask is not None and other is None and watching:  # undefined on a GPU; as shipped 0
             other = TensorHandle(np.full(np.shape(ptrs.data), *_worst(dtype)), dtype)
         if addresses is None:
             return TensorHandle(np.zeros(np.shape(ptrs.data), shipped._get_np_dtype(dtype)), dtype)
