@@ -21,7 +21,7 @@ from pathlib import Path
 PARTS = ["planecycle_fast", "tests", "pyproject.toml", "README.md"]  # of the project, that its tests need
 PLAIN, ALL = "plain tests", "all checks"
 FIRST = ["test_plain", "test_error_budget", "test_overflow_of_strides", "test_layouts", "test_nan_footprint"]
-LAST = ["test_overflow", "test_error_budget_of_any_case"]  # slow
+LAST = ["test_overflow", "test_declared_cost", "test_error_budget_of_any_case", "test_derivatives"]  # slow
 LEFT_OUT = {
     "test_opcheck", "test_opcheck_of_cases", "test_compiled", "test_compiled_bf16", "test_autocast",
     "test_auto_does_not_take_the_interpreter",
