@@ -3,7 +3,8 @@
 Tensors are on `meta`, so loads give zeros and stores do nothing; what kernels compute on integers is real. Every
 signed integer that does not fit into its type is reported (a GPU wraps it silently; unsigned ones are meant to wrap),
 and `sanitizer.Bounds` holds every address against the view it is for. Of a large grid the first and last programs run,
-those between at distances of powers of four from either end, and those that an argument of the kernel counts.
+those between at distances of powers of four from either end, and those that an argument of the kernel counts. Sums and
+scans of 64-bit integers are not checked.
 """
 
 import linecache

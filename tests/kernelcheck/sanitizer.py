@@ -6,7 +6,8 @@ writes no other may read or write within the launch, unless both do it by atomic
 element of an expanded view, and a program that writes where it has read itself (in place) are fine.
 
 What is not understood: programs that wait for each other by atomics (they are reported), pointers that come from
-memory (refused), and the order of accesses of the threads of one program.
+memory and large views that overlap themselves (refused), the order of accesses of the threads of one program, and a
+descriptor's scatter that names a row twice.
 """
 
 import numpy as np
