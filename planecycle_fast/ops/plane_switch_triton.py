@@ -321,8 +321,8 @@ def plane_switch_triton(
     Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a volume of more than 2**30 tokens or 2**30 globals, more than 32,767 slices with globals, or more
-            than 2**31 - 1 programs.
+        ValueError: a volume of more than 2**30 tokens or 2**30 globals; with globals, more than 2**30 slices times
+            those of the transition's step (32,767 by way of as many go); more than 2**31 - 1 programs.
     """
     via = transition.num_prev if transition.via is None else transition.via
     return _switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)
