@@ -11,6 +11,7 @@ from . import ops
 from .accelerate import accelerate, restore
 from .adapters import Adapter
 from .backends import backends, use_backend
+from .blocks import LiftedBlock
 from .checkpoints import convert_state_dict
 from .converter import PlaneCycleConverter
 from .feature_files import load_features
@@ -18,12 +19,15 @@ from .features import VolumeFeatures
 from .lift import lift, unlift
 from .lifted import LiftedModel
 from .operator import plane_cycle
+from .stream import Stream
 from .version import __version__
 
 __all__ = [
     "Adapter",
+    "LiftedBlock",
     "LiftedModel",
     "PlaneCycleConverter",
+    "Stream",
     "VolumeFeatures",
     "__version__",
     "accelerate",

@@ -11,17 +11,18 @@ from torch import nn
 
 from .accelerated import METHODS, Method, plane_of
 from .adapters.dinov3 import BLOCK, CLASS, is_converted, is_dinov3, takes_volumes
-from .backends import check_attention, pick
+from .attentions import check_attention
+from .backends import pick
 
 BLOCK_TYPES = ("PlaneCycle", "Slice2D", "Flatten3D")
 _REPLACED = ("forward_features_list", "get_intermediate_layers", "_get_intermediate_layers_not_chunked")
 
 
-def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto") -> nn.Module:
+def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto", strict: bool = True) -> nn.Module:
     """Runs a model of the authors' code (HINTLab/PlaneCycle) without its copies, in place, and returns it.
 
     Class, outputs, random draws in training and state_dict keys stay what they are; `restore` undoes
-    it. Tokens stay in plane order between converted blocks, globals go through one matrix, and RoPE
+    it. Between converted blocks the residual stream stays in plane order, globals go through one matrix, and RoPE
     tables are made once per plane. A converted block that has hooks or wrappers (checkpointing, FSDP),
     or is patched or compiled, is called itself, in the order that it expects. Accelerating twice sets
     the new arguments. A shallow copy, `copy.copy`, runs the original: use `copy.deepcopy`.
@@ -30,7 +31,9 @@ def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto")
         model: a `DinoVisionTransformer` of the authors' code of any block_type, "PlaneCycle" after
             their `PlaneCycleConverter`; or a stock one converted by `planecycle_fast.PlaneCycleConverter`.
         backend: "auto" or a name of `backends()`.
-        attention: "auto": the model's own.
+        attention: "auto", or a name of `attentions.attentions()`.
+        strict: a backend or attention asked for by name that would have to leave parts of a block to the model's own
+            code raises ValueError when the model runs; False lets it. ``model.report()`` prints which parts.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -44,7 +47,7 @@ def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto")
     check_attention(attention)
     check_model(model)
     for name, method in METHODS.items():
-        setattr(model, name, method(model, backend))
+        setattr(model, name, method(model, backend, attention, strict))
     return model
 
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .adapters.dinov3 import BLOCK, norm_parts, takes_volumes
+from .adapters.dinov3 import BLOCK, block_parts, embed_parts, norm_parts, takes_volumes
 from .inputs import check_volume, wanted_layers
-from .ops import plane_switch
+from .ops import Norm
+from .parts import Plan, known_norm, plan, watched
 from .planes import DHW, HW, Plane, Sizes, parse_plane
-from .pooling import transition
+from .pooling import Transition, between
+from .report import describe
+from .stream import Layer, SinCos, Stream, check_strict, enter, run_block
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
 
 
 class Method:
-    """What the two shadowing methods share: running the blocks."""
+    """What the shadowing methods share: running the blocks on the residual stream."""
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
-        self.model, self.backend = model, backend
+    def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool) -> None:
+        self.model, self.backend, self.attention, self.strict = model, backend, attention, strict
 
     def _prepare(
         self,
         x: Tensor,  # (B, 3, D, height, width)
         masks: Tensor | None = None,  # (B*D, H*W) bool, (B, D*H*W) for Flatten3D
-    ) -> tuple[Tensor, Sizes, Plane]:
-        """Embedded tokens, the volume's size in tokens, and the plane whose order they are in."""
+    ) -> tuple[Sizes, Plane]:
+        """The volume's size in tokens, and the plane whose order the model's own tokens are in. Checks all of it."""
         model = self.model
         check_volume(x, model.patch_embed.proj.in_channels, model, "x")
         sizes = (x.shape[2], *[n // model.patch_size for n in x.shape[3:]])  # a rest is lost, as it always was
@@ -41,44 +45,116 @@ class Method:
             if not isinstance(masks, Tensor) or masks.dtype != torch.bool or tuple(masks.shape) != expected:
                 got = f"{masks.dtype} of {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
                 raise ValueError(f"masks must be a bool tensor of shape {expected}, got {got}")
-        given = x if takes_volumes(model) else x.transpose(1, 2).flatten(0, 1)
-        return model.prepare_tokens_with_masks(given, masks)[0], sizes, start
+        check_strict(self.backend, self.attention, self.strict, self.plans(), x.device)
+        return sizes, start
+
+    def _enter(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
+        sizes: Sizes,
+        start: Plane,
+        first: Plane,
+    ) -> Stream:
+        """The embedded volume in the order of the first block's plane."""
+        model, images = self.model, x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        embedded = embed_parts(model, images) if masks is None else None
+        if embedded is not None:
+            return enter(*embedded, self._layer(HW, first, sizes, Transition(sizes[0], first.slices(sizes))))
+        tokens = model.prepare_tokens_with_masks(x if takes_volumes(model) else images, masks)[0]
+        g, m = model.n_storage_tokens + 1, Transition(start.slices(sizes), first.slices(sizes))  # globals are all alike
+        return enter(tokens[:, g:], tokens[:, :g], self._layer(start, first, sizes, m))
+
+    def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, sincos: SinCos | None = None) -> Layer:
+        g = self.model.n_storage_tokens + 1
+        return Layer(old, new, sizes, g, m, sincos, self.backend, self.attention, self.strict)
 
     def _run(
         self,
-        tokens: Tensor,  # (B*P, g + L, C), plane order of `start`
-        sizes: Sizes,
-        start: Plane,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
         wanted: set[int],
         as_list: bool = False,  # how blocks that are not converted are called: hooks see it
-    ) -> list[Tensor]:  # like `tokens`, one per layer wanted
-        """Runs the blocks up to the last one wanted; the residual stream after each one wanted."""
-        model, tables = self.model, _Tables()
-        g, depth, channels = model.n_storage_tokens + 1, sizes[0], tokens.shape[-1]
-        batch, plane, outputs = tokens.shape[0] // start.slices(sizes), start, []
-        converted = not takes_volumes(model) or model.block_type == "PlaneCycle"
+        norm: Norm | None = None,
+    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Sizes]:
+        """Tokens after each layer wanted, in the order of the model's own; with a norm: and their norm. And sizes."""
+        sizes, start = self._prepare(x, masks)
+        model, tables, outputs = self.model, _Tables(), []
+        plane = self._plane_of(0, start)
+        stream = self._enter(x, masks, sizes, start, plane)
+        shape = (x.shape[0], *sizes, stream.residual.shape[-1])
         for i, block in enumerate(model.blocks):
             if i > max(wanted):
                 break
-            plain = converted and _is_plain(block)
-            following = plane_of(block) if plain else start
-            pool_method = _pool_method(block) if plain else "PCg"
-            there = transition(plane.slices(sizes), following.slices(sizes), depth, pool_method)
-            tokens, plane = plane_switch(tokens, plane, following, sizes, g, there, self.backend), following
+            old, plane = plane, self._plane_of(i, start)
+            plain = self._converted and _is_plain(block)
+            m = between(old, plane, sizes, _pool_method(block) if plain else "PCg")
+            if i == 0 or start == DHW:
+                m = Transition(plane.slices(sizes), plane.slices(sizes))
+            rope = block.rope_embed if plain else None if self._converted else model.rope_embed
+            sincos = tables.get(rope, plane, sizes)
+            layer = self._layer(old, plane, sizes, m, sincos)
             if plain:
-                tokens = block.blk2d(tokens, tables.get(block.rope_embed, plane.grid(sizes)))
-            elif converted:
-                tokens = block(tokens, (batch, *sizes, channels))
+                stream = run_block(block_parts(block.blk2d), stream, layer, partial(_call, block.blk2d, sincos, False))
+            elif self._converted:
+                stream = Stream(block(layer.switch(stream), shape))
             else:
-                sincos = tables.get(model.rope_embed, plane.grid(sizes))
-                tokens = block([tokens], [sincos])[0] if as_list else block(tokens, sincos)
+                stream = run_block(block_parts(block), stream, layer, partial(_call, block, sincos, as_list))
             if i in wanted:
-                back = transition(plane.slices(sizes), start.slices(sizes), depth)
-                outputs.append(plane_switch(tokens, plane, start, sizes, g, back, self.backend))
-        return outputs
+                back = self._layer(plane, start, sizes, Transition(plane.slices(sizes), start.slices(sizes)))
+                outputs.append(back.switch(stream, norm))
+        return outputs, sizes
+
+    @property
+    def _converted(self) -> bool:
+        return not takes_volumes(self.model) or self.model.block_type == "PlaneCycle"
+
+    def _plane_of(self, i: int, start: Plane) -> Plane:
+        """The order that block `i` runs in: its plane, or the model's own where the block must be called itself."""
+        block = self.model.blocks[i]
+        return plane_of(block) if self._converted and _is_plain(block) else start
+
+    def plans(self) -> list[Plan]:
+        """Per block: the parts that the model's own code runs, and why."""
+        return [self._plan(block) for block in self.model.blocks]
+
+    def _plan(self, block: nn.Module) -> Plan:
+        if not self._converted:
+            return plan(block_parts(block))
+        return plan(block_parts(block.blk2d) if _is_plain(block) else "it, or its plane change, is watched or wrapped")
 
 
-class ForwardFeatures(Method):
+def _call(
+    block: nn.Module,
+    sincos: SinCos | None,
+    as_list: bool,
+    tokens: Tensor,  # (B*P, g + L, C)
+) -> Tensor:  # (B*P, g + L, C)
+    return block([tokens], [sincos])[0] if as_list else block(tokens, sincos)
+
+
+class Features(Method):
+    """What both methods that return features share: the final norm."""
+
+    def _norm(self, local: bool = False) -> Norm | None:
+        """The model's one norm for all tokens, as operations take it, or None."""
+        model = self.model
+        if model.untie_cls_and_patch_norms or (local and model.untie_global_and_local_cls_norm):
+            return None
+        return known_norm(model.norm)[0]
+
+    def _split(
+        self,
+        tokens: Tensor,  # (N, g + L, C)
+        normed: Tensor | None,  # (N, g + L, C), where it has been done
+        local: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (N, g, C), (N, L, C)
+        """The final norm of globals and patches."""
+        g = self.model.n_storage_tokens + 1
+        return norm_parts(self.model, tokens, local) if normed is None else (normed[:, :g], normed[:, g:])
+
+
+class ForwardFeatures(Features):
     """`forward_features_list` of an accelerated model."""
 
     def __call__(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
@@ -102,8 +178,11 @@ class ForwardFeatures(Method):
             return type(model).forward_features_list(model, x_list, masks_list)
         outputs = []
         for i, (x, masks) in enumerate(zip(x_list, masks_list)):
-            tokens = self._run(*self._prepare(x, masks), wanted={last}, as_list=True)[0]
-            globals_, patches = norm_parts(model, tokens, local=model.training and i == 1)
+            local = model.training and i == 1
+            norm = self._norm(local)
+            [tokens], _ = self._run(x, masks, {last}, as_list=True, norm=norm)
+            tokens, normed = tokens if norm is not None else (tokens, None)
+            globals_, patches = self._split(tokens, normed, local)
             outputs.append(
                 {
                     "x_norm_clstoken": globals_[:, 0],
@@ -116,7 +195,7 @@ class ForwardFeatures(Method):
         return outputs
 
 
-class IntermediateLayers(Method):
+class IntermediateLayers(Features):
     """`get_intermediate_layers` of an accelerated model."""
 
     def __call__(
@@ -141,10 +220,12 @@ class IntermediateLayers(Method):
         wanted = wanted_layers(n, len(model.blocks))
         if isinstance(n, Sequence) and len(n) != len(wanted):
             raise ValueError(f"n must not list a layer twice, got {list(n)}")
-        tokens, sizes, start = self._prepare(x)
+        final = self._norm() if norm else None
+        found, sizes = self._run(x, None, wanted, norm=final)
         outputs = []
-        for out in self._run(tokens, sizes, start, wanted):
-            globals_, patches = norm_parts(model, out) if norm else (out[:, :g], out[:, g:])
+        for out in found:
+            tokens, normed = out if final is not None else (out, None)
+            globals_, patches = self._split(tokens, normed) if norm else (tokens[:, :g], tokens[:, g:])
             if reshape:
                 patches = patches.reshape(x.shape[0], *sizes, -1).permute(0, 4, 1, 2, 3).contiguous()
             parts = [patches]
@@ -163,10 +244,20 @@ class Replicate(Method):
         raise TypeError("an accelerated model cannot be replicated by DataParallel; use DistributedDataParallel")
 
 
+class Report(Method):
+    """`report` of an accelerated model."""
+
+    def __call__(self) -> None:
+        """Prints per block what is fused, by which backend, what is not, and why."""
+        device = self.model.patch_embed.proj.weight.device
+        print(describe(self.plans(), self.backend, self.attention, self.strict, device))
+
+
 METHODS = {  # by the name that each shadows
     "forward_features_list": ForwardFeatures,
     "get_intermediate_layers": IntermediateLayers,
     "_replicate_for_data_parallel": Replicate,
+    "report": Report,
 }
 
 
@@ -175,20 +266,17 @@ class _Tables:
 
     def __init__(self) -> None:
         self.rope: nn.Module | None = None
-        self.made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.made: dict[Plane, SinCos] = {}
 
-    def get(
-        self,
-        rope: nn.Module | None,
-        grid: tuple[int, ...],  # (n0, n1), or (D, H, W)
-    ) -> tuple[Tensor, Tensor] | None:  # sin and cos, (L, hd) each
+    def get(self, rope: nn.Module | None, plane: Plane, sizes: Sizes) -> SinCos | None:  # (L, hd) each
         if rope is None:
             return None
         if rope is not self.rope:  # blocks share one, usually
             self.rope, self.made = rope, {}
-        if rope.training or grid not in self.made:
-            self.made[grid] = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
-        return self.made[grid]
+        if rope.training or plane not in self.made:
+            grid = plane.grid(sizes)  # (n0, n1), or (D, H, W)
+            self.made[plane] = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
+        return self.made[plane]
 
 
 def plane_of(block: nn.Module) -> Plane:
@@ -203,17 +291,11 @@ def plane_of(block: nn.Module) -> Plane:
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether calling the 2D block inside cannot be told from calling this converted block."""
-    if type(block).__name__ != BLOCK or bool(nn.modules.module._has_any_global_hook()):
+    if type(block).__name__ != BLOCK:
         return False
-    return not any(_is_watched(module) for module in (block, getattr(block, "planecycleop", None)))
-
-
-def _is_watched(module: nn.Module | None) -> bool:
-    if module is None:
+    if "_get_rope" in block.__dict__:  # the authors' block, patched
         return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    patched = "forward" in module.__dict__ or "_get_rope" in module.__dict__
-    return any(hooks) or patched or module._compiled_call_impl is not None
+    return not any([m is not None and watched(m) is not None for m in (block, getattr(block, "planecycleop", None))])
 
 
 def _pool_method(block: nn.Module) -> str:

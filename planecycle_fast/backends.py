@@ -14,15 +14,15 @@ from contextlib import contextmanager
 import torch
 
 BACKENDS = ("triton", "cpu", "reference")
-ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
+HAS = {"triton": ("plane_switch",), "cpu": ()}  # operations of a backend that does not have all of them yet
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
 _found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for
 _overrides: list[str] = []  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
-def why_not(backend: str, device: torch.device | None = None) -> str | None:
-    """The reason why `backend` is not usable here, for tensors on `device` if one is given, or None if it is.
+def why_not(backend: str, device: torch.device | None = None, op: str | None = None) -> str | None:
+    """The reason why `backend` is not usable, or None if it is; for an operation and tensors on `device`, if given.
 
     Raises ValueError for an unknown name.
     """
@@ -34,6 +34,8 @@ def why_not(backend: str, device: torch.device | None = None) -> str | None:
         reason = _why_not_triton()
         if reason is None and device is not None and device.type != "cuda" and not _interpreted():
             reason = f"it needs tensors on a CUDA device, got {device}"
+        if reason is None and op is not None and op not in HAS[backend]:
+            reason = f"it has no {op} yet"
         return reason
     return "not part of this release yet"
 
@@ -43,18 +45,24 @@ def backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in BACKENDS}
 
 
-def pick(backend: str = "auto", device: torch.device | None = None) -> str:
-    """The backend to use, for tensors on `device` if one is given.
+def pick(backend: str = "auto", device: torch.device | None = None, op: str | None = None) -> str:
+    """The backend to use; for an operation and tensors on `device`, if given.
 
     Raises ValueError, with the reason, for one that is unknown or not usable.
     """
+    backend = asked_for(backend)
     if backend == "auto":
-        backend = _overrides[-1] if _overrides else os.environ.get(VARIABLE, "auto")
-    if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, device) is None and not _is_slow(name))
-    reason = why_not(backend, device)
+        return next(name for name in BACKENDS if why_not(name, device, op) is None and not _is_slow(name))
+    reason = why_not(backend, device, op)
     if reason is not None:
-        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device)}")
+        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device, op)}")
+    return backend
+
+
+def asked_for(backend: str = "auto") -> str:
+    """The name that `backend` stands for: what `use_backend` or PLANECYCLE_FAST_BACKEND say where it is "auto"."""
+    if backend == "auto":
+        return _overrides[-1] if _overrides else os.environ.get(VARIABLE, "auto")
     return backend
 
 
@@ -69,36 +77,12 @@ def use_backend(backend: str) -> Iterator[None]:
         del _overrides[len(_overrides) - 1 - _overrides[::-1].index(backend)]  # another thread may have added one since
 
 
-def why_not_attention(attention: str) -> str | None:
-    """The reason why an attention cannot be chosen by name here, or None if it can.
-
-    Raises ValueError for an unknown name.
-    """
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-    if attention == "auto":
-        return None
-    return "not part of this release yet; the model's own attention runs"
-
-
-def attentions() -> dict[str, str | None]:
-    """Every attention: None if it can be chosen, else the reason why not."""
-    return {name: why_not_attention(name) for name in ATTENTIONS}
-
-
-def check_attention(attention: str) -> None:
-    """Raises ValueError for an unknown attention, or one that this release does not choose by name."""
-    reason = why_not_attention(attention)
-    if reason is not None:
-        raise ValueError(f"attention {attention!r} is not usable: {reason}; use 'auto'")
-
-
 def _is_slow(backend: str) -> bool:  # kernels in triton's interpreter run when asked for by name only
     return backend == "triton" and _interpreted()
 
 
-def _usable(device: torch.device | None) -> str:
-    return ", ".join([name for name in BACKENDS if why_not(name, device) is None])
+def _usable(device: torch.device | None, op: str | None) -> str:
+    return ", ".join([name for name in BACKENDS if why_not(name, device, op) is None])
 
 
 def _why_not_triton() -> str | None:

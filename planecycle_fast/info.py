@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .backends import attentions, backends
+from .attentions import attentions
+from .backends import backends
 from .optional import require
 from .version import __version__
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, find_adapter
-from .backends import check_attention, pick
+from .attentions import check_attention
+from .backends import pick
 from .lifted import LiftedModel
 from .planes import DEFAULT_CYCLE, DHW, Plane, parse_cycle
 from .pooling import check_pooling
@@ -25,6 +26,7 @@ def lift(
     globals_at: str = "depth",
     backend: str = "auto",
     attention: str = "auto",
+    strict: bool = True,
     adapter: Callable[[nn.Module], Adapter] | None = None,
 ) -> LiftedModel:
     """A module that runs the 2D `model` on volumes, layer by layer along the planes of a cycle.
@@ -41,7 +43,10 @@ def lift(
         pool_method: "PCg" or "PCm", how globals pass between planes of "planecycle".
         globals_at: "depth" or "plane", where they rest between layers of "planecycle".
         backend: "auto" or a name of `backends()`.
-        attention: "auto": the model's own.
+        attention: "auto", or a name of `attentions.attentions()`.
+        strict: a backend or attention asked for by name that would have to leave parts of a block to the model's own
+            code (hooks, dropout, kinds it does not know) raises ValueError when the model runs; False lets it.
+            `LiftedModel.report` lists these parts.
         adapter: a class or function that makes an `Adapter` for `model`, for models of your own.
 
     Raises:
@@ -63,7 +68,7 @@ def lift(
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
     if DHW in cycle and (rope := adapter.rope(torch.float32)) is not None:
         section_sizes(rope.head_dim, num_axes=3)  # raises for a head dimension that has no three sections
-    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend)
+    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict)
 
 
 def _make_adapter(model: nn.Module, adapter: Callable[[nn.Module], Adapter] | None) -> Adapter:

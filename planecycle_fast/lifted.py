@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .blocks import LiftedBlock, SharedModule, list_of, mirrored
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
-from .ops import plane_switch
+from .parts import Plan, known_norm
 from .planes import HW, Plane, Sizes, permutation
-from .pooling import transition
+from .pooling import Transition, between
+from .report import describe
 from .rope import PlaneTables
-
-_SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+from .stream import Layer, SinCos, Stream, check_strict, enter
 
 
-class LiftedModel(nn.Module):
+class LiftedModel(SharedModule):
     """A 2D model that takes volumes. Made by `lift`; attributes it lacks are those of the 2D model.
 
-    Blocks are called once per layer with tokens in plane order, ``(B*P, g + L, C)``: that is what
-    forward hooks on a block see. See `planecycle_fast.planes` for the order of each plane.
+    `blocks` are called once per layer with the residual stream in plane order: `LiftedBlock` says what hooks on them
+    see. Walking through the modules of a lifted model meets these blocks instead of the 2D model's, under the same
+    names, so that sharding and checkpointing by block work.
     """
 
     def __init__(
@@ -43,27 +37,13 @@ class LiftedModel(nn.Module):
         pool_method: str,
         globals_at: str,
         backend: str,
+        attention: str,
+        strict: bool,
     ) -> None:
-        super().__init__()
-        host = adapter.model
-        # Sharing the dictionaries themselves is what makes both models one: keys, Parameter objects,
-        # replaced submodules (LoRA) and assigned parameters are the same in both, copies included.
-        for shared in _SHARED:
-            self.__dict__[shared] = host.__dict__[shared]
+        super().__init__(adapter.model)
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
-        self.__dict__.update(
-            adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at, backend=backend
-        )
-
-    @property
-    def training(self) -> bool:
-        """Shared with the 2D model, like everything else."""
-        return self.adapter.model.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "adapter" in self.__dict__:  # not yet while nn.Module.__init__ runs
-            self.adapter.model.training = mode
+        self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
+        self.__dict__.update(backend=backend, attention=attention, strict=strict, lifted_blocks=(), mirrors={})
 
     @property
     def cycle_order(self) -> tuple[str, ...]:
@@ -71,9 +51,58 @@ class LiftedModel(nn.Module):
         return tuple(plane.name for plane in self.planes)
 
     @property
-    def blocks(self) -> Any:
-        """The layers, first to last."""
-        return self.adapter.blocks
+    def blocks(self) -> nn.ModuleList:
+        """The layers, first to last: `LiftedBlock`s, or what has been put around them."""
+        hosts = list(self.adapter.blocks)
+        known = self.lifted_blocks
+        if len(hosts) != len(known) or not all([mine.host is host for mine, host in zip(known, hosts)]):
+            self._lift_blocks(hosts)
+        return self.block_list
+
+    def _lift_blocks(self, hosts: list[nn.Module]) -> None:
+        known = {id(block.host): block for block in self.lifted_blocks}
+        blocks = tuple([known.get(id(host)) or LiftedBlock(self.adapter, host) for host in hosts])
+        by_host = {id(block.host): block for block in blocks}
+        children = {name: child for name, child in self._modules.items() if child is not None}
+        replaced = {name: mirrored(child, by_host) for name, child in children.items()}
+        mirrors = {name: module for name, module in replaced.items() if module is not children[name]}
+        self.__dict__.update(lifted_blocks=blocks, mirrors=mirrors, block_list=list_of(mirrors.values(), blocks))
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module, with lifted blocks in place of the 2D model's."""
+        _ = self.blocks
+        seen = set()
+        for name, module in self._modules.items():
+            module = self.mirrors.get(name, module)
+            if module is not None and module not in seen:
+                seen.add(module)
+                yield name, module
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module, with lifted blocks in place of the 2D model's."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        _ = self.blocks
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, module in self._modules.items():
+            module = self.mirrors.get(name, module)
+            if module is not None:
+                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+
+    def plans(self) -> list[Plan]:
+        """Per block: the parts that the model's own code runs, and why."""
+        _ = self.blocks
+        return [block.plan() for block in self.lifted_blocks]
+
+    def report(self) -> None:
+        """Prints per block what is fused, by which backend, what is not, and why."""
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        print(describe(self.plans(), self.backend, self.attention, self.strict, device))
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
@@ -91,15 +120,6 @@ class LiftedModel(nn.Module):
             setattr(host, name, value)  # what one reads through the lifted model, one sets through it
         else:
             super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> LiftedModel:
-        self.adapter.model.train(mode)  # hosts override this, to keep norms frozen for example
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftedModel:
-        host = self.adapter.model  # hosts override this too, to keep buffers in fp32 for example
-        host._apply(fn) if recurse else host._apply(fn, recurse=False)
-        return self
 
     def _replicate_for_data_parallel(self) -> LiftedModel:
         raise TypeError("a lifted model cannot be replicated by DataParallel; use DistributedDataParallel")
@@ -142,30 +162,40 @@ class LiftedModel(nn.Module):
 
     def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
         """Runs the layers up to the last one wanted; the features after each one wanted."""
+        check_strict(self.backend, self.attention, self.strict, self.plans(), volume.device)
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        tokens, plane = self.adapter.embed(images), HW  # (B*P, g + L, C) from here on
+        plane = self.planes[0]
+        stream = enter(*self.adapter.embed_parts(images), self._layer(HW, plane, sizes))
         features = []
         for i, block in enumerate(islice(self.blocks, max(wanted) + 1)):
             following = self.planes[i % len(self.planes)]
-            tokens, plane = self._switch(tokens, plane, following, sizes), following
-            grid = plane.grid(sizes)
-            tokens = self.adapter.call_block(block, tokens, grid, tables.for_block(grid))
+            layer = self._layer(plane, following, sizes, tables.for_block(following, sizes), entered=i == 0)
+            stream, plane = block(stream, layer), following
             if i in wanted:
-                features.append(self._features(tokens, plane, sizes, norm))
+                features.append(self._features(stream, plane, sizes, norm))
         return features
 
-    def _switch(self, tokens: Tensor, old: Plane, new: Plane, sizes: Sizes) -> Tensor:
-        m = transition(old.slices(sizes), new.slices(sizes), sizes[0], self.pool_method, self.globals_at)
-        return plane_switch(tokens, old, new, sizes, self.adapter.num_globals, m, self.backend)
-
-    def _features(self, tokens: Tensor, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
-        """Canonical features of tokens (B*P, g + L, C) in the order of `plane`."""
+    def _layer(
+        self, old: Plane, new: Plane, sizes: Sizes, sincos: SinCos | None = None, entered: bool = False
+    ) -> Layer:
+        """A change of planes; of none, and no pooling, where the stream has just `entered`."""
+        m = between(old, new, sizes, self.pool_method, self.globals_at)
+        if entered:
+            m = Transition(new.slices(sizes), new.slices(sizes))
         g = self.adapter.num_globals
-        if self.globals_at == "depth":  # pool the residual, before the norm
-            back = transition(plane.slices(sizes), sizes[0], sizes[0])
-            tokens, plane = plane_switch(tokens, plane, HW, sizes, g, back, self.backend), HW
-        if norm:
+        return Layer(old, new, sizes, g, m, sincos, self.backend, self.attention, self.strict)
+
+    def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
+        """Canonical features of a stream in the order of `plane`."""
+        g, target = self.adapter.num_globals, HW if self.globals_at == "depth" else plane
+        pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
+        layer = Layer(plane, target, sizes, g, pooling, backend=self.backend, strict=self.strict)
+        final = known_norm(self.adapter.final_norm())[0] if norm else None
+        tokens, plane = layer.switch(stream, final), target
+        if final is not None:
+            tokens = tokens[1]
+        elif norm:
             tokens = self.adapter.norm(tokens)
         tokens = tokens.unflatten(0, (-1, plane.slices(sizes)))  # (B, S, g + L, C)
         patches = tokens[:, :, g:].reshape(-1, *plane.ordered(sizes), tokens.shape[-1])

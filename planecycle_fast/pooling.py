@@ -20,6 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .planes import HW, Plane, Sizes
+
 POOL_METHODS = ("PCg", "PCm")
 GLOBALS_AT = ("depth", "plane")
 
@@ -87,7 +89,7 @@ class Transition:
         globals_: Tensor,  # (B, num_prev, g, C), floating point
     ) -> Tensor:  # (B, num_next, g, C), same dtype
         """M times the globals, summed in at least float32, under autocast too. PCm reduces once and broadcasts."""
-        if self.is_identity:
+        if not torch.compiler.is_compiling() and self.is_identity:  # compiled: see `_average`
             return globals_
         rows = globals_.to(torch.promote_types(globals_.dtype, torch.float32)).flatten(2)  # (B, num_prev, g*C)
         if self.via is not None:
@@ -105,7 +107,7 @@ def _average(
 ) -> Tensor:  # (B, m, K)
     """A(n -> m). By gathering bins: a matrix product would round under autocast, and spread NaN to every bin."""
     n = rows.shape[1]
-    if n == m:
+    if not torch.compiler.is_compiling() and n == m:  # compiled, sizes that are equal by chance would count
         return rows
     bins = torch.arange(m, device=rows.device)
     first, end = bins * n // m, -(-(bins + 1) * n // m)
@@ -133,6 +135,16 @@ def transition(
     check_pooling(pool_method, globals_at)
     via = depth if globals_at == "depth" and num_prev != depth else None
     return Transition(num_prev, num_next, via, mean=pool_method == "PCm")
+
+
+def between(old: Plane, new: Plane, sizes: Sizes, pool_method: str = "PCg", globals_at: str = "depth") -> Transition:
+    """The `transition` from one plane of a volume of `sizes` = (D, H, W) to the next.
+
+    Goes by planes, not by sizes that happen to be equal, so that a compiled model serves all sizes.
+    """
+    check_pooling(pool_method, globals_at)
+    via = sizes[0] if globals_at == "depth" and old != HW else None
+    return Transition(old.slices(sizes), new.slices(sizes), via, mean=pool_method == "PCm")
 
 
 def check_pooling(pool_method: str, globals_at: str) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .planes import Plane, Sizes
+
 NORMALIZATIONS = ("separate", "min", "max")
 
 
@@ -192,19 +194,23 @@ class PlaneTables:
         self.rope = rope
         self.augments = rope is not None and training and rope.augments
         self._draws: dict[int, Augmentation] = {}  # by number of axes, where one draw serves the forward
-        self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[Plane, tuple[Tensor, Tensor]] = {}  # by plane: torch.compile would fix sizes as keys
         if self.augments and not rope.draw_per_block:
             self._draw(num_axes)  # of the first plane, before anything else of this forward draws
 
-    def for_block(self, grid: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Sine and cosine, (L, hd) each, for the next block's plane; None without RoPE."""
+    def for_block(self, plane: Plane, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
+        """Sine and cosine, (L, hd) each, for the next block's plane of a volume of (D, H, W) tokens; None without RoPE.
+
+        All calls are for the same volume.
+        """
         if self.rope is None:
             return None
+        grid = plane.grid(sizes)
         if self.augments and self.rope.draw_per_block:
             return self.rope.sincos(grid, self.rope.draw(len(grid)))
-        if grid not in self._tables:
-            self._tables[grid] = self.rope.sincos(grid, self._draw(len(grid)))
-        return self._tables[grid]
+        if plane not in self._tables:
+            self._tables[plane] = self.rope.sincos(grid, self._draw(len(grid)))
+        return self._tables[plane]
 
     def _draw(self, num_axes: int) -> Augmentation | None:
         if self.augments and num_axes not in self._draws:

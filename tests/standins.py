@@ -18,7 +18,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class MaskedLinear(nn.Linear):
+class LinearKMaskedBias(nn.Linear):
     """A key bias that counts for nothing."""
 
     def __init__(self, dim):
@@ -31,15 +31,15 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     def __init__(self, dim, heads, mask_k_bias):
         super().__init__()
-        self.heads = heads
-        self.qkv = MaskedLinear(dim) if mask_k_bias else nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.num_heads = heads
+        self.qkv = LinearKMaskedBias(dim) if mask_k_bias else nn.Linear(dim, 3 * dim)
+        self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
 
     def forward(self, x, rope=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -57,12 +57,13 @@ class Mlp(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(0.0)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
-class SwiGLU(nn.Module):
+class SwiGLUFFN(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.w1, self.w2, self.w3 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
@@ -71,13 +72,13 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-class Block(nn.Module):
+class SelfAttentionBlock(nn.Module):
     def __init__(self, dim, heads, swiglu, mask_k_bias, drop):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
-        self.attn, self.mlp = Attention(dim, heads, mask_k_bias), SwiGLU(dim) if swiglu else Mlp(dim)
+        self.attn, self.mlp = SelfAttention(dim, heads, mask_k_bias), SwiGLUFFN(dim) if swiglu else Mlp(dim)
         self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
-        self.drop = drop
+        self.sample_drop_ratio = drop
 
     def forward(self, x, rope=None):
         return self._list(x, rope) if isinstance(x, list) else self._list([x], [rope])[0]
@@ -88,9 +89,11 @@ class Block(nn.Module):
 
     def _branch(self, x, rope, branch):
         """Drop path by leaving sequences out; of all volumes of a list before any is computed."""
-        if not (self.training and self.drop):
+        if not (self.training and self.sample_drop_ratio):
             return [t + branch(t, r) for t, r in zip(x, rope)]
-        kept = [torch.randperm(len(t), device=t.device)[: max(1, int(len(t) * (1 - self.drop)))] for t in x]
+        kept = [
+            torch.randperm(len(t), device=t.device)[: max(1, int(len(t) * (1 - self.sample_drop_ratio)))] for t in x
+        ]
         parts = zip(x, rope, kept)
         return [t.index_add(0, k, branch(t[k], r), alpha=len(t) / len(k)) for t, r, k in parts]
 
@@ -120,6 +123,15 @@ class RopeEmbedding(nn.Module):
         return angles.sin(), angles.cos()
 
 
+class PatchEmbed(nn.Module):
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x):
+        return self.proj(x).movedim(1, -1)  # (N, h, w, C)
+
+
 class DinoVisionTransformer(nn.Module):
     """Without `block_type` the stock interface, with it the authors'."""
 
@@ -142,8 +154,7 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         self.patch_size, self.n_storage_tokens = patch_size, n_storage_tokens
         self.embed_dim = self.num_features = embed_dim
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.cls_token, self.mask_token = (
             nn.Parameter(torch.empty(1, 1, embed_dim)),
             nn.Parameter(torch.empty(1, embed_dim)),
@@ -153,7 +164,7 @@ class DinoVisionTransformer(nn.Module):
         head_dim = embed_dim // num_heads
         sections = tuple(head_dim * n // 16 for n in (2, 3, 3)) if block_type == "Flatten3D" else None
         self.rope_embed = RopeEmbedding(head_dim, sections, rescale, normalize=normalize)
-        blocks = [Block(embed_dim, num_heads, swiglu, mask_k_bias, drop_path_rate) for _ in range(depth)]
+        blocks = [SelfAttentionBlock(embed_dim, num_heads, swiglu, mask_k_bias, drop_path_rate) for _ in range(depth)]
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(embed_dim, eps=1e-5)
         self.untie_cls_and_patch_norms = untie_cls_and_patch_norms
         self.untie_global_and_local_cls_norm = untie_global_and_local_cls_norm
@@ -170,9 +181,9 @@ class DinoVisionTransformer(nn.Module):
         volume = x.shape
         if hasattr(self, "block_type"):
             x = x.transpose(1, 2).flatten(0, 1)
-        x = self.patch_embed.proj(x)
-        grid = tuple(x.shape[2:])
-        x = x.flatten(2).mT
+        x = self.patch_embed(x)
+        grid = tuple(x.shape[1:3])
+        x = x.flatten(1, 2)
         if self._is("Flatten3D"):
             x = x.reshape(volume[0], -1, x.shape[-1])
         if masks is not None:

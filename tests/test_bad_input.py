@@ -125,7 +125,11 @@ LIFTS = [
     (dict(backend="cuda"), ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'cuda'"),
     (dict(backend="cpu"), ValueError, "backend 'cpu' is not usable: not part of this release yet; usable: reference"),
     (dict(attention="flash9"), ValueError, "attention must be one of auto, flash2, .*, got 'flash9'"),
-    (dict(attention="flash3"), ValueError, "attention 'flash3' is not usable: not part of this release yet"),
+    (
+        dict(attention="flash3"),
+        ValueError,
+        "attention 'flash3' is not usable: .* not installed; .*usable: auto, sdpa",
+    ),
     (dict(adapter="timm"), TypeError, "adapter must be a class or function that makes an Adapter, got str"),
     (dict(adapter=lambda model: model), TypeError, "adapter must make an Adapter, got ToyViT"),
 ]

@@ -130,7 +130,7 @@ class Backbone(nn.Module):
         super().__init__()
         if n_storage_tokens:
             self.n_storage_tokens = n_storage_tokens
-        self.layers = nn.ModuleList([standins.Block(16, 2, False, False, 0) for _ in range(4)])
+        self.layers = nn.ModuleList([standins.SelfAttentionBlock(16, 2, False, False, 0) for _ in range(4)])
 
     def forward(self, x, shape):
         for layer in self.layers:

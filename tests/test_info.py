@@ -4,7 +4,8 @@ import torch
 
 import planecycle_fast as pcf
 from planecycle_fast import info
-from planecycle_fast.backends import attentions, backends
+from planecycle_fast.attentions import ATTENTIONS, attentions
+from planecycle_fast.backends import backends
 from planecycle_fast.cli import main
 
 
@@ -37,4 +38,6 @@ def test_packages_that_are_missing(monkeypatch):
 
 def test_attentions_have_reasons():
     assert attentions()["auto"] is None
-    assert all(isinstance(reason, str) for name, reason in attentions().items() if name != "auto")
+    usable = {name for name, reason in attentions().items() if reason is None}
+    assert {"auto", "sdpa", "reference"} <= usable <= set(ATTENTIONS) - {"triton"}
+    assert all(reason is None or reason for reason in attentions().values())

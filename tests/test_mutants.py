@@ -140,7 +140,7 @@ def test_how_runs_end(tmp_path):
     edits = [Edit(f"return {i}") for i in (2, 3, 4, 5, 7)] + [Edit("return 1 +")]
     lines = []
     results = {}
-    run_all(benches, TOY, edits, lambda edit, *ends: results.update({edit: ends}), 2, lambda *line: lines.append(line))
+    run_all(benches, TOY, edits, lambda edit, *ends: results.update({edit: ends}), 8, lambda *line: lines.append(line))
     assert len(lines) == 2 * len(edits)
     ends = [[(outcome.test, outcome.error) for outcome in results[edit]] for edit in edits]
     assert ends == [

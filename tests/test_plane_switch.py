@@ -4,12 +4,15 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planecycle_fast.ops import plane_switch, plane_switch_ref
-from planecycle_fast.planes import DW, HW, PLANES, row_map
+from planecycle_fast.ops import Norm, add_norm, plane_switch, plane_switch_ref
+from planecycle_fast.planes import DH, DHW, DW, HW, PLANES, row_map
 from planecycle_fast.pooling import Transition, transition
+
+from .kernelcheck.traffic import Traffic
 
 PAIRS = list(itertools.product(PLANES.values(), repeat=2))
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -130,3 +133,95 @@ def test_bad_input(change, error, message):
     arguments |= {"transition": transition(3, 4, 3)} | change
     with pytest.raises(error, match=message):
         plane_switch(**arguments)
+
+
+def in_full(old, sizes, g, dtype=torch.float64, batch=2, channels=6):
+    """A stream: residual, branch, scale, and a norm."""
+    x, branch = (tokens(old, sizes, g, batch, channels, dtype) for _ in range(2))
+    scale, weight, bias = torch.randn(3, channels, dtype=dtype)
+    return x, branch, scale, Norm(weight, bias, 1e-5)
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("old, new", PAIRS, ids=str)
+def test_in_full_it_is_the_sum_the_switch_and_the_norm(old, new, pool_method):
+    sizes, g = (3, 4, 5), 2
+    x, branch, scale, norm = in_full(old, sizes, g)
+    m = m_between(old, new, sizes, pool_method)
+    out, normed = plane_switch(x, old, new, sizes, g, m, branch, scale, norm)
+    expected = plane_switch(x + scale * branch, old, new, sizes, g, m)
+    assert torch.equal(out, expected)
+    assert torch.equal(normed, F.layer_norm(expected, (6,), norm.weight, norm.bias, norm.eps))
+    assert torch.equal(plane_switch(x, old, new, sizes, g, m, branch, scale), expected)
+    assert torch.equal(plane_switch(x, old, new, sizes, g, m, norm=norm._replace(bias=None, rms=True))[0],
+                       plane_switch(x, old, new, sizes, g, m))  # fmt: skip
+
+
+def test_with_one_plane_it_is_add_norm():
+    sizes, g = (3, 4, 5), 2
+    x, branch, scale, norm = in_full(DW, sizes, g)
+    m = transition(4, 4, 4)
+    got = plane_switch(x, DW, DW, sizes, g, m, branch, scale, norm)
+    assert all(torch.equal(a, b) for a, b in zip(got, add_norm(x, branch, scale, norm)))
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("old, new", [(HW, DW), (DH, HW), (DW, DHW)], ids=str)
+def test_derivatives_in_full(old, new, pool_method):
+    sizes, g = (3, 2, 2), 1
+    x, branch, scale, norm = in_full(old, sizes, g, batch=1, channels=3)
+    m = m_between(old, new, sizes, pool_method)
+    leaves = [t.requires_grad_() for t in (x, branch, scale, norm.weight, norm.bias)]
+
+    def call(x, branch, scale, weight, bias):
+        return plane_switch(x, old, new, sizes, g, m, branch, scale, Norm(weight, bias, 1e-5))
+
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+@pytest.mark.parametrize("new", PLANES.values(), ids=str)
+def test_globals_of_their_own(new, pool_method):
+    """Patches as a convolution makes them, globals beside them: no `cat`, no transpose."""
+    sizes, g = (3, 4, 5), 2
+    maps = torch.randn(6, 6, 4, 5, dtype=torch.float64)  # (B*D, C, H, W)
+    patches, alike = maps.flatten(2).mT, torch.randn(1, g, 6, dtype=torch.float64)
+    m = m_between(HW, new, sizes, pool_method)
+    for globals_ in (torch.randn(6, g, 6, dtype=torch.float64), alike):
+        expected = plane_switch(torch.cat([globals_.expand(6, -1, -1), patches], 1), HW, new, sizes, g, m)
+        got = plane_switch(patches, HW, new, sizes, g, m, globals_=globals_)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+        assert got.is_contiguous()
+        with Traffic() as traffic:
+            plane_switch(patches, HW, new, sizes, g, m, globals_=globals_)
+        assert not {"cat", "clone", "stack"} & traffic.copies.keys()
+    mixed = plane_switch(patches.bfloat16(), HW, new, sizes, g, m, globals_=alike.float())
+    assert mixed.dtype == torch.float32  # as `cat` promotes, under autocast
+
+
+FULL = [
+    ({"branch": torch.zeros(6, 21, 4)}, ValueError, r"branch must have x's shape, \(6, 22, 4\), got \(6, 21, 4\)"),
+    ({"scale": torch.zeros(4)}, ValueError, "scale must be None without a branch to scale"),
+    ({"norm": torch.nn.LayerNorm(4)}, TypeError, "norm must be an ops.Norm, got LayerNorm"),
+    (
+        {"globals_": torch.zeros(1, 2, 4)},
+        ValueError,
+        r"x must have shape \(B\*3, 20, C\) for no globals .*\(6, 22, 4\)",
+    ),
+    (
+        {"x": torch.zeros(6, 20, 4), "globals_": torch.zeros(6, 1, 4)},
+        ValueError,
+        r"globals_ must have shape \(6, 2, 4\) or \(1, 2, 4\), got \(6, 1, 4\)",
+    ),
+    (
+        {"x": torch.zeros(6, 20, 4), "globals_": [0.0]},
+        TypeError,
+        "globals_ must be a floating-point tensor or None, got list",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", FULL, ids=lambda v: str(v)[:40])
+def test_bad_input_in_full(change, error, message):
+    test_bad_input(change, error, message)

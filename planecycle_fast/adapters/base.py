@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..parts import WHOLE, BlockParts
 from ..rope import Rope
 
 SinCos = tuple[Tensor, Tensor]  # sin and cos, (L, hd) each
@@ -18,7 +19,8 @@ class Adapter(ABC):
     """A 2D model seen as: embed, blocks, final norm. Subclass it to lift a model of your own.
 
     An adapter holds the model and nothing else that changes; it runs the model's own modules. Four
-    methods and three attributes are enough; `rope` is for models with axial rotary embedding::
+    methods and three attributes are enough; `rope` is for models with axial rotary embedding, and what comes after it
+    lets the model's blocks run in parts, without copies between them::
 
         class MyViT(pcf.Adapter):
             num_globals, has_cls, patch_size = 1, True, (16, 16)
@@ -81,6 +83,26 @@ class Adapter(ABC):
 
         `dtype` is that of the input volume, for models whose tables follow it.
         """
+        return None
+
+    def embed_parts(
+        self,
+        images: Tensor,  # (N, in_channels, height, width)
+    ) -> tuple[Tensor, Tensor]:  # patches (N, L, C), any strides; globals (N, g, C), or (1, g, C): alike in all images
+        """`embed` without the concatenation, for models that allow it."""
+        tokens = self.embed(images)
+        return tokens[:, self.num_globals :], tokens[:, : self.num_globals]
+
+    def parts(self, block: nn.Module) -> BlockParts | str:
+        """A block taken apart, or why it cannot be."""
+        return WHOLE
+
+    def final_norm(self) -> nn.Module | None:
+        """The module that is all of `norm`, or None."""
+        return None
+
+    def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
+        """``function(run, *tensors)`` where the model wants this block's activations computed again in backward."""
         return None
 
     def check_image_size(self, height: int, width: int) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..parts import Attention, BlockParts, Mlp, Part, Scale, is_identity, kind_of, known_activation
 from ..rope import Rope, make_periods
 from .base import Adapter, SinCos
 
 CLASS = "DinoVisionTransformer"
+STOCK = "SelfAttentionBlock"  # of both
 BLOCK = "PlaneCycleBlock"  # of the authors' converter, and of ours
 _ATTRIBUTES = ("blocks", "n_storage_tokens", "norm", "patch_embed", "prepare_tokens_with_masks", "rope_embed")
 
@@ -57,6 +59,57 @@ def norm_parts(
     return normed[:, :g], normed[:, g:]
 
 
+class FacebookBlock(BlockParts):
+    """`SelfAttentionBlock` of both repositories."""
+
+    def why_not(self) -> str | None:
+        drop = self.block.sample_drop_ratio
+        if self.block.training and drop:
+            return f"it leaves out {drop:g} of the sequences in training"
+        return super().why_not()
+
+    def call_attention(self, normed: Tensor, sincos: SinCos | None) -> Tensor:
+        return self.block.attn(normed, rope=sincos)
+
+    def attention(self) -> Attention:
+        found = self.block.attn
+        if type(found).__name__ != "SelfAttention":
+            return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
+        part = Part([found], [found.proj_drop])  # the model's own code leaves attn_drop out as well
+        return Attention(found, part, (found.qkv,), found.num_heads, output=found.proj, in_table_dtype=True)
+
+    def mlp(self) -> Mlp:
+        found = self.block.mlp
+        if type(found).__name__ == "SwiGLUFFN":
+            return Mlp(found, Part([found]), "swiglu", (found.w1, found.w2), found.w3)
+        if type(found).__name__ == "Mlp" and known_activation(found.act, "gelu"):
+            return Mlp(found, Part([found, found.act], [found.drop]), "gelu", (found.fc1,), found.fc2)
+        return Mlp(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
+
+    def scale(self, number: int) -> Scale:
+        found = getattr(self.block, f"ls{number}")
+        known = is_identity(found) or type(found).__name__ == "LayerScale"
+        unknown = None if known else f"{kind_of(found)} is of an unknown kind"
+        return Scale(getattr(found, "gamma", None), Part([found], unknown=unknown), (found,))
+
+
+def block_parts(block: nn.Module) -> BlockParts | str:
+    """A block of a DINOv3 taken apart, or why it cannot be."""
+    return FacebookBlock(block) if type(block).__name__ == STOCK else f"{kind_of(block)} is of an unknown kind"
+
+
+def embed_parts(
+    model: nn.Module,
+    images: Tensor,  # (N, 3, height, width)
+) -> tuple[Tensor, Tensor] | None:  # patches (N, L, C), globals (1, g, C)
+    """`prepare_tokens_with_masks` of slices, without masks and without the concatenation; None where it is watched."""
+    if "prepare_tokens_with_masks" in model.__dict__:
+        return None
+    patches = model.patch_embed(images).flatten(1, -2)  # from (N, h, w, C)
+    cls = model.cls_token + 0 * model.mask_token  # so that every parameter has a gradient
+    return patches, torch.cat([cls, model.storage_tokens], dim=1) if model.n_storage_tokens else cls
+
+
 class FacebookDINOv3(Adapter):
     """`DinoVisionTransformer` (S, S+, B, L, H+, 7B): RoPE, class token, `n_storage_tokens` registers."""
 
@@ -84,8 +137,17 @@ class FacebookDINOv3(Adapter):
         volumes = images[:, :, None] if takes_volumes(self.model) else images  # each slice a volume of its own
         return self.model.prepare_tokens_with_masks(volumes)[0]
 
+    def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return embed_parts(self.model, images) or super().embed_parts(images)
+
+    def parts(self, block: nn.Module) -> BlockParts | str:
+        return block_parts(block)
+
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return block(tokens, sincos)
+
+    def final_norm(self) -> nn.Module | None:
+        return None if self.model.untie_cls_and_patch_norms else self.model.norm
 
     def norm(self, tokens: Tensor) -> Tensor:
         if self.model.untie_cls_and_patch_norms:

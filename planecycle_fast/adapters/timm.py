@@ -2,15 +2,102 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..parts import Attention, BlockParts, Mlp, Part, Scale, is_identity, kind_of, known_activation, watched
 from ..rope import Rope
 from .base import Adapter, SinCos, is_exactly, pair
+
+
+class _TimmBlock(BlockParts):
+    """What `Block` and `EvaBlock` have in common."""
+
+    def mlp(self) -> Mlp:
+        found = self.block.mlp
+        kind = kind_of(found)
+        if kind not in ("timm.Mlp", "timm.GluMlp", "timm.SwiGLU") or not is_identity(found.norm):
+            norm = "" if is_identity(getattr(found, "norm", None)) else " with a norm"
+            return Mlp(found, Part(unknown=f"{kind}{norm} is of an unknown kind"))
+        gated = kind != "timm.Mlp"
+        if not known_activation(found.act, "silu" if gated else "gelu") or getattr(found, "gate_last", False):
+            return Mlp(found, Part(unknown=f"{kind} with {kind_of(found.act)} is of an unknown kind"))
+        part = Part([found, found.act, found.norm], [found.drop1, found.drop2])
+        first = (found.fc1_g, found.fc1_x) if kind == "timm.SwiGLU" else (found.fc1,)
+        return Mlp(found, part, "swiglu" if gated else "gelu", first, found.fc2)
+
+    def _attention(self, kind: str) -> Attention:
+        found = self.block.attn
+        if kind_of(found) != kind or found.qkv is None:
+            return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
+        between = (found.q_norm, found.k_norm, found.norm)
+        if not is_identity(*between) or getattr(found, "gate", None) is not None:
+            return Attention(found, Part(unknown="it has norms or a gate of its own"))
+        if not found.fused_attn:
+            return Attention(found, Part(unknown="timm's fused attention is off"))
+        part = Part([found, *between], [found.attn_drop, found.proj_drop])
+        return Attention(found, part, (found.qkv,), found.num_heads, output=found.proj)
+
+
+class TimmBlock(_TimmBlock):
+    """A `Block` of `timm.models.VisionTransformer`."""
+
+    def call_attention(self, normed: Tensor, sincos: SinCos | None) -> Tensor:
+        return self.block.attn(normed)
+
+    def attention(self) -> Attention:
+        return self._attention("timm.Attention")
+
+    def scale(self, number: int) -> Scale:
+        found, drop = getattr(self.block, f"ls{number}"), getattr(self.block, f"drop_path{number}")
+        drops = () if is_identity(drop) else (drop,)
+        unknown = None if is_identity(found) or kind_of(found) == "timm.LayerScale" else f"{kind_of(found)} is unknown"
+        return Scale(getattr(found, "gamma", None), Part([found, drop], drops, unknown), (found, drop))
+
+
+class TimmEvaBlock(_TimmBlock):
+    """An `EvaBlock`, whose LayerScale is a parameter of its own."""
+
+    def call_attention(self, normed: Tensor, sincos: SinCos | None) -> Tensor:
+        return _call_qkv_module(self.block.attn, normed, torch.cat(sincos, dim=-1))
+
+    def attention(self) -> Attention:
+        found = self._attention("timm.EvaAttention")
+        if found.part.unknown is not None or found.module.q_bias is None:
+            return found
+        return Attention(found.module, found.part, (_BiasedQkv(found.module),), found.heads, output=found.output)
+
+    def scale(self, number: int) -> Scale:
+        gamma, drop = getattr(self.block, f"gamma_{number}"), getattr(self.block, f"drop_path{number}")
+        drops = () if is_identity(drop) else (drop,)
+        return Scale(gamma, Part([drop], drops), (drop,), parameter=gamma)
+
+
+class _BiasedQkv:
+    """qkv of a `_qkvb` model, whose bias is kept in three parts beside it."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    @property
+    def fresh(self) -> bool:
+        """Whether what it returns is nobody else's."""
+        return not _is_more_than_linear(self.attention.qkv)
+
+    def __call__(
+        self,
+        x: Tensor,  # (N, rows, C)
+    ) -> Tensor:  # (N, rows, 3*heads*hd)
+        found = self.attention
+        bias = torch.cat((found.q_bias, found.k_bias, found.v_bias))
+        return F.linear(x, found.qkv.weight, bias) if self.fresh else found.qkv(x) + bias
 
 
 class _Timm(Adapter):
@@ -33,6 +120,29 @@ class _Timm(Adapter):
 
     def norm(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
+
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
+
+    def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
+        return partial(checkpoint, use_reentrant=False) if self.model.grad_checkpointing else None
+
+    def _patches(
+        self,
+        images: Tensor,  # (N, in_channels, height, width)
+    ) -> Tensor:  # (N, h*w, C), any strides
+        embed = self.model.patch_embed
+        if kind_of(embed) != "timm.PatchEmbed" or watched(embed) is not None or embed.dynamic_img_pad:
+            return embed(images).flatten(1, -2)  # from NHWC with dynamic sizes
+        # Past its forward, which formats sizes into messages: torch.compile would take them for constants.
+        return embed.norm(embed.proj(images).flatten(2).mT)
+
+    def _embeds_in_parts(self) -> bool:
+        """Whether nothing but positions and globals comes between the patch embedding and the blocks."""
+        model = self.model
+        idle = (model.pos_drop, model.patch_drop, model.norm_pre)
+        drops = model.pos_drop.training and getattr(model.pos_drop, "p", 0)
+        return is_identity(*idle[1:]) and not drops and not any([watched(m) for m in idle if m is not None])
 
     def check_image_size(self, height: int, width: int) -> None:
         super().check_image_size(height, width)
@@ -65,6 +175,19 @@ class TimmVisionTransformer(_Timm):
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
+    def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._embeds_in_parts():
+            return super().embed_parts(images)
+        patches, g = self._patches(images), self.num_globals
+        grid = [n // p for n, p in zip(images.shape[2:], self.patch_size)]
+        empty = patches.new_zeros(1, *(grid if self.model.dynamic_img_size else [math.prod(grid)]), patches.shape[2])
+        bare = self.model._pos_embed(empty)  # (1, g + L, C): globals and positions
+        return patches if self.model.pos_embed is None else patches + bare[:, g:], bare[:, :g]
+
+    def parts(self, block: nn.Module) -> BlockParts | str:
+        kind = kind_of(block)
+        return TimmBlock(block) if kind == "timm.Block" else f"{kind} is of an unknown kind"
+
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return self._run(block, tokens)
 
@@ -85,11 +208,22 @@ class TimmDINOv3(_Timm):
 
     def embed(self, images: Tensor) -> Tensor:
         # Eva._pos_embed without its RoPE tables: those depend on the plane and are drawn by `lift`.
-        model, patches = self.model, self.model.patch_embed(images)
-        patches = patches.flatten(1, -2)  # (N, h*w, C), from NHWC with dynamic sizes
-        globals_ = [t.expand(len(patches), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
-        tokens = torch.cat([*globals_, patches], dim=1) if globals_ else patches
-        return model.norm_pre(model.pos_drop(tokens))
+        patches, globals_ = self._embedded(images)
+        if self.num_globals:
+            patches = torch.cat([globals_.expand(len(patches), -1, -1), patches], dim=1)
+        return self.model.norm_pre(self.model.pos_drop(patches))  # drawn in the order of memory
+
+    def _embedded(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self._patches(images)
+        found = [t for t in (self.model.cls_token, self.model.reg_token) if t is not None]
+        return patches, torch.cat(found, dim=1) if found else patches.new_empty(1, 0, patches.shape[2])
+
+    def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._embedded(images) if self._embeds_in_parts() else super().embed_parts(images)
+
+    def parts(self, block: nn.Module) -> BlockParts | str:
+        kind = kind_of(block)
+        return TimmEvaBlock(block) if kind == "timm.EvaBlock" else f"{kind} is of an unknown kind"
 
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return self._run(partial(_call_qkv_module, block), tokens, rope=torch.cat(sincos, dim=-1))
@@ -130,6 +264,8 @@ def _call_qkv_module(block: nn.Module, tokens: Tensor, rope: Tensor) -> Tensor:
 def _ignores_qkv_module(module: nn.Module) -> bool:
     if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
         return False
-    qkv = module.qkv
-    hooks = (qkv._forward_hooks, qkv._forward_pre_hooks, qkv._backward_hooks, qkv._backward_pre_hooks)
-    return type(qkv) is not nn.Linear or any(hooks)
+    return _is_more_than_linear(module.qkv)
+
+
+def _is_more_than_linear(module: nn.Module) -> bool:
+    return type(module) is not nn.Linear or watched(module) is not None

@@ -1,87 +1,141 @@
-"""plane_switch: rows from one plane's order to another's, globals through M.
+"""plane_switch: rows from one plane's order to another's, globals through M; with the sum before and the norm after.
 
 New patch row (p, i, j) is the old row that holds the same voxel (`planes.row_map`); the new globals of
 a volume are M times the old ones (`pooling.Transition`). Equivalent to the authors' ``movedim``,
 ``reshape``, ``adaptive_avg_pool1d`` and ``cat``, in one pass over the rows.
+
+In full it is the boundary between two blocks of a transformer: residual + LayerScale * branch in the old
+plane, then the change of plane, then the next block's norm, of the rounded residual.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
+from .add_norm import Norm, add_ref, check_stream, normalize_ref
 
 
 def plane_switch_ref(
-    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`
+    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`; (B*P1, L1, C) where globals come in `globals_`
     old: Plane,
     new: Plane,
     sizes: Sizes,  # (D, H, W) in tokens
     num_globals: int,  # g
     transition: Transition,  # M, (P2, P1)
-) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`
+    branch: Tensor | None = None,  # like x
+    scale: Tensor | None = None,  # (C,)
+    norm: Norm | None = None,
+    globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
+) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
     """Pure PyTorch, any device and floating dtype, differentiable any number of times.
 
-    Returns `x` itself where rows and M both stay as they are.
+    Returns `x` itself where nothing is added and rows and M both stay as they are.
     """
+    x = add_ref(x, branch, scale)
+    out = _switch(x, old, new, sizes, num_globals, transition, globals_)
+    return out if norm is None else (out, normalize_ref(out, norm))
+
+
+def _switch(
+    x: Tensor,  # (B*P1, g + L1, C), or (B*P1, L1, C)
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,
+    num_globals: int,
+    transition: Transition,
+    globals_: Tensor | None,  # (B*P1 or 1, g, C)
+) -> Tensor:  # (B*P2, g + L2, C)
     g, channels = num_globals, x.shape[-1]
-    if old == new and (g == 0 or transition.is_identity):
+    if old == new and globals_ is None and _keeps_globals(new, g, transition):
         return x
     batch = x.shape[0] // old.slices(sizes)  # written out, so that B = 0 and C = 0 leave nothing to guess
     volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
-    out = x.new_empty(batch, new.slices(sizes), g + new.length(sizes), channels)
+    skip = 0 if globals_ is not None else g
+    dtype = x.dtype if globals_ is None else torch.promote_types(x.dtype, globals_.dtype)
+    out = x.new_empty(batch, new.slices(sizes), g + new.length(sizes), channels, dtype=dtype)
     # The one gather: views name the voxels of both orders, each row is read once and written once.
-    source = volumes[:, :, g:].reshape(batch, *old.ordered(sizes), channels)
+    source = volumes[:, :, skip:].reshape(batch, *old.ordered(sizes), channels)
     target = out[:, :, g:].view(batch, *new.ordered(sizes), channels)
     target.copy_(source.permute(permutation(old, new)))
-    if g:
+    if g and globals_ is None:
         out[:, :, :g] = transition.apply(volumes[:, :, :g])
+    elif g and globals_.shape[0] == 1:  # rows of M sum to 1
+        out[:, :, :g] = globals_
+    elif g:
+        out[:, :, :g] = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
     return out.flatten(0, 1)
 
 
+def _keeps_globals(plane: Plane, num_globals: int, transition: Transition) -> bool:
+    """Whether M changes nothing. Of traced sizes only what holds for all of them, so that none is compiled for."""
+    if num_globals == 0:
+        return True
+    if torch.compiler.is_compiling():
+        return not transition.mean and transition.via is None
+    return transition.is_identity
+
+
 def plane_switch(
-    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`
+    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`; (B*P1, L1, C) where globals come in `globals_`
     old: Plane | str,
     new: Plane | str,
     sizes: Sizes,  # (D, H, W) in tokens
     num_globals: int,  # g
     transition: Transition,  # M, (P2, P1)
+    branch: Tensor | None = None,  # like x
+    scale: Tensor | None = None,  # (C,)
+    norm: Norm | None = None,
+    globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
     backend: str = "auto",
-) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`
-    """`plane_switch_ref` on the backend asked for.
+) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
+    """`plane_switch_ref` on the backend asked for; never writes to its inputs.
+
+    Backend "triton" moves rows and pools globals in its kernel; sum and norm are torch's operations so far.
+
+    Args:
+        x: the residual stream. With `branch`, ``x + scale * branch`` changes planes (DESIGN: paper section 2.2).
+        norm: also return the norm of the new rows.
+        globals_: of a volume that enters the stream: x has only patches then, of any strides.
 
     Raises:
-        TypeError: x is not a floating-point tensor, or transition no `Transition`.
+        TypeError: x or another is not a floating-point tensor, transition no `Transition`, or norm no `Norm`.
         ValueError: an unknown plane, sizes or shapes that do not belong together, or a backend that is
             unknown or not usable.
     """
     old, new = parse_plane(old, "old"), parse_plane(new, "new")
-    _check(x, old, new, sizes, num_globals, transition)
-    chosen = pick(backend, x.device)
-    if old == new and (num_globals == 0 or transition.is_identity):
-        return x
-    if chosen == "triton":
+    check_stream(x, branch, scale, norm)
+    _check(x, old, new, sizes, num_globals, transition, globals_)
+    chosen = pick(backend, x.device, op="plane_switch")
+    if chosen != "triton":
+        return plane_switch_ref(x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_)
+    x = add_ref(x, branch, scale)
+    if globals_ is not None:
+        x = _switch(x, old, old, sizes, num_globals, Transition(transition.num_prev, transition.num_prev), globals_)
+    if not (old == new and _keeps_globals(new, num_globals, transition)):
         from .plane_switch_triton import plane_switch_triton
 
-        return plane_switch_triton(x, old, new, sizes, num_globals, transition)
-    return plane_switch_ref(x, old, new, sizes, num_globals, transition)
+        x = plane_switch_triton(x, old, new, sizes, num_globals, transition)
+    return x if norm is None else (x, normalize_ref(x, norm))
 
 
-def _check(x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+def _check(
+    x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition, globals_: Tensor | None
+) -> None:
     if len(sizes) != 3 or min(sizes) < 1:
         raise ValueError(f"sizes must be (D, H, W), at least 1 each, got {tuple(sizes)}")
     if num_globals < 0:
         raise ValueError(f"num_globals must be at least 0, got {num_globals}")
     if not isinstance(transition, Transition):
         raise TypeError(f"transition must be a pooling.Transition, got {type(transition).__name__}")
-    slices, rows = old.slices(sizes), num_globals + old.length(sizes)
+    slices, rows = old.slices(sizes), (0 if globals_ is not None else num_globals) + old.length(sizes)
     if x.ndim != 3 or x.shape[0] % slices or x.shape[1] != rows:
+        held = "no globals" if globals_ is not None else f"{num_globals} globals"
         raise ValueError(
-            f"x must have shape (B*{slices}, {rows}, C) for {num_globals} globals and a {old} plane of "
+            f"x must have shape (B*{slices}, {rows}, C) for {held} and a {old} plane of "
             f"(D, H, W) = {tuple(sizes)}, got {tuple(x.shape)}"
         )
     expected = (new.slices(sizes), slices)
@@ -89,4 +143,15 @@ def _check(x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, tr
         raise ValueError(
             f"transition must be a matrix {expected} from {old} to {new}, "
             f"got {(transition.num_next, transition.num_prev)}"
+        )
+    if globals_ is None:
+        return
+    if not isinstance(globals_, Tensor) or not globals_.is_floating_point():
+        got = getattr(globals_, "dtype", type(globals_).__name__)
+        raise TypeError(f"globals_ must be a floating-point tensor or None, got {got}")
+    wanted = (num_globals, x.shape[2])
+    if globals_.ndim != 3 or tuple(globals_.shape[1:]) != wanted or globals_.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"globals_ must have shape ({x.shape[0]}, {num_globals}, {x.shape[2]}) or (1, {num_globals}, "
+            f"{x.shape[2]}), got {tuple(globals_.shape)}"
         )

@@ -1,0 +1,201 @@
+"""A host's transformer block taken apart, so that the stream can run its parts, and what forbids it.
+
+A pre-norm block is ``x + ls1 * attn(norm1(x))``, then ``x + ls2 * mlp(norm2(x))``. Linear layers are always called, so
+that LoRA, quantisation and hooks on them work. Everything between them is replaced by operations, part by part, unless
+something would be lost: hooks, dropout, a kind that is not known. Then the host's own part runs (`Parts` says why).
+
+Parts are read from the block anew for every pass: modules and parameters may have been exchanged meanwhile.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .ops import Norm
+
+WHOLE = "its adapter does not take blocks apart"
+NORMS = ("LayerNorm of torch or timm", "RMSNorm of torch")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def watched(module: nn.Module) -> str | None:
+    """Why calling this module cannot be told from not calling it: it has hooks, or is patched or compiled. Or None."""
+    members = module.__dict__
+    for hooks in _HOOKS:
+        if members[hooks]:
+            return "it has hooks"
+    if "forward" in members:
+        return "its forward is patched"
+    if members.get("_compiled_call_impl") is not None:
+        return "it is compiled"
+    return "all modules have hooks" if _has_any_global_hook() else None
+
+
+def kind_of(module: Any) -> str:
+    """``package.ClassName`` of the very class."""
+    return f"{type(module).__module__.split('.')[0]}.{type(module).__name__}"
+
+
+class Part(NamedTuple):
+    """What a part is made of, of those modules that are not called any more."""
+
+    replaced: Sequence[nn.Module | None] = ()
+    dropouts: Sequence[nn.Module | None] = ()  # replaced as well, and inactive
+    unknown: str | None = None  # why it cannot be taken apart
+
+    def why_not(self) -> str | None:
+        """The reason why the host's own modules must run, or None."""
+        if self.unknown is not None:
+            return self.unknown
+        for module in (*self.replaced, *self.dropouts):
+            if module is not None and (reason := watched(module)) is not None:
+                return f"{type(module).__name__}: {reason}"
+        for module in self.dropouts:
+            if module is not None and module.training and (p := getattr(module, "p", getattr(module, "drop_prob", 0))):
+                return f"{type(module).__name__}: it drops {p:g} in training"
+        return None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention. `qkv` are one packed linear layer, or three."""
+
+    module: nn.Module  # the host's own
+    part: Part
+    qkv: Sequence[Callable[[Tensor], Tensor]] = ()  # (N, rows, C) to (N, rows, 3*heads*hd), or in three
+    heads: int = 0
+    scale: float | None = None  # of scores; None: 1/sqrt(hd)
+    output: nn.Module | None = None  # the projection
+    in_table_dtype: bool = False  # see `ops.rope`
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Linear layers around an activation: "gelu" of one; "swiglu" of two, or of one that holds gate and value."""
+
+    module: nn.Module
+    part: Part
+    activation: str = ""
+    first: Sequence[nn.Module] = ()
+    last: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What becomes of a branch before it is added: LayerScale, then drop path."""
+
+    gamma: Tensor | None  # (C,)
+    part: Part
+    modules: Sequence[nn.Module] = field(default_factory=tuple)  # the host's own, in order
+    parameter: Tensor | None = None  # (C,), of hosts whose LayerScale is no module; multiplied before `modules`
+
+    def own(
+        self,
+        branch: Tensor,  # (N, rows, C)
+    ) -> Tensor:  # (N, rows, C)
+        """As the host does it."""
+        if self.parameter is not None:
+            branch = self.parameter * branch
+        for module in self.modules:
+            branch = module(branch)
+        return branch
+
+
+class BlockParts(ABC):
+    """A block of one family of hosts, taken apart. See `planecycle_fast.adapters`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def why_not(self) -> str | None:
+        """The reason why the block as a whole must be called, or None."""
+        return watched(self.block)
+
+    def norm(self, number: int) -> nn.Module:
+        """norm1 or norm2."""
+        return getattr(self.block, f"norm{number}")
+
+    @abstractmethod
+    def call_attention(
+        self,
+        normed: Tensor,  # (N, g + L, C)
+        sincos: tuple[Tensor, Tensor] | None,  # RoPE tables, (L, hd) each
+    ) -> Tensor:  # (N, g + L, C)
+        """The host's own attention, as a whole."""
+
+    @abstractmethod
+    def attention(self) -> Attention: ...
+
+    @abstractmethod
+    def mlp(self) -> Mlp: ...
+
+    @abstractmethod
+    def scale(self, number: int) -> Scale:
+        """Of the attention's branch, 1, or the MLP's, 2."""
+
+
+def known_norm(module: nn.Module, channels: int | None = None) -> tuple[Norm | None, str | None]:
+    """A host's norm as operations take it, or the reason why it must be called."""
+    kind = kind_of(module)
+    if kind not in ("torch.LayerNorm", "timm.LayerNorm", "torch.RMSNorm"):
+        return None, f"{kind} is no {' or '.join(NORMS)}"
+    if (reason := watched(module)) is not None:
+        return None, reason
+    if getattr(module, "_fast_norm", False):
+        return None, "timm's fast norm is on"
+    if len(module.normalized_shape) != 1 or module.eps is None:
+        return None, f"it normalises {tuple(module.normalized_shape)} with eps {module.eps}"
+    return Norm(module.weight, getattr(module, "bias", None), module.eps, kind.endswith("RMSNorm")), None
+
+
+def known_activation(module: nn.Module, kind: str) -> bool:
+    """Whether a module computes the exact GELU ("gelu"), or SiLU ("silu")."""
+    if kind == "silu":
+        return kind_of(module) in ("torch.SiLU", "transformers.SiLUActivation")
+    if kind_of(module) == "transformers.GELUActivation":
+        return getattr(module, "act", None) is nn.functional.gelu
+    return kind_of(module) == "torch.GELU" and module.approximate == "none"
+
+
+def is_identity(*modules: nn.Module | None) -> bool:
+    """Whether all of them are absent or torch's Identity."""
+    return all([module is None or type(module) is nn.Identity for module in modules])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parts of a block the host runs itself: the reason by part, None where operations do."""
+
+    block: str | None = None
+    norm1: str | None = None
+    attention: str | None = None
+    scale1: str | None = None
+    norm2: str | None = None
+    mlp: str | None = None
+    scale2: str | None = None
+
+    def reasons(self) -> dict[str, str]:
+        """Of the parts that are not replaced."""
+        return {name: reason for name, reason in vars(self).items() if reason is not None}
+
+
+def plan(parts: BlockParts | str) -> Plan:
+    """What can be replaced in a block now. `parts` is a reason where the block is of an unknown kind."""
+    if isinstance(parts, str):
+        return Plan(block=parts)
+    if (reason := parts.why_not()) is not None:
+        return Plan(block=reason)
+    return Plan(
+        norm1=known_norm(parts.norm(1))[1],
+        attention=parts.attention().part.why_not(),
+        scale1=parts.scale(1).part.why_not(),
+        norm2=known_norm(parts.norm(2))[1],
+        mlp=parts.mlp().part.why_not(),
+        scale2=parts.scale(2).part.why_not(),
+    )
