@@ -96,7 +96,7 @@ class LiftedBlock(SharedModule):
         if checkpoint is None or not torch.is_grad_enabled() or self.plan().block is not None:
             out = run_block(self.parts, stream, layer, call)
         else:  # tensors one by one: some ways of checkpointing see no others
-            out = Stream(*checkpoint(lambda *s: run_block(self.parts, _own_scale(Stream(*s)), layer, call), *stream))
+            out = Stream(*checkpoint(lambda *s: _own_scale(run_block(self.parts, Stream(*s), layer, call)), *stream))
         return _own_scale(out) if self._forward_hooks else out  # FSDP frees the parameter when the block ends
 
     def extra_repr(self) -> str:
@@ -133,6 +133,11 @@ def mirrored(module: nn.Module, blocks: dict[int, nn.Module]) -> nn.Module:
     if all([child is module._modules[name] for name, child in children.items()]):
         return module
     return Mirror(module, {name: children.get(name) for name in module._modules})
+
+
+def holds_lifted(module: nn.Module) -> bool:
+    """Whether lifted blocks are in a module, or it is one."""
+    return any([isinstance(inner, (LiftedBlock, Mirror)) for inner in module.modules()])
 
 
 def list_of(mirrors: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> nn.ModuleList:

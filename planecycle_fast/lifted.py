@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .blocks import LiftedBlock, SharedModule, list_of, mirrored
+from .blocks import LiftedBlock, SharedModule, holds_lifted, list_of, mirrored
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
 from .parts import Plan, known_norm
@@ -115,6 +115,10 @@ class LiftedModel(SharedModule):
         return getattr(self.adapter.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and holds_lifted(value):  # what walks through modules sets what it finds
+            if self.mirrors.get(name) is value:
+                return
+            raise TypeError(f"{name} cannot be set to a module that holds lifted blocks; set blocks[i] one by one")
         host = self.__dict__["adapter"].model if "adapter" in self.__dict__ else None
         if host is not None and name in host.__dict__ and name not in self.__dict__ and name != "training":
             setattr(host, name, value)  # what one reads through the lifted model, one sets through it

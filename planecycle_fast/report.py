@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import asked_for, pick, why_not
 from .parts import WHOLE, Plan
+from .stream import choose
 
 PARTS = {  # of a block: the operation, and the parts that it replaces
     "plane_switch": ("scale2", "norm1"),
@@ -42,9 +42,7 @@ def rows(plans: Sequence[Plan], backend: str, attention: str, strict: bool, devi
 
 def _rows(plan: Plan, backend: str, attention: str, strict: bool, device: torch.device) -> list[tuple[str, str, str]]:
     def chosen(op: str) -> str:
-        if not strict and why_not(asked_for(backend), device, op) is not None:
-            return "reference"
-        name = pick(backend, device, op)
+        name = choose(backend, device, op, strict)
         return f"{name} (sum and norm: reference)" if op == "plane_switch" and name == "triton" else name
 
     if plan.block is not None:

@@ -72,10 +72,16 @@ class Layer:
         return plane_switch(stream.residual, self.old, self.new, *same, *stream[1:], norm, backend=backend)
 
     def backend_for(self, op: str, x: Tensor) -> str:
-        """The backend of an operation; without `strict` the reference where the one asked for lacks it."""
-        if not self.strict and why_not(asked_for(self.backend), x.device, op) is not None:
-            return "reference"
-        return pick(self.backend, x.device, op)
+        """The backend of an operation, on tensors like x."""
+        return choose(self.backend, x.device, op, self.strict)
+
+
+def choose(backend: str, device: torch.device, op: str, strict: bool) -> str:
+    """The backend of an operation; without `strict` the reference where the one asked for lacks it."""
+    named = asked_for(backend)
+    if not strict and named != "auto" and why_not(named, device, op) is not None:
+        return "reference"
+    return pick(backend, device, op)
 
 
 def enter(

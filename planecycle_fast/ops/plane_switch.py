@@ -56,7 +56,9 @@ def _switch(
     volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
     skip = 0 if globals_ is not None else g
     dtype = x.dtype if globals_ is None else torch.promote_types(x.dtype, globals_.dtype)
-    out = x.new_empty(batch, new.slices(sizes), g + new.length(sizes), channels, dtype=dtype)
+    rows = g + new.length(sizes)
+    result = x.new_empty(batch * new.slices(sizes), rows, channels, dtype=dtype)  # no view: FSDP warns of those
+    out = result.view(batch, new.slices(sizes), rows, channels)
     # The one gather: views name the voxels of both orders, each row is read once and written once.
     source = volumes[:, :, skip:].reshape(batch, *old.ordered(sizes), channels)
     target = out[:, :, g:].view(batch, *new.ordered(sizes), channels)
@@ -67,7 +69,7 @@ def _switch(
         out[:, :, :g] = globals_
     elif g:
         out[:, :, :g] = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
-    return out.flatten(0, 1)
+    return result
 
 
 def _keeps_globals(plane: Plane, num_globals: int, transition: Transition) -> bool:
