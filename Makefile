@@ -7,13 +7,14 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants bench gpu clean
+.PHONY: help demo test test-full lint codegen mutants traffic bench gpu clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
 	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
 	@echo "make mutants    plants faults in all kernels and runs their tests; writes benchmarks/results/mutants.md"
+	@echo "make traffic    what one block moves, per change of planes; PLANECYCLE_REPO=... adds the authors' code"
 	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
 	@echo "make bench      benchmarks of this machine"
 	@echo "make lint       ruff"
@@ -37,6 +38,9 @@ codegen: $(VENV)/.pcf-test
 
 mutants: $(VENV)/.pcf-test
 	TRITON_INTERPRET=1 $(RUN) -m tests.kernelcheck.mutants_table
+
+traffic: $(VENV)/.pcf-test
+	$(RUN) -m benchmarks.traffic
 
 lint: $(VENV)/.pcf-test
 	$(RUN) -m ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .ops import plane_switch
@@ -49,11 +48,16 @@ def plane_cycle(
     batch, sizes, num_globals = x.shape[0], tuple(x.shape[1:4]), 0 if g is None else g.shape[2]
     depth, slices, grid = sizes[0], plane.slices(sizes), plane.grid(sizes)
 
-    no_pooling = Transition(depth, slices)
-    t = plane_switch(x.flatten(2, 3).flatten(0, 1), HW, plane, sizes, 0, no_pooling)  # (B*P, L, C)
-    if g is not None:
-        pooled = transition(g.shape[1], slices, depth, pool_method, "plane").apply(g)
-        t = torch.cat([pooled.flatten(0, 1), t], dim=1)  # (B*P, g + L, C)
+    patches, pooling = x.flatten(2, 3).flatten(0, 1), Transition(depth, slices)  # (B*D, L, C)
+    if g is None:
+        t = plane_switch(patches, HW, plane, sizes, 0, pooling)  # (B*P, L, C)
+    elif g.shape[1] == depth:
+        pooling = transition(depth, slices, depth, pool_method, "plane")
+        t = plane_switch(patches, HW, plane, sizes, num_globals, pooling, globals_=g.flatten(0, 1))  # (B*P, g + L, C)
+    else:
+        pooled = transition(g.shape[1], slices, depth, pool_method, "plane").apply(g)  # (B, P, g, C)
+        t = plane_switch(patches, HW, plane, sizes, 0, pooling)
+        t = plane_switch(t, plane, plane, sizes, num_globals, Transition(slices, slices), globals_=pooled.flatten(0, 1))
     if layout == "maps":
         t = t.unflatten(1, grid).movedim(-1, 1)  # (B*P, C, n0, n1), a view
 

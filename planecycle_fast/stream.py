@@ -146,7 +146,7 @@ def _attention(
         return parts.call_attention(normed, layer.sincos)
     heads, g = found.heads, layer.num_globals
     projected = [linear(normed) for linear in found.qkv]
-    free = not any([t.requires_grad for t in projected]) and all([_is_plain(linear) for linear in found.qkv])
+    free = _is_free(projected, found.qkv)
     if len(projected) == 1:  # heads of q, k and v side by side; q and k turn together
         packed = projected[0].unflatten(-1, (3 * heads, -1))  # (N, rows, 3*heads, hd)
         turned, v = [packed[:, :, : 2 * heads]], packed[:, :, 2 * heads :]
@@ -171,7 +171,7 @@ def _mlp(
     if todo.mlp is not None:
         return found.module(normed)
     hidden = [linear(normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
-    free = not any([t.requires_grad for t in hidden]) and all([_is_plain(linear) for linear in found.first])
+    free = _is_free(hidden, found.first)
     backend = layer.backend_for(found.activation, normed)
     if found.activation == "gelu":
         activated = gelu(hidden[0], free, backend)
@@ -180,6 +180,16 @@ def _mlp(
     else:  # in place it would leave rows with gaps, which the next layer would copy
         activated = swiglu(*hidden[0].chunk(2, dim=-1), False, backend)
     return found.last(activated)
+
+
+def _is_free(
+    made: Sequence[Tensor],  # (N, rows, any)
+    layers: Sequence[object],
+) -> bool:
+    """Whether what these layers made may be written to. A compiler plans memory better without being told to."""
+    if torch.compiler.is_compiling() or any([t.requires_grad for t in made]):
+        return False
+    return all([_is_plain(layer) for layer in layers])
 
 
 def _is_plain(linear: object) -> bool:

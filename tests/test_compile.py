@@ -1,7 +1,11 @@
 """torch.compile takes a lifted model as one graph and changes nothing."""
 
+import re
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 
 import planecycle_fast as pcf
 
@@ -62,3 +66,44 @@ def test_a_compiled_model_follows_use_backend():
             compiled(host.volume())
         with pytest.raises(ValueError, match="backend 'triton' is not usable"), pcf.use_backend("triton"):
             compiled(host.volume())
+
+
+SHAPES = [  # batch, depth, patches of a slice: any, equal or not
+    (2, 4, (2, 5)), (3, 5, (3, 6)), (3, 4, (4, 4)), (2, 4, (4, 4)), (4, 2, (2, 2)),
+    (2, 6, (5, 3)), (3, 3, (3, 3)), (2, 7, (2, 3)), (5, 2, (6, 2)), (2, 3, (5, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
+def test_one_graph_serves_all_sizes(pool_method):
+    host = BY_NAME["timm-dinov3-s"]
+    lifted, counter = pcf.lift(host.make(depth=3), pool_method=pool_method), CompileCounter()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True), torch.no_grad():  # dinov3 switches it off
+        compiled = torch.compile(lifted, backend=counter, fullgraph=True)
+        for batch, depth, grid in SHAPES:
+            volume = host.volume(batch, depth, grid=grid)
+            for got, expected in zip(compiled(volume), lifted(volume)):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert counter.frame_count <= 3  # the first, and at most two more
+
+
+def test_inductor_copies_nothing_between_operations():
+    """Of its generated code: q and k are written once, v is the linear layer's own output, GELU is in place."""
+    host = BY_NAME["timm-dinov3-s"]
+    lifted, volume = pcf.lift(host.make(depth=2), cycle_order=("HW", "DW")), host.volume()
+    with torch.no_grad():
+        expected = lifted(volume).patches
+        out, codes = run_and_get_code(torch.compile(lifted, fullgraph=True), volume)
+    torch.testing.assert_close(out.patches, expected, rtol=0, atol=1e-5)
+    code = "\n".join(codes)
+    kernels = re.findall(r"^(cpp_fused\w*) = ", code, re.MULTILINE)
+    assert [name for name in kernels if "clone" in name] == [kernels[0]]  # the volume's slices, for the convolution
+    assert "aten.copy_" not in code and "aten.clone.default" not in code
+    linear = set(re.findall(r"extern_kernels\.\w*mm\(.*out=(buf\d+)\)", code))
+    attentions = re.findall(r"flash_attention_for_cpu\.default\(.*\)", code)
+    assert len(attentions) == 2
+    for call in attentions:
+        q, k, v = re.findall(r"reinterpret_tensor\((buf\d+), ", call)
+        assert q == k and v in linear and q not in linear
+    pointers = re.findall(r"^cpp_fused_gelu\w* = async_compile.cpp_pybinding\((\[.*?\])", code, re.MULTILINE)
+    assert pointers == ["['float*']"] * 2

@@ -9,6 +9,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 from planecycle_fast import stream
+from planecycle_fast.adapters import find_adapter
 from planecycle_fast.attentions import check_attention
 
 from .hosts import BY_NAME, HOSTS
@@ -309,3 +310,23 @@ def test_checks_come_before_any_work(monkeypatch):
 def test_names_are_checked_when_lifting():
     with pytest.raises(ValueError, match="attention 'triton' is not usable: not part of this release yet; us"):
         check_attention("triton")
+
+
+@pytest.mark.parametrize("method", ["embed", "call_block", "norm"])
+def test_a_subclass_of_a_familys_adapter_is_obeyed(method):
+    """What it overrides is not bypassed by the stream's shortcuts."""
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume = host.make(), host.volume()
+    family = find_adapter(model)
+
+    def doubled(self, *args):
+        return 2 * getattr(family, method)(self, *args)
+
+    own = type("Own", (family,), {method: doubled})
+    with torch.no_grad():
+        plain, got = pcf.lift(model, mode="slice2d")(volume), pcf.lift(model, mode="slice2d", adapter=own)(volume)
+        if method == "norm":
+            torch.testing.assert_close(got.patches, 2 * plain.patches)
+        assert not torch.allclose(got.patches, plain.patches, atol=1e-3)
+    blocks = pcf.lift(model, adapter=own).plans()
+    assert all((plan.block is not None) == (method == "call_block") for plan in blocks)

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import planecycle_fast as pcf
+from benchmarks import traffic as table
 from planecycle_fast.ops import plane_switch_ref
 from planecycle_fast.planes import DW, HW
 from planecycle_fast.pooling import transition
 
 from . import peers
+from .hosts import BY_NAME
 from .kernelcheck.traffic import Traffic
 
 X = torch.randn(3, 4, 8)  # 384 bytes
@@ -129,3 +132,58 @@ def _leaves(value):
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
+
+
+PLANES = ["HW to DW", "DW to DH", "DH to HW", "HW to HW"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool_method": "PCm"}, {"mode": "slice2d"}], ids=str)
+def test_a_block_on_the_stream(settings):
+    """At most 40 C elements per row, 12 launches, nothing that only copies; and HW to HW costs what slice2d costs."""
+    rows = table.lifted_rows("ours", torch.bfloat16, **settings)
+    assert [row.planes for row in rows] == (["HW to HW"] if settings.get("mode") == "slice2d" else PLANES)
+    for row in rows:
+        assert row.moved <= 40.0 and row.launches <= 12 and row.copies == 0 and row.weight_casts == 0, row
+
+
+def test_weight_casts_under_autocast_stand_alone():
+    for row in table.lifted_rows("ours", torch.float32, autocast=True):
+        weights = 12 * table.CHANNELS**2 * (4 + 2)  # float32 in, bfloat16 out
+        unit = table.SIZES[0] * (table.GLOBALS + table.SIZES[1] * table.SIZES[2]) * table.CHANNELS * 2
+        assert row.weight_casts == pytest.approx(weights / unit) and 40 < row.moved < 60
+
+
+def test_a_copy_between_operations_would_be_seen(monkeypatch):
+    from planecycle_fast import stream
+
+    own = stream.attention
+    monkeypatch.setattr(stream, "attention", lambda *args: own(*args))
+    with table.fused(Traffic()):
+        pass
+    assert stream.attention is not own  # what was there is put back
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: own_linear(self, x.clone()))
+    row = table.lifted_rows("ours", torch.bfloat16, mode="slice2d")[0]
+    assert row.copies == 4 and row.moved > 48
+
+
+own_linear = torch.nn.Linear.forward
+
+
+@peers.needs_planecycle
+def test_the_authors_rows_of_the_table():
+    rows = table.authors_rows(torch.bfloat16)
+    assert [row.planes for row in rows] == ["HW to HW", "HW to DW to HW", "HW to DH to HW"]
+    assert all(90 < row.moved < 110 and row.copies > 10 and row.launches > 40 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov3", "timm-dinov2-s-reg4", "facebook-stand-in"])
+def test_a_volume_enters_and_leaves_without_copies(name):
+    """But for its slices, which the convolution wants; class and register tokens are not activations."""
+    host = BY_NAME[name]
+    lifted, volume = pcf.lift(host.make()), host.volume(batch=2, depth=4, grid=(4, 4))
+    traffic = Traffic(smallest=8 * 16 * 64 // 2)
+    with torch.no_grad(), table.fused(traffic), traffic:
+        lifted(volume)
+    moved = {copy: traffic.rows[copy].read for copy in traffic.copies if traffic.rows[copy].read}
+    assert moved == {"clone": volume.numel() * 4}
+    assert traffic.rows["plane_switch"].calls == 1 + 5 + 1  # in, between, out

@@ -46,6 +46,15 @@ class Adapter(ABC):
     patch_size: tuple[int, int]  # pixels (height, width) of one patch
     in_channels: int = 3
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """A subclass that overrides a method of a family loses the family's shortcut around that method."""
+        super().__init_subclass__(**settings)
+        families = [base for base in cls.__mro__[1:] if base is not Adapter]
+        for method, shortcut in (("embed", "embed_parts"), ("call_block", "parts"), ("norm", "final_norm")):
+            overrides = method in cls.__dict__ and any([method in base.__dict__ for base in families])
+            if overrides and shortcut not in cls.__dict__:
+                setattr(cls, shortcut, getattr(Adapter, shortcut))
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 

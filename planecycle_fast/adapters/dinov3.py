@@ -102,8 +102,10 @@ def embed_parts(
     model: nn.Module,
     images: Tensor,  # (N, 3, height, width)
 ) -> tuple[Tensor, Tensor] | None:  # patches (N, L, C), globals (1, g, C)
-    """`prepare_tokens_with_masks` of slices, without masks and without the concatenation; None where it is watched."""
-    if "prepare_tokens_with_masks" in model.__dict__:
+    """`prepare_tokens_with_masks` of slices, without masks and without the concatenation; None where it is another."""
+    name = "prepare_tokens_with_masks"
+    owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__)
+    if name in model.__dict__ or owner.__name__ != CLASS:
         return None
     patches = model.patch_embed(images).flatten(1, -2)  # from (N, h, w, C)
     cls = model.cls_token + 0 * model.mask_token  # so that every parameter has a gradient

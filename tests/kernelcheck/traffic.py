@@ -44,12 +44,13 @@ class Traffic(TorchDispatchMode):
 
     Args:
         smallest: tensors of fewer elements do not count (the ledger leaves out weights, statistics and tables).
+        weights: casts of smaller matrices, as autocast makes them, count in a row "weight casts" of their own.
         ops: custom operations to look into, by name, and their namespace.
     """
 
-    def __init__(self, smallest=1, ops=OPS, namespace="planecycle_fast"):
+    def __init__(self, smallest=1, ops=OPS, namespace="planecycle_fast", weights=False):
         super().__init__()
-        self.smallest, self.ops, self.namespace = smallest, ops, namespace
+        self.smallest, self.ops, self.namespace, self.weights = smallest, ops, namespace, weights
         self.rows = defaultdict(Row)
         self.inside = ""  # of which custom operation's body
 
@@ -70,6 +71,19 @@ class Traffic(TorchDispatchMode):
         """Calls by operation, of those that only move data; an operation in a custom one's body as ``"op in body"``."""
         return {name: row.calls for name, row in self.rows.items() if name.split(" in ")[0] in COPIES}
 
+    @staticmethod
+    def tensors(values):
+        """All tensors in nested containers."""
+        return _tensors(values)
+
+    def add(self, name, read, written):
+        """Counts one call of an operation that was not looked into: one launch, tensors read and tensors written."""
+        row = self.rows[name]
+        row.calls += 1
+        row.launches += 1
+        row.read += sum(self._bytes(t) for t in read)
+        row.written += sum(self._bytes(t) for t in written)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
@@ -89,6 +103,9 @@ class Traffic(TorchDispatchMode):
         written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
         if not written and _tensors(out):  # a view, or an input as it came
             return
+        if self.weights and name == "_to_copy" and args[0].ndim == 2 and args[0].numel() < self.smallest:
+            self._count_weight(args[0], out)
+            return
         overwritten = [a.name for a in arguments if a.is_out] or (mutated if name in OVERWRITES else [])
         if name.endswith("_like") or name.startswith("new_"):
             overwritten = list(bound)  # only their shape is read
@@ -100,6 +117,13 @@ class Traffic(TorchDispatchMode):
             reads = [*written, *reads[1:]]
         row.read += sum(self._bytes(t) for t in reads)
         row.written += sum(self._bytes(t) for t in written)
+
+    def _count_weight(self, weight, cast):
+        row = self.rows["weight casts"]
+        row.calls += 1
+        row.launches += 1
+        row.read += weight.numel() * weight.element_size()
+        row.written += cast.numel() * cast.element_size()
 
     def _custom(self, op, func, args, kwargs):
         cost = op.cost(*args, **kwargs)

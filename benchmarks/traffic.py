@@ -1,0 +1,147 @@
+"""``make traffic``: what one block moves, per change of planes: elements of C per row, launches, copies.
+
+The ledger's rules are those of `tests/kernelcheck/traffic.py`; an operation of this package counts as one pass that
+reads each input once and writes each output once, however many of torch's its reference needs. Forward, without
+gradients; nothing is timed. Compared are PlaneCycle and slice2d on the residual stream, and with PLANECYCLE_REPO the
+authors' code.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+import planecycle_fast as pcf
+from planecycle_fast import stream as stream_module
+from planecycle_fast.torchvision_fix import mend_torchvision
+from tests import peers
+from tests.kernelcheck.traffic import Traffic
+
+OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "gelu", "swiglu")
+SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
+CHANNELS, GLOBALS, PATCH = 384, 5, 16
+AUTHORS_PATCH = 4  # smaller pictures for the same tokens
+
+
+class Row(NamedTuple):
+    """One block."""
+
+    code: str
+    planes: str  # from the plane before to its own
+    moved: float  # elements of C per row of the sequence, read and written
+    weight_casts: float  # the same, of weights that autocast casts
+    launches: int
+    copies: int
+
+
+@contextmanager
+def fused(traffic: Traffic):
+    """Counts each operation of the package as one pass, and not what its reference does inside."""
+    kept = {name: getattr(stream_module, name) for name in OPERATIONS}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            versions = [(t, t._version) for t in traffic.tensors([args, kwargs])]
+            with _disable_current_modes():
+                out = function(*args, **kwargs)
+            inputs = [t for t, _ in versions]
+            changed = [t for t, version in versions if t._version != version]
+            made = [t for t in traffic.tensors(out) if not any(t is other for other in inputs)]
+            traffic.add(name, inputs, changed + made)
+            return out
+
+        return call
+
+    for name, function in kept.items():
+        setattr(stream_module, name, counted(name, function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(stream_module, name, function)
+
+
+def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype) -> Row:
+    """Counts one call of a block that has `rows` rows."""
+    unit = rows * CHANNELS * dtype.itemsize
+    traffic = Traffic(smallest=rows * CHANNELS // 2, weights=True)
+    torch.clear_autocast_cache()  # as at the beginning of a step
+    with torch.no_grad(), fused(traffic), traffic:
+        call()
+    casts = traffic.rows.pop("weight casts", None)
+    copies = sum(traffic.copies.values())
+    moved = (traffic.read + traffic.written) / unit
+    return Row(code, planes, moved, 0.0 if casts is None else (casts.read + casts.written) / unit,
+               traffic.launches + (0 if casts is None else casts.launches), copies)  # fmt: skip
+
+
+def lifted_rows(code: str, dtype: torch.dtype, autocast: bool = False, **settings) -> list[Row]:
+    """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle."""
+    import timm
+
+    model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=5).to(dtype).eval()
+    lifted, calls = pcf.lift(model, backend="reference", **settings), []
+    handles = [block.register_forward_pre_hook(lambda m, args: calls.append((m, *args))) for block in lifted.blocks[1:]]
+    volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype)
+    rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            lifted(volume)
+        for handle in handles:
+            handle.remove()
+        counted = torch.bfloat16 if autocast else dtype
+        found = [of_call(code, f"{layer.old} to {layer.new}", lambda: block.forward(stream, layer), rows, counted)  # noqa: B023
+                 for block, stream, layer in calls]  # fmt: skip
+    return [row for i, row in enumerate(found) if row not in found[:i]]
+
+
+def authors_rows(dtype: torch.dtype) -> list[Row]:
+    """Blocks of the authors' own code, converted by their converter; each goes from HW to its plane and back."""
+    model_class, converter = peers.authors()
+    model = model_class(
+        embed_dim=CHANNELS, num_heads=6, depth=3, patch_size=AUTHORS_PATCH, n_storage_tokens=GLOBALS - 1,
+        layerscale_init=0.3, pos_embed_rope_dtype="fp32", block_type="PlaneCycle",
+    )  # fmt: skip
+    model.init_weights()
+    model = converter()(model).to(dtype).eval()
+    calls = []
+    handles = [b.register_forward_pre_hook(lambda m, args: calls.append((m, args))) for b in model.blocks]
+    with torch.no_grad():
+        model(torch.randn(1, 3, SIZES[0], SIZES[1] * AUTHORS_PATCH, SIZES[2] * AUTHORS_PATCH, dtype=dtype))
+    for handle in handles:
+        handle.remove()
+    rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
+    names = {"HW": "HW to HW", "DW": "HW to DW to HW", "DH": "HW to DH to HW"}
+    return [
+        of_call("authors' code", names[block.plane], lambda: block(*args), rows, dtype)  # noqa: B023
+        for block, args in calls
+    ]
+
+
+def table(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """All rows; the authors' only where PLANECYCLE_REPO names a checkout."""
+    rows = lifted_rows("planecycle", dtype)
+    rows += lifted_rows("planecycle PCm", dtype, pool_method="PCm")
+    rows += lifted_rows("slice2d", dtype, mode="slice2d")
+    rows += lifted_rows("planecycle, autocast", torch.float32, autocast=True)
+    return rows + (authors_rows(dtype) if "PLANECYCLE_REPO" in os.environ else [])
+
+
+def main() -> None:
+    mend_torchvision()
+    torch.manual_seed(0)
+    print("| code | planes | moved (C per row) | weight casts | launches | copies |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for row in table():
+        cells = (row.code, row.planes, f"{row.moved:.1f}", f"{row.weight_casts:.1f}", row.launches, row.copies)
+        print(f"| {' | '.join(map(str, cells))} |")
+    if "PLANECYCLE_REPO" not in os.environ:
+        print("\nSet PLANECYCLE_REPO to a checkout of HINTLab/PlaneCycle for the authors' code.")
+
+
+if __name__ == "__main__":
+    main()

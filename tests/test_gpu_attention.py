@@ -1,0 +1,63 @@
+"""Every attention that is installed on a GPU, against float64; lifted models with each."""
+
+import pytest
+import torch
+
+from planecycle_fast.attentions import ATTENTIONS, why_not_attention
+from planecycle_fast.ops import attention, attention_ref
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; see benchmarks/results/PENDING.md"),
+]
+SHAPES = [(64, 21, 6, 64), (32, 261, 6, 64), (4, 1029, 12, 64), (3, 77, 2, 128)]  # N, rows, heads, hd
+
+
+def usable(name):
+    reason = why_not_attention(name)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name not in ("auto", "triton")])
+def test_within_twice_the_error_of_torchs_plain_operations(name, shape, dtype):
+    """Outputs and gradients, of views of a packed qkv."""
+    usable(name)
+    n, rows, heads, head_dim = shape
+    packed = torch.randn(n, rows, 3, heads, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+    grad = torch.randn(n, rows, heads, head_dim, dtype=dtype, device="cuda")
+
+    def both(function, leaf, grad):
+        out = function(*leaf.unbind(2))
+        return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+    try:
+        got = both(lambda q, k, v: attention(q, k, v, attention=name), packed, grad)
+    except ValueError as error:
+        pytest.skip(str(error))
+    plain = both(attention_ref, packed, grad)
+    exact = both(attention_ref, packed.detach().double().requires_grad_(), grad.double())
+    assert got[0].is_contiguous()
+    for a, b, truth in zip(got, plain, exact):
+        allowed = 2 * (b.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (a.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name not in ("auto", "triton")])
+def test_lifted_models(name):
+    timm = pytest.importorskip("timm", reason="needs timm, for a model")
+    import planecycle_fast as pcf
+
+    usable(name)
+    model = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=4).cuda().bfloat16().eval()
+    volume = torch.randn(1, 3, 16, 256, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = pcf.lift(model.double(), attention="reference")(volume.double()).patches
+        plain = pcf.lift(model.bfloat16(), attention="reference")(volume).patches
+        try:
+            got = pcf.lift(model, attention=name)(volume).patches
+        except ValueError as error:
+            pytest.skip(str(error))
+    assert (got - exact).abs().mean() <= 2 * (plain - exact).abs().mean()
