@@ -9,6 +9,7 @@ from planecycle_fast.ops.plane_switch_triton import OP
 from planecycle_fast.planes import DH, DHW, DW, HW
 
 from ..kernelcheck.harness import op_tests
+from ..kernelcheck.observers import Observer, observing
 from ..specs.plane_switch import SPEC, case, groups, op_arguments
 
 TestPlaneSwitch = op_tests(SPEC)
@@ -77,6 +78,24 @@ def test_forward_over_reverse():
             return torch.autograd.forward_ad.unpack_dual(grad).tangent
 
     torch.testing.assert_close(product(SPEC.fast), product(SPEC.reference))
+
+
+class Seen(Observer):
+    def __init__(self):
+        self.units = []
+
+    def launched(self, launch):
+        self.units.append(launch.values["UNIT"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_accesses_are_16_bytes_wide_where_rows_allow_it(dtype):
+    wide = 16 // dtype.itemsize
+    for channels, expected in ((2 * wide, wide), (2 * wide + 1, 1)):
+        c = case(HW, DW, (2, 3, 2), 1, channels)
+        with observing(Seen()) as seen:
+            SPEC.fast(**c.make(dtype), **c.settings)
+        assert [int(unit) for unit in seen.units] == [expected]
 
 
 def test_auto_does_not_take_the_interpreter():

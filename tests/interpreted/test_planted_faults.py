@@ -39,6 +39,9 @@ def test_a_coarse_rounding():
     spec = make("coarse", faulty.coarse_kernel)
     with pytest.raises(BudgetError, match=r"out, rows at \(.*\): error .*, allowed 2 x .* rounding of torch.float32"):
         checks.error_budget(spec, spec.cases[1], torch.float32)
+    with pytest.raises(AssertionError, match="out"):
+        checks.float64(spec, spec.cases[1])
+    checks.float64(RIGHT, RIGHT.cases[1])
 
 
 def test_arithmetic_in_bf16():

@@ -93,6 +93,15 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
             check(name, a, c, measured.get(name, Errors(b.dtype)))
 
 
+def float64(spec, case):
+    """Outputs and gradients in float64 to 1e-12: gradcheck has tiny sizes, and would not see a cast on the way."""
+    tensors = case.make(torch.float64)
+    got, expected = (run(function, tensors, case.settings) for function in (spec.fast, spec.reference))
+    _same_names(got, expected)
+    for name, result in got.items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
+
+
 def plain(spec, case, dtype=torch.float32):
     """What tests without a test bed check: outputs and gradients are close to the reference's."""
     tensors = case.make(dtype)

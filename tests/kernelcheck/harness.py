@@ -34,6 +34,10 @@ def op_tests(spec, examples=None):
         def test_error_budget(self, case, dtype):
             checks.error_budget(spec, case, dtype)
 
+        @of_cases
+        def test_float64(self, case):
+            checks.float64(spec, case)
+
         @of_dtypes
         @settings(max_examples=examples, derandomize=True)
         @given(case=spec.strategy(), layout=st.sampled_from(VARIED), upstream=st.sampled_from(VARIED))

@@ -2,8 +2,8 @@
 
 `mutants.csv` has a row per mutant; why a survivor is harmless is written into it by hand, and kept as long as the edit
 stays the same. `mutants.md` counts them, and compares plain tests with all of the test bed. Mutants that are known to
-be killed do not run again until their kernel's source changes, or with ``--again``. Also whether the tables are still
-true (`stale`).
+be killed, or explained, do not run again until their kernel's source changes, or with ``--again``. Also whether the
+tables are still true (`stale`).
 """
 
 import argparse
@@ -135,14 +135,14 @@ def main():
     parser = argparse.ArgumentParser(description="Runs mutants of kernels against their tests.")
     parser.add_argument("--operation", choices=operations(), nargs="*", default=operations())
     parser.add_argument("--only", default="", help="edits with this text, all of them; writes no table")
-    parser.add_argument("--again", action="store_true", help="also those that are known to be killed")
+    parser.add_argument("--again", action="store_true", help="also those that are known to be killed, or explained")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     rows = {edit_of(row): row for row in read_table()}
     for operation in arguments.operation:
         now = {edit_of(row) for row, _ in edits(operation)}
         rows = {edit: row for edit, row in rows.items() if row["operation"] != operation or edit in now}
-        known = {} if arguments.again or arguments.only else _killed_before(operation, rows)
+        known = {} if arguments.again or arguments.only else _known(operation, rows)
         _run(operation, rows, known, arguments)
     if not arguments.only:
         print(_write(rows))
@@ -161,9 +161,10 @@ def _write(rows):
     return f"{killed[0]} of {len(rows)} killed, {killed[1]} by plain tests alone"
 
 
-def _killed_before(operation, rows):
+def _known(operation, rows):
     now = source_hash(operation)
-    return {edit: row for edit, row in rows.items() if row["source"] == now and row["all checks"] == "killed"}
+    known = {edit: row for edit, row in rows.items() if row["source"] == now}
+    return {edit: row for edit, row in known.items() if row["error"] or row["why it is harmless"]}
 
 
 def _word(outcome):
