@@ -81,11 +81,13 @@ def test_forward_over_reverse():
 
 
 class Seen(Observer):
+    """The constants that a kernel was compiled for, launch by launch."""
+
     def __init__(self):
-        self.units = []
+        self.constants = []
 
     def launched(self, launch):
-        self.units.append(launch.values["UNIT"])
+        self.constants.append({name: value for name, value in launch.values.items() if name.isupper()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -95,7 +97,16 @@ def test_accesses_are_16_bytes_wide_where_rows_allow_it(dtype):
         c = case(HW, DW, (2, 3, 2), 1, channels)
         with observing(Seen()) as seen:
             SPEC.fast(**c.make(dtype), **c.settings)
-        assert [int(unit) for unit in seen.units] == [expected]
+        assert [constants["UNIT"] for constants in seen.constants] == [expected]
+
+
+def test_without_globals_one_kernel_serves_both_directions():
+    c = case(HW, DW, (2, 3, 2), 0, 8)
+    x = c.make(torch.float32)["x"].requires_grad_()
+    with observing(Seen()) as seen:
+        SPEC.fast(x, **c.settings).sum().backward()
+    forward, backward = seen.constants
+    assert forward == backward and forward["POOL"] == "none"
 
 
 def test_auto_does_not_take_the_interpreter():
