@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 import planecycle_fast as pcf
 
 from .hosts import BY_NAME, HOSTS
+from .test_hosts import all_tokens, host_features
 from .toy import ToyAdapter, ToyViT
 
 NAMES = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov2-s-reg4", "facebook-stand-in"]
@@ -201,3 +202,24 @@ def test_a_block_is_called_once_per_layer_and_hands_on_no_parameter():
     assert [m for m, _ in calls] == list(lifted.blocks)
     for _, out in calls:
         assert isinstance(out, pcf.Stream) and not isinstance(out.scale, nn.Parameter) and out.scale.requires_grad
+
+
+@families
+def test_lora_on_every_linear_layer_of_the_blocks(host):
+    peft = pytest.importorskip("peft")
+    model, volume = host.make(), host.volume()
+    lifted = pcf.lift(model, mode="slice2d")
+    linears = {n for b in lifted.adapter.blocks for n, m in b.named_modules() if isinstance(m, nn.Linear)}
+    names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    config = peft.LoraConfig(r=2, target_modules=names, exclude_modules=r".*patch_embed.*", init_lora_weights=False)
+    with torch.no_grad():
+        plain = lifted(volume).patches
+    peft.inject_adapter_in_model(config, lifted)
+    with torch.no_grad():
+        got, expected = all_tokens(lifted(volume)), host_features(host, model, volume)
+        assert not torch.allclose(lifted(volume).patches, plain, atol=1e-2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert all(plan.reasons() == {} for plan in lifted.plans())
+    lifted(volume).patches.square().mean().backward()
+    lora = {name: p for name, p in model.named_parameters() if "lora" in name}
+    assert len(lora) == 2 * 5 * len(linears) and all(p.grad is not None and p.grad.any() for p in lora.values())

@@ -174,6 +174,10 @@ def test_an_attention_by_name_never_falls_back():
         lifted(volume)
     pcf.lift(model, attention="reference", strict=False)(volume)
     pcf.lift(model)(volume)
+    with pytest.raises(
+        ValueError, match="attention 'sdpa' would leave block 0's block to .* does not take blocks apart"
+    ):
+        toy_lift(ToyViT(rope=False), attention="sdpa")(torch.randn(1, 3, 2, 4, 6))
 
 
 @pytest.fixture
