@@ -67,6 +67,7 @@ def huge_cases():
     yield case(DW, DH, (1024, 1024, 1023), 5, 8, name="2^30 tokens with globals")
     yield case(DH, HW, (64, 1024, 1024), 5, 64, 40, name="2^37 elements in 40 volumes")
     yield case(DHW, DH, (2**12, 2**12, 2**6), 3, 64, 3, globals_at="plane", name="from one slice")
+    yield case(HW, DHW, (4, 2**14, 2**13), 5, 256, name="2^35 elements from slice to slice")
     yield case(HW, DW, (100_000, 10_000, 1), 0, 32, name="100,000 slices")
     yield case(DW, HW, (100_000, 10_000, 1), 0, 32, name="to 100,000 slices")
     yield case(HW, DW, (32_000, 30_000, 1), 5, 32, name="32,000 slices with globals")
