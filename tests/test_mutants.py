@@ -157,10 +157,6 @@ def test_how_runs_end(tmp_path):
     assert {PLAIN, ALL} == set(mutants_table.STAGES)
 
 
-needs_table = pytest.mark.skipif(not mutants_table.TABLE.exists(), reason="`make mutants` has not been run yet")
-
-
-@needs_table
 @pytest.mark.parametrize("operation", mutants_table.operations())
 def test_the_table_is_not_stale(operation):
     rows = mutants_table.read_table()
@@ -168,7 +164,6 @@ def test_the_table_is_not_stale(operation):
     assert mutants_table.SUMMARY.read_text() == mutants_table.summary(rows)
 
 
-@needs_table
 @pytest.mark.parametrize("operation", mutants_table.operations())
 def test_nearly_all_mutants_are_killed(operation):
     rows = [row for row in mutants_table.read_table() if row["operation"] == operation]
