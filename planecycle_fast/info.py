@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
     found = {"planecycle-fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found[package] = torch.__version__ if package == "torch" else metadata.version(package)  # with its build
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
