@@ -69,7 +69,7 @@ def gpu_test_files() -> list[Path]:
 def calls():
     """(operation, label, channels, arguments): each operation on shapes of real models, forward and backward."""
     from planecycle_fast.planes import DH, DW, HW
-    from tests.specs.plane_switch import OP, case, op_arguments
+    from tests.specs.plane_switch import case, op_arguments
 
     shapes = [
         ("ViT-S, 8 volumes of 64^3", (64, 4, 4), 384, 8),
@@ -83,8 +83,8 @@ def calls():
         for old, new, pool_method in ((HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")):
             c = case(old, new, sizes, 5, channels, batch, pool_method)
             x = torch.randn(c.tensors["x"], device="cuda", dtype=torch.bfloat16)
-            for arguments, direction in zip(op_arguments({"x": x}, c.settings), ("forward", "backward")):
-                yield OP, f"{label}, {old} to {new}, {pool_method}, {direction}", channels, arguments
+            for (op, arguments), direction in zip(op_arguments({"x": x}, c.settings), ("forward", "backward")):
+                yield op, f"{label}, {old} to {new}, {pool_method}, {direction}", channels, arguments
 
 
 def time_call(op, label: str, channels: int, arguments: tuple) -> dict:

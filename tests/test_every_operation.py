@@ -31,7 +31,8 @@ def missing(registered, specs, classes):
     """What of the test bed each operation lacks, in words."""
     modules_of(ops)  # registering is what importing them does
     checked = {found.spec.op.name: _changed(found) for found in classes if hasattr(found, "spec")}
-    for name in sorted(registered):
+    backward = {op.name for spec in specs for op in spec.backward}  # tested with what they are the backward of
+    for name in sorted(set(registered) - backward):
         if name not in {spec.op.name for spec in specs}:
             yield f"{name} has no Spec in tests/specs"
         elif name not in checked:
@@ -47,7 +48,7 @@ def classes_of(modules):
 
 
 def test_every_operation_is_tested():
-    assert len(SPECS) == len(OPS) >= 1
+    assert sum(len(spec.ops) for spec in SPECS) == len(OPS) >= 1
     assert not list(missing(OPS, SPECS, classes_of(modules_of(interpreted))))
 
 

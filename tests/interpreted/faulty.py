@@ -123,7 +123,7 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
         op=op,
         fast=fast,
         reference=reference,
-        op_arguments=lambda tensors, settings: [(tensors["x"], tensors["y"])],
+        op_arguments=lambda tensors, settings: [(op, (tensors["x"], tensors["y"]))],
         typical=case(2, 3, 4),
         plain=[case(4, 4, 4)],
         cases=[case(3, 5, 7), case(2, 40, 32)],

@@ -21,20 +21,24 @@ from .traffic import Traffic
 VALUES = 256  # different ones that a reference's largest error is taken from, where 32 random inputs have as many
 
 
-def run(function, tensors, settings, needed=None, upstream=contiguous, seed=0):
+def run(function, tensors, settings, needed=None, upstream=contiguous, seed=0, like=None):
     """Outputs and gradients of one call, by name; of the tensors in `needed`, or all. Empty memory is poisoned.
 
-    Incoming gradients are random, by `seed`, and laid out by `upstream`.
+    Incoming gradients are random, by `seed`, rounded as the outputs of `like`, another run, and laid out by `upstream`.
     """
     needed = list(tensors) if needed is None else needed
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in tensors.items()}
     with poisoned():
         outs = function(**leaves, **settings)
         outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
-        results = {f"out[{i}]" if len(outs) > 1 else "out": out.detach() for i, out in enumerate(outs)}
-        differentiable = [out for out in outs if out.requires_grad]
+        named = {f"out[{i}]" if len(outs) > 1 else "out": out for i, out in enumerate(outs)}
+        results = {name: out.detach() for name, out in named.items()}
+        dtypes = {name: t.dtype for name, t in (like or results).items()}
+        named = {name: out for name, out in named.items() if out.requires_grad}
+        differentiable = list(named.values())
         if differentiable:
-            grads = [upstream(_like(out, 1000 * seed + i)) for i, out in enumerate(differentiable)]
+            seeds = {name: 1000 * seed + i for i, name in enumerate(named)}
+            grads = [upstream(_like(out, seeds[name]).to(dtypes[name])).to(out.dtype) for name, out in named.items()]
             inputs, before = [leaves[name] for name in needed], [g.clone() for g in grads]
             found = torch.autograd.grad(differentiable, inputs, grads, allow_unused=True)
             results |= {f"grad of {name}": g for name, g in zip(needed, found) if g is not None}
@@ -72,7 +76,7 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
         tensors = {name: layout(t) for name, t in case.make(dtype, seed).items()}
         wide = {name: t.double() for name, t in tensors.items()}
         reference = run(spec.reference, tensors, case.settings, upstream=upstream, seed=seed)
-        exact = run(spec.reference, wide, case.settings, None, lambda g: upstream(g.to(dtype)).double(), seed)
+        exact = run(spec.reference, wide, case.wide_settings, None, upstream, seed, reference)
         return tensors, reference, exact
 
     measured, values = {}, {}
@@ -96,7 +100,7 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
 def float64(spec, case):
     """Outputs and gradients in float64 to 1e-12: gradcheck has tiny sizes, and would not see a cast on the way."""
     tensors = case.make(torch.float64)
-    got, expected = (run(function, tensors, case.settings) for function in (spec.fast, spec.reference))
+    got, expected = (run(function, tensors, case.wide_settings) for function in (spec.fast, spec.reference))
     _same_names(got, expected)
     for name, result in got.items():
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
@@ -138,7 +142,7 @@ def _twice(call, leaves):
 
 
 def _call(spec, case):  # as a function of the tensors alone
-    return lambda *tensors: spec.fast(**dict(zip(case.tensors, tensors)), **case.settings)
+    return lambda *tensors: spec.fast(**dict(zip(case.tensors, tensors)), **case.wide_settings)
 
 
 def _raises(function, what):
@@ -160,7 +164,7 @@ def forward_mode(spec, case):
         with forward_ad.dual_level():
             leaves = {name: t.detach().requires_grad_(requires_grad) for name, t in tensors.items()}
             duals = {name: forward_ad.make_dual(t, tangents[name]) for name, t in leaves.items()}
-            outs = function(**duals, **case.settings)
+            outs = function(**duals, **case.wide_settings)
             outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
             return [forward_ad.unpack_dual(out).tangent for out in outs]
 
@@ -191,9 +195,9 @@ def opcheck(spec, case, layout=contiguous, dtype=torch.float32):
     tensors = {name: layout(t) for name, t in case.make(dtype).items()}
     for needs_grad in (False, True):
         arguments = {name: t.detach().requires_grad_(needs_grad) for name, t in tensors.items()}
-        for call in spec.op_arguments(arguments, case.settings):
+        for op, call in spec.op_arguments(arguments, case.settings):
             try:
-                torch.library.opcheck(spec.op.overload, call)
+                torch.library.opcheck(op.overload, call)
             except Exception as error:  # opcheck raises many kinds
                 raise AssertionError(f"opcheck: {error}") from error
 
@@ -288,24 +292,24 @@ def autocast(spec, case, dtype=torch.float32):
 def declared_cost(spec, case, dtype, layout=contiguous):
     """The bytes and launches an operation declares are those of its kernels, and its body does nothing beside them."""
     tensors = {name: layout(t) for name, t in case.make(dtype).items()}
-    for call in spec.op_arguments(tensors, case.settings):
-        declared = spec.op.cost(*call)
-        with recording() as record, Traffic(ops={}) as beside:
-            spec.op.body(*call)
+    for op, call in spec.op_arguments(tensors, case.settings):
+        declared = op.cost(*call)
+        with recording(spec.uncounted) as record, Traffic(ops={}) as beside:
+            op.body(*call)
         if beside.rows:
             hidden = {name: (row.read, row.written) for name, row in beside.rows.items()}
-            raise AssertionError(f"the body of {spec.op.name} moves data beside its kernels: {hidden} bytes")
+            raise AssertionError(f"the body of {op.name} moves data beside its kernels: {hidden} bytes")
         recorded = (record.read, record.written, sum(record.launches.values()))
         if tuple(declared) != recorded:
-            raise AssertionError(f"{spec.op.name} declares (read, written, launches) {tuple(declared)}, ran {recorded}")
+            raise AssertionError(f"{op.name} declares (read, written, launches) {tuple(declared)}, ran {recorded}")
 
 
 def overflow(spec, case, layout=contiguous, dtype=torch.bfloat16):
     """No integer overflows, every address is right and grids fit, at sizes past 2^31, with nothing allocated."""
-    for call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
+    for op, call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
         with probing() as probe:
-            spec.op.body(*[layout(arg) if isinstance(arg, torch.Tensor) else arg for arg in call])
-        assert probe.launches, f"{spec.op.name} launches nothing"
+            op.body(*[layout(a) if isinstance(a, torch.Tensor) and spec.any_strides else a for a in call])
+        assert probe.launches, f"{op.name} launches nothing"
 
 
 def huge_cases(spec):

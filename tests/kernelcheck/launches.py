@@ -103,9 +103,11 @@ def recorded_launches(body):
 def launches_of(spec, case, dtype, layout=lambda t: t):
     """The launches of all calls of a case, backward's too."""
     tensors = {name: layout(torch.empty(shape, dtype=dtype, device="meta")) for name, shape in case.tensors.items()}
-    with recorded_launches(spec.op.body) as launches:
-        for call in spec.op_arguments(tensors, case.settings):
-            spec.op.body(*call)
+    launches = []
+    for op, call in spec.op_arguments(tensors, case.settings):
+        with recorded_launches(op.body) as found:
+            op.body(*call)
+        launches += found
     assert launches or case in spec.empty, f"{spec.op.name} launches nothing"
     return launches
 

@@ -9,7 +9,8 @@ from .observers import Observer, observing
 class Record(Observer):
     """What the kernels of a block loaded, stored (bytes; masked lanes do not count) and launched (by kernel)."""
 
-    def __init__(self):
+    def __init__(self, uncounted=()):
+        self.uncounted = uncounted
         self.read = self.written = 0
         self.launches = Counter()
 
@@ -17,6 +18,8 @@ class Record(Observer):
         self.launches[launch.kernel] += 1
 
     def accessed(self, access):
+        if access.argument.name in self.uncounted:
+            return
         size = access.distances.size * access.width
         if access.kind in ("load", "atomic"):
             self.read += size
@@ -25,7 +28,10 @@ class Record(Observer):
 
 
 @contextmanager
-def recording():
-    """Within it every kernel that the interpreter runs is recorded in the `Record` that it gives."""
-    with observing(Record()) as record:
+def recording(uncounted=()):
+    """Within it every kernel that the interpreter runs is recorded in the `Record` that it gives.
+
+    Arguments of kernels in `uncounted` are not: the ledger leaves out weights, statistics and tables.
+    """
+    with observing(Record(uncounted)) as record:
         yield record

@@ -14,16 +14,23 @@ class Case:
     tensors: dict[str, tuple[int, ...]]
     settings: dict[str, Any]
     name: str = ""
+    narrower: dict[str, torch.dtype] = field(default_factory=dict)  # of some tensors where others are float32: autocast
 
     def make(self, dtype, seed=0, device="cpu"):
         """Random tensors by argument name, the same at every call; on `meta` without values."""
+        dtypes = {name: self.narrower.get(name, dtype) if dtype == torch.float32 else dtype for name in self.tensors}
         if device == "meta":
-            return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in self.tensors.items()}
+            return {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in self.tensors.items()}
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtypes[name])
             for name, shape in self.tensors.items()
         }
+
+    @property
+    def wide_settings(self):
+        """Settings without dtypes: nothing is rounded to one on the way."""
+        return {name: None if isinstance(value, torch.dtype) else value for name, value in self.settings.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Spec:
     op: Any  # the registered `CustomOp`
     fast: Callable[..., Any]
     reference: Callable[..., Any]  # torch operations only
-    op_arguments: Callable[..., list[tuple]]  # of (tensors, settings): calls of `op` itself, backward's too
+    op_arguments: Callable[..., list[tuple]]  # of (tensors, settings): (op, arguments) of all calls, backward's too
     typical: Case  # nothing special: every size at least 2
     plain: list[Case]  # of round sizes, what a simple test would take
     cases: list[Case]  # named, awkward
@@ -48,4 +55,13 @@ class Spec:
     factors: dict[str, list] = field(default_factory=dict)  # of the codegen gate: what its cases are made of
     factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
     wide: Callable[[dict], bool] = lambda choice: False  # of a choice of factors: whether rows take 16-byte accesses
+    exempt: int = 0  # how many accesses of a kernel may be narrower: vectors per channel, statistics, tables
     tensor_cores: bool = False  # whether its kernels claim to use them
+    any_strides: bool = True  # of what op takes; if not, the public function copies
+    backward: tuple = ()  # the registered operations that only its backward calls
+    uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out
+
+    @property
+    def ops(self):
+        """All registered operations that are tested by it."""
+        return (self.op, *self.backward)

@@ -29,7 +29,7 @@ def op_arguments(tensors, settings):
     rest = (list(sizes), g, m.num_prev if m.via is None else m.via, m.mean)
     batch = x.shape[0] // old.slices(sizes)
     grad = x.new_ones(batch * new.slices(sizes), g + new.length(sizes), x.shape[2], requires_grad=x.requires_grad)
-    return [(x, old.name, new.name, *rest, False), (grad, new.name, old.name, *rest, True)]
+    return [(OP, (x, old.name, new.name, *rest, False)), (OP, (grad, new.name, old.name, *rest, True))]
 
 
 def groups(t, settings):
