@@ -2,7 +2,8 @@
 
 Two routes lead to the same body. On a GPU it is a `torch.library.triton_op`: torch.compile sees through it to the
 kernels. Under TRITON_INTERPRET=1, where torch cannot wrap kernels (pytorch 152868), it is an opaque `custom_op`
-with a fake of its own. `linear` adds the derivatives that torch.library has no place for.
+with a fake of its own. `linear` adds the derivatives that torch.library has no place for; operations that are not
+linear are differentiated once, in reverse (`register_backward`, `refuse_transforms`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
-    vmap: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
     cost: Callable[..., Cost],
 ) -> CustomOp:
     """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema; it mutates nothing.
@@ -63,7 +64,7 @@ def register(
         fake: the outputs' shapes, strides and dtypes, without data.
         setup_context, backward: as in `torch.library.register_autograd`; `backward` calls registered operations
             only, so that it can be differentiated again.
-        vmap: as in `torch.library.register_vmap`.
+        vmap: as in `torch.library.register_vmap`; None where torch.func's transforms are refused.
         cost: what a call with these arguments moves.
     """
     name = body.__name__.strip("_")
@@ -72,10 +73,37 @@ def register(
     if INTERPRETED:
         definition.register_fake(fake)
     definition.register_autograd(backward, setup_context=setup_context)
-    definition.register_vmap(vmap)
+    if vmap is not None:
+        definition.register_vmap(vmap)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     OPS[name] = CustomOp(name, body, cost, definition, overload)
     return OPS[name]
+
+
+def register_backward(
+    body: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    cost: Callable[..., Cost],
+) -> CustomOp:
+    """`register`, for what a backward calls and nobody may differentiate again: that raises NotImplementedError."""
+    name = body.__name__.strip("_")
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name} is differentiated twice, which backend 'triton' does not do; use backend='reference'"
+        )
+
+    return register(body, fake=fake, setup_context=lambda ctx, inputs, output: None, backward=backward, cost=cost)
+
+
+def refuse_transforms(name: str) -> None:
+    """Raises NotImplementedError within forward mode and torch.func's transforms, where tangents would be zero."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivatives and no torch.func transforms on backend 'triton'; "
+            "use backend='reference'"
+        )
 
 
 def launch(
