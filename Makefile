@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants traffic bench gpu clean
+.PHONY: help demo test test-full lint codegen mutants traffic bench gpu gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -16,6 +16,7 @@ help:
 	@echo "make mutants    plants faults in all kernels and runs their tests; writes benchmarks/results/mutants.md"
 	@echo "make traffic    what one block moves, per change of planes; PLANECYCLE_REPO=... adds the authors' code"
 	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
+	@echo "make gpu-sanitize  the kernels under compute-sanitizer, on such a machine"
 	@echo "make bench      benchmarks of this machine"
 	@echo "make lint       ruff"
 
@@ -48,6 +49,11 @@ lint: $(VENV)/.pcf-test
 
 gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed
 	$(PYTHON) -m benchmarks.gpu
+
+gpu-sanitize:  # kernels on a GPU under NVIDIA's compute-sanitizer, which comes with CUDA
+	for tool in memcheck racecheck initcheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_gpu_ops.py \
+			-k "vit_shapes or test_layouts" || exit 1; done
 
 bench: $(VENV)/.pcf-bench
 	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" --benchmark-columns=min,median,max,rounds

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ class Row(NamedTuple):
 
 
 @contextmanager
-def fused(traffic: Traffic):
-    """Counts each operation of the package as one pass, and not what its reference does inside."""
-    kept = {name: getattr(stream_module, name) for name in OPERATIONS}
+def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
+    """Counts these operations of the package as one pass each, and not what their reference does inside."""
+    kept = {name: getattr(stream_module, name) for name in operations}
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -65,12 +66,12 @@ def fused(traffic: Traffic):
             setattr(stream_module, name, function)
 
 
-def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype) -> Row:
-    """Counts one call of a block that has `rows` rows."""
+def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype, operations=OPERATIONS) -> Row:
+    """Counts one call of a block that has `rows` rows; of `operations` as one pass, of others what they declare."""
     unit = rows * CHANNELS * dtype.itemsize
     traffic = Traffic(smallest=rows * CHANNELS // 2, weights=True)
     torch.clear_autocast_cache()  # as at the beginning of a step
-    with torch.no_grad(), fused(traffic), traffic:
+    with torch.no_grad(), fused(traffic, operations), traffic:
         call()
     casts = traffic.rows.pop("weight casts", None)
     copies = sum(traffic.copies.values())
@@ -79,14 +80,20 @@ def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype) -> Row:
                traffic.launches + (0 if casts is None else casts.launches), copies)  # fmt: skip
 
 
-def lifted_rows(code: str, dtype: torch.dtype, autocast: bool = False, **settings) -> list[Row]:
-    """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle."""
+def lifted_rows(
+    code: str, dtype: torch.dtype, autocast: bool = False, backend: str = "reference", **settings
+) -> list[Row]:
+    """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
+
+    On backend "triton" operations count what they declare, on tensors without data: kernels do not run.
+    """
     import timm
 
+    device, operations = ("cpu", OPERATIONS) if backend == "reference" else ("meta", ("attention",))
     model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=5).to(dtype).eval()
-    lifted, calls = pcf.lift(model, backend="reference", **settings), []
+    lifted, calls = pcf.lift(model.to(device), backend=backend, **settings), []
     handles = [block.register_forward_pre_hook(lambda m, args: calls.append((m, *args))) for block in lifted.blocks[1:]]
-    volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype)
+    volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with torch.no_grad():
@@ -94,8 +101,10 @@ def lifted_rows(code: str, dtype: torch.dtype, autocast: bool = False, **setting
         for handle in handles:
             handle.remove()
         counted = torch.bfloat16 if autocast else dtype
-        found = [of_call(code, f"{layer.old} to {layer.new}", lambda: block.forward(stream, layer), rows, counted)  # noqa: B023
-                 for block, stream, layer in calls]  # fmt: skip
+        found = []
+        for block, stream, layer in calls:
+            call = partial(block.forward, stream, layer)
+            found.append(of_call(code, f"{layer.old} to {layer.new}", call, rows, counted, operations))
     return [row for i, row in enumerate(found) if row not in found[:i]]
 
 

@@ -16,6 +16,7 @@ from .checkpoints import convert_state_dict
 from .converter import PlaneCycleConverter
 from .feature_files import load_features
 from .features import VolumeFeatures
+from .graphs import cuda_graph
 from .lift import lift, unlift
 from .lifted import LiftedModel
 from .operator import plane_cycle
@@ -33,6 +34,7 @@ __all__ = [
     "accelerate",
     "backends",
     "convert_state_dict",
+    "cuda_graph",
     "lift",
     "load_features",
     "ops",

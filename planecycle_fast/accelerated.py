@@ -16,6 +16,7 @@ from .parts import Plan, known_norm, plan, watched
 from .planes import DHW, HW, Plane, Sizes, parse_plane
 from .pooling import Transition, between
 from .report import describe
+from .rope import PlaneAngles
 from .stream import Layer, SinCos, Stream, check_strict, enter, run_block
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
@@ -65,9 +66,9 @@ class Method:
         g, m = model.n_storage_tokens + 1, Transition(start.slices(sizes), first.slices(sizes))  # globals are all alike
         return enter(tokens[:, g:], tokens[:, :g], self._layer(start, first, sizes, m))
 
-    def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, sincos: SinCos | None = None) -> Layer:
+    def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, angles: PlaneAngles | None = None) -> Layer:
         g = self.model.n_storage_tokens + 1
-        return Layer(old, new, sizes, g, m, sincos, self.backend, self.attention, self.strict)
+        return Layer(old, new, sizes, g, m, angles, self.backend, self.attention, self.strict)
 
     def _run(
         self,
@@ -93,7 +94,7 @@ class Method:
                 m = Transition(plane.slices(sizes), plane.slices(sizes))
             rope = block.rope_embed if plain else None if self._converted else model.rope_embed
             sincos = tables.get(rope, plane, sizes)
-            layer = self._layer(old, plane, sizes, m, sincos)
+            layer = self._layer(old, plane, sizes, m, None if sincos is None else PlaneAngles(None, sincos=sincos))
             if plain:
                 stream = run_block(block_parts(block.blk2d), stream, layer, partial(_call, block.blk2d, sincos, False))
             elif self._converted:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 
 BACKENDS = ("triton", "cpu", "reference")
-HAS = {"triton": ("plane_switch",), "cpu": ()}  # operations of a backend that does not have all of them yet
+# operations of a backend that does not have all of them yet
+HAS = {"triton": ("plane_switch", "add_norm", "rope", "gelu", "swiglu"), "cpu": ()}  # operations of a backend
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
 _found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for

@@ -17,8 +17,8 @@ from .parts import Plan, known_norm
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
-from .rope import PlaneTables
-from .stream import Layer, SinCos, Stream, check_strict, enter
+from .rope import PlaneAngles, PlaneTables
+from .stream import Layer, Stream, check_strict, enter
 
 
 class LiftedModel(SharedModule):
@@ -181,14 +181,14 @@ class LiftedModel(SharedModule):
         return features
 
     def _layer(
-        self, old: Plane, new: Plane, sizes: Sizes, sincos: SinCos | None = None, entered: bool = False
+        self, old: Plane, new: Plane, sizes: Sizes, angles: PlaneAngles | None = None, entered: bool = False
     ) -> Layer:
         """A change of planes; of none, and no pooling, where the stream has just `entered`."""
         m = between(old, new, sizes, self.pool_method, self.globals_at)
         if entered:
             m = Transition(new.slices(sizes), new.slices(sizes))
         g = self.adapter.num_globals
-        return Layer(old, new, sizes, g, m, sincos, self.backend, self.attention, self.strict)
+        return Layer(old, new, sizes, g, m, angles, self.backend, self.attention, self.strict)
 
     def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
         """Canonical features of a stream in the order of `plane`."""

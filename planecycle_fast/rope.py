@@ -187,19 +187,39 @@ class Rope:
         return sin.to(self.table_dtype or sin.dtype), cos.to(self.table_dtype or cos.dtype)
 
 
+class PlaneAngles:
+    """RoPE of one plane: what kernels make angles from, or dense tables, made when they are asked for."""
+
+    def __init__(
+        self,
+        rope: Rope | None,  # None: there are only tables
+        grid: Sequence[int] = (),
+        augmentation: Augmentation | None = None,
+        sincos: tuple[Tensor, Tensor] | None = None,  # (L, hd) each
+    ) -> None:
+        self.rope, self.grid, self.augmentation = rope, grid, augmentation
+        self._sincos = sincos
+
+    def sincos(self) -> tuple[Tensor, Tensor]:
+        """Sine and cosine, (L, hd) each."""
+        if self._sincos is None:
+            self._sincos = self.rope.sincos(self.grid, self.augmentation)
+        return self._sincos
+
+
 class PlaneTables:
-    """Dense tables of one forward pass: made once per plane, augmented in training as the host does."""
+    """Angles of one forward pass: once per plane, augmented in training as the host does."""
 
     def __init__(self, rope: Rope | None, training: bool, num_axes: int = 2) -> None:
         self.rope = rope
         self.augments = rope is not None and training and rope.augments
         self._draws: dict[int, Augmentation] = {}  # by number of axes, where one draw serves the forward
-        self._tables: dict[Plane, tuple[Tensor, Tensor]] = {}  # by plane: torch.compile would fix sizes as keys
+        self._tables: dict[Plane, PlaneAngles] = {}  # by plane: torch.compile would fix sizes as keys
         if self.augments and not rope.draw_per_block:
             self._draw(num_axes)  # of the first plane, before anything else of this forward draws
 
-    def for_block(self, plane: Plane, sizes: Sizes) -> tuple[Tensor, Tensor] | None:
-        """Sine and cosine, (L, hd) each, for the next block's plane of a volume of (D, H, W) tokens; None without RoPE.
+    def for_block(self, plane: Plane, sizes: Sizes) -> PlaneAngles | None:
+        """Angles for the next block's plane of a volume of (D, H, W) tokens; None without RoPE.
 
         All calls are for the same volume.
         """
@@ -207,9 +227,9 @@ class PlaneTables:
             return None
         grid = plane.grid(sizes)
         if self.augments and self.rope.draw_per_block:
-            return self.rope.sincos(grid, self.rope.draw(len(grid)))
+            return PlaneAngles(self.rope, grid, self.rope.draw(len(grid)))
         if plane not in self._tables:
-            self._tables[plane] = self.rope.sincos(grid, self._draw(len(grid)))
+            self._tables[plane] = PlaneAngles(self.rope, grid, self._draw(len(grid)))
         return self._tables[plane]
 
     def _draw(self, num_axes: int) -> Augmentation | None:

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .backends import asked_for, pick, why_not
-from .ops import Norm, add_norm, attention, gelu, plane_switch, rope, swiglu
+from .ops import Axial, Norm, Tables, add_norm, attention, gelu, plane_switch, rope, swiglu
 from .ops.add_norm import add_ref
 from .parts import WHOLE, BlockParts, Plan, known_norm, plan, watched
 from .planes import Plane, Sizes
 from .pooling import Transition
+from .rope import PlaneAngles
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "gelu", "swiglu")  # of a block
 SinCos = tuple[Tensor, Tensor]  # (L, hd) each
@@ -55,7 +56,7 @@ class Layer:
     sizes: Sizes  # (D, H, W) in tokens
     num_globals: int
     transition: Transition  # of the globals from old to new
-    sincos: SinCos | None = None  # RoPE tables of the new plane
+    angles: PlaneAngles | None = None  # RoPE of the new plane
     backend: str = "auto"
     attention: str = "auto"
     strict: bool = True
@@ -65,11 +66,18 @@ class Layer:
         """Sizes of the new plane's axes."""
         return self.new.grid(self.sizes)
 
-    def switch(self, stream: Stream, norm: Norm | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    @property
+    def sincos(self) -> SinCos | None:
+        """RoPE tables of the new plane, (L, hd) each."""
+        return None if self.angles is None else self.angles.sincos()
+
+    def switch(
+        self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
-        same = (self.sizes, self.num_globals, self.transition)
+        args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm)
         backend = self.backend_for("plane_switch", stream.residual)
-        return plane_switch(stream.residual, self.old, self.new, *same, *stream[1:], norm, backend=backend)
+        return plane_switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
 
     def backend_for(self, op: str, x: Tensor) -> str:
         """The backend of an operation, on tensors like x."""
@@ -110,29 +118,40 @@ def run_block(
     todo = plan(parts)
     if todo.block is not None:
         return Stream(call(layer.switch(stream)))
-    x, normed = _normed(parts.norm(1), todo.norm1, lambda norm: layer.switch(stream, norm))
+    linears = parts.attention().qkv if todo.attention is None else ()
+    x, normed = _normed(parts.norm(1), todo.norm1, linears, lambda *norm: layer.switch(stream, *norm))
     scale = parts.scale(1)
     branch = _attention(parts, todo, normed, layer)
     branch, gamma = (branch, scale.gamma) if todo.scale1 is None else (scale.own(branch), None)
 
-    def add(norm: Norm | None) -> Tensor | tuple[Tensor, Tensor]:
-        if norm is None:
+    def add(*norm: Any) -> Tensor | tuple[Tensor, Tensor]:
+        if not norm:
             return add_ref(x, branch, gamma)
-        return add_norm(x, branch, gamma, norm, layer.backend_for("add_norm", x))
+        return add_norm(x, branch, gamma, *norm, backend=layer.backend_for("add_norm", x))
 
-    x, normed = _normed(parts.norm(2), todo.norm2, add)
+    x, normed = _normed(parts.norm(2), todo.norm2, parts.mlp().first if todo.mlp is None else (), add)
     branch, scale = _mlp(parts, todo, normed, layer), parts.scale(2)
     return Stream(x, branch, scale.gamma) if todo.scale2 is None else Stream(x, scale.own(branch))
 
 
 def _normed(
-    module: nn.Module, own: str | None, add: Callable[[Norm | None], Tensor | tuple[Tensor, Tensor]]
+    module: nn.Module, own: str | None, linears: Sequence[object], add: Callable[..., Tensor | tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their norm: together, or by the host's norm."""
+    """Tokens and their norm, for these linear layers: together, ``add(norm, dtype)``, or by the host's norm."""
     if own is None:
-        return add(known_norm(module)[0])
-    x = add(None)
+        return add(known_norm(module)[0], _autocast_dtype(module, linears))
+    x = add()
     return x, module(x)
+
+
+def _autocast_dtype(module: nn.Module, linears: Sequence[object]) -> torch.dtype | None:
+    """What autocast would make of a norm in each of these layers, so that it is written as that at once; or None."""
+    weight = module.weight
+    if weight is None or not linears or not all([_is_plain(linear) for linear in linears]):
+        return None
+    device = weight.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts and weight.dtype != torch.float64 else None
 
 
 def _attention(
@@ -147,18 +166,25 @@ def _attention(
     heads, g = found.heads, layer.num_globals
     projected = [linear(normed) for linear in found.qkv]
     free = _is_free(projected, found.qkv)
-    if len(projected) == 1:  # heads of q, k and v side by side; q and k turn together
-        packed = projected[0].unflatten(-1, (3 * heads, -1))  # (N, rows, 3*heads, hd)
-        turned, v = [packed[:, :, : 2 * heads]], packed[:, :, 2 * heads :]
-    else:
-        *turned, v = [t.unflatten(-1, (heads, -1)) for t in projected]  # (N, rows, heads, hd)
-    if layer.sincos is not None:
-        sin, cos = [(table[:, : table.shape[1] // 2],) for table in layer.sincos]  # halves are alike
-        backend = layer.backend_for("rope", v)
-        turned = [rope(t, sin, cos, g, free, found.in_table_dtype, backend) for t in turned]
-    q, k = turned if len(turned) == 2 else turned[0].tensor_split(2, dim=2)
+    packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
+    made = [t.unflatten(-1, (3 * heads if packed else heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
+    turned, rest = made[:2], made[2:]
+    if packed and not made[0].requires_grad:  # else as a whole, so that its gradient comes as one
+        turned, rest = [made[0][:, :, : 2 * heads]], [made[0][:, :, 2 * heads :]]
+    if layer.angles is not None:
+        backend = layer.backend_for("rope", made[0])
+        angles, how = _angles(layer.angles, backend), (free, found.in_table_dtype, backend)
+        turned = [rope(t, angles, g, min(t.shape[2], 2 * heads), *how) for t in turned]
+    q, k, v = [head for t in (*turned, *rest) for head in t.split(heads, dim=2)]
     out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
     return found.output(out.flatten(2))
+
+
+def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
+    """For kernels the settings, where they are known; else tables, which blocks share."""
+    if backend == "triton" and angles.rope is not None:
+        return Axial(angles.rope, angles.grid, angles.augmentation)
+    return Tables(*[(table[:, : table.shape[1] // 2],) for table in angles.sincos()])  # halves are alike
 
 
 def _mlp(
@@ -175,10 +201,8 @@ def _mlp(
     backend = layer.backend_for(found.activation, normed)
     if found.activation == "gelu":
         activated = gelu(hidden[0], free, backend)
-    elif len(hidden) == 2:
-        activated = swiglu(*hidden, free, backend)
-    else:  # in place it would leave rows with gaps, which the next layer would copy
-        activated = swiglu(*hidden[0].chunk(2, dim=-1), False, backend)
+    else:  # gate and value in one: in place would leave rows with gaps, which the next layer would copy
+        activated = swiglu(*hidden, inplace=free and len(hidden) == 2, backend=backend)
     return found.last(activated)
 
 

@@ -15,6 +15,8 @@ from planecycle_fast.planes import DH, DW, HW
 
 from .kernelcheck import checks, layouts
 from .specs import SPECS
+from .specs.add_norm import SPEC as IN_FULL
+from .specs.add_norm import case as in_full
 from .specs.plane_switch import SPEC as PLANE_SWITCH
 from .specs.plane_switch import case
 from .toy import PATCH, ToyViT, toy_lift
@@ -44,7 +46,8 @@ def test_error_budget(spec, c, dtype):
 @pytest.mark.parametrize("pool_method", ["PCg", "PCm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
-    checks.error_budget(PLANE_SWITCH, case(DW, DH, (9, 8, 7), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu())
+    for spec, make in ((PLANE_SWITCH, case), (IN_FULL, in_full)):
+        checks.error_budget(spec, make(DW, DH, (9, 8, 7), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu())
 
 
 @LAYOUTS
@@ -60,6 +63,17 @@ def test_layouts(spec, c, layout):
 def test_opcheck(layout):
     for spec in SPECS:
         checks.opcheck(spec, spec.typical, on_gpu(layout))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_by_inductor_in_full(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(IN_FULL.fast, fullgraph=True, dynamic=dynamic)
+    for c in (in_full(HW, DW, (32, 16, 14), 5, 384, 2), in_full(DH, HW, (9, 7, 5), 5, 384, 1, "PCm")):
+        got = checks.run(compiled, inputs(c), c.settings, upstream=on_gpu())
+        expected = checks.run(IN_FULL.fast, inputs(c), c.settings, upstream=on_gpu())
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -165,6 +179,23 @@ def test_more_than_2_to_the_31_elements():
     out = PLANE_SWITCH.fast(x, **c.settings)
     few = PLANE_SWITCH.reference(x[..., -8:].contiguous(), **c.settings)
     assert torch.equal(out[..., -8:][:, g:], few[:, g:]) and torch.equal(out[:, g:, :8], few[:, g:])
+
+
+def test_more_than_2_to_the_31_elements_in_full():
+    sizes, g, channels, batch = (64, 128, 128), 1, 1024, 3  # 3.2e9 elements
+    if torch.cuda.mem_get_info()[0] < 20 * batch * 64 * 128 * 128 * channels:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    c = in_full(HW, DH, sizes, g, channels, batch)
+    rows = torch.arange(batch * sizes[0] * (g + sizes[1] * sizes[2]), device="cuda") % 251  # exact in bf16
+    wave = torch.arange(channels, device="cuda") % 2 * 2 - 1  # norms to 1 and -1
+    x = (rows[:, None] * wave).to(torch.bfloat16).view(batch * sizes[0], -1, channels)
+    vectors = {name: torch.ones(channels, device="cuda", dtype=torch.bfloat16) for name in ("scale", "weight", "bias")}
+    with torch.no_grad():
+        out, normed = IN_FULL.fast(x=x, branch=torch.zeros_like(x), **vectors, **c.settings)
+    few = PLANE_SWITCH.reference(x[..., -8:].contiguous(), **case(HW, DH, sizes, g, 8, batch).settings)
+    assert torch.equal(out[..., -8:][:, g:], few[:, g:])
+    signs = (out[:, g:, -8:] != 0) * wave[-8:] + 1
+    assert ((normed[:, g:, -8:].float() - signs).abs() < 0.02).all()
 
 
 @pytest.mark.parametrize("mode", ["planecycle", "slice2d", "flatten3d"])

@@ -9,7 +9,7 @@ import torch
 import transformers as tr
 
 from planecycle_fast.adapters import find_adapter
-from planecycle_fast.ops import rope, rope_ref
+from planecycle_fast.ops import Axial, Tables, rope, rope_ref
 from planecycle_fast.planes import HW
 from planecycle_fast.rope import Augmentation, PlaneTables, Rope, coordinates, make_periods, section_sizes
 
@@ -87,9 +87,9 @@ def test_hugging_face_draws(augments):
     cos, sin = model.rope_embeddings(image)
     torch.manual_seed(3)
     tables = PlaneTables(find_adapter(model)(model).rope(image.dtype), training=True)
-    got = tables.for_block(HW, (1, 3, 5))
+    got = tables.for_block(HW, (1, 3, 5)).sincos()
     assert torch.equal(got[0], sin) and torch.equal(got[1], cos)
-    assert tables.for_block(HW, (1, 3, 5)) is got  # one draw serves the whole forward
+    assert tables.for_block(HW, (1, 3, 5)).sincos() is got  # one draw serves the whole forward
 
 
 @pytest.mark.parametrize("augments", AUGMENTS, ids=lambda a: "+".join(a))
@@ -99,15 +99,15 @@ def test_timm_draws(augments):
     expected = rope.get_embed(shape=(3, 5))
     torch.manual_seed(3)
     ours = Rope(rope.periods, draw_device=torch.device("cpu"), **augments)
-    assert torch.equal(torch.cat(PlaneTables(ours, training=True).for_block(HW, (1, 3, 5)), -1), expected)
+    assert torch.equal(torch.cat(PlaneTables(ours, training=True).for_block(HW, (1, 3, 5)).sincos(), -1), expected)
 
 
 def test_draws_per_block_differ_and_eval_draws_nothing():
     rope = Rope(make_periods(4, 100.0), shift=0.5, draw_per_block=True)
     tables = PlaneTables(rope, training=True)
-    assert not torch.equal(tables.for_block(HW, (1, 3, 5))[0], tables.for_block(HW, (1, 3, 5))[0])
+    assert not torch.equal(tables.for_block(HW, (1, 3, 5)).sincos()[0], tables.for_block(HW, (1, 3, 5)).sincos()[0])
     state = torch.get_rng_state()
-    assert torch.equal(PlaneTables(rope, training=False).for_block(HW, (1, 3, 5))[0], rope.sincos((3, 5))[0])
+    assert torch.equal(PlaneTables(rope, training=False).for_block(HW, (1, 3, 5)).sincos()[0], rope.sincos((3, 5))[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -147,48 +147,74 @@ def test_bfloat16_hugging_face_model_keeps_its_cast_frequencies():
 
 
 def op_case(grid, g=2, heads=3, head_dim=16, dtype=torch.float64, n=2):
-    """x (N, g + L, heads, hd), and tables of angles per axis as sines and cosines."""
+    """x (N, g + L, heads, hd), and tables of sines and cosines per axis."""
     periods = make_periods(head_dim // 4, 100.0, dtype=torch.float64)
     angles = (
         Rope(periods, coord_dtype=torch.float64).angles(grid) if len(grid) > 1 else [torch.randn(grid[0], 8).double()]
     )
     x = torch.randn(n, g + math.prod(grid), heads, head_dim, dtype=dtype)
-    return x, tuple(a.sin() for a in angles), tuple(a.cos() for a in angles)
+    return x, Tables(tuple([a.sin() for a in angles]), tuple([a.cos() for a in angles]))
+
+
+def cast(tables, dtype):
+    return Tables(*[tuple([t.to(dtype) for t in ts]) for ts in tables])
 
 
 @pytest.mark.parametrize("grid", [(12,), (3, 4), (2, 3, 2)], ids=str)
 def test_op_turns_pairs_of_channels(grid):
     """Channels j and j + hd/2 of a patch are one complex number, turned by its angle; globals stay."""
-    x, sin, cos = op_case(grid)
-    got = rope(x, sin, cos, 2)
+    x, tables = op_case(grid)
+    got = rope(x, tables, 2)
     turned = torch.view_as_complex(torch.stack(x.tensor_split(2, -1), -1))
     for place in itertools.product(*map(range, grid)):
         row = 2 + sum(i * math.prod(grid[axis + 1 :]) for axis, i in enumerate(place))
-        phase = torch.cat([torch.complex(c[i], s[i]) for i, s, c in zip(place, sin, cos)])
+        phase = torch.cat([torch.complex(c[i], s[i]) for i, s, c in zip(place, *tables)])
         turned[:, row] *= phase
     expected = torch.cat([turned.real, turned.imag], -1)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
-    assert torch.equal(got[:, :2], x[:, :2]) and torch.equal(rope_ref(x, sin, cos, 2), got)
+    assert torch.equal(got[:, :2], x[:, :2]) and torch.equal(rope_ref(x, tables, 2), got)
 
 
 def test_op_on_dense_tables_of_a_host():
-    x, sin, cos = op_case((3, 4), head_dim=16)
+    x, tables = op_case((3, 4), head_dim=16)
     dense = Rope(make_periods(4, 100.0, dtype=torch.float64), coord_dtype=torch.float64).sincos((3, 4))
-    halves = [(t[:, :8],) for t in dense]
-    torch.testing.assert_close(rope(x, *halves, 2), rope(x, sin, cos, 2), rtol=0, atol=1e-14)
+    halves = Tables(*[(t[:, :8],) for t in dense])
+    torch.testing.assert_close(rope(x, halves, 2), rope(x, tables, 2), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (16, 16), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("coord", DTYPES, ids=str)
+@pytest.mark.parametrize("period", DTYPES, ids=str)
+def test_op_makes_the_tables_of_rope(grid, coord, period):
+    """`Axial` gives what the dense tables of `Rope.sincos` give, to the bit, of whatever settings."""
+    x = torch.randn(1, 2 + math.prod(grid), 1, 32)
+    ways = itertools.product(("separate", "min", "max"), (False, True), (False, True), (None, torch.bfloat16))
+    for normalize, inverse, promote, table in ways:
+        made = Rope(
+            make_periods(8, 100.0).to(period), inverse, normalize=normalize, coord_dtype=coord,
+            promote_coords=promote, table_dtype=table, shift=0.3, jitter=1.5, rescale=1.2,
+        )  # fmt: skip
+        for drawn in (None, made.draw(len(grid))):
+            dense = Tables(*[(t[:, :16],) for t in made.sincos(grid, drawn)])
+            for in_table_dtype in (False, True):
+                got = rope(x, Axial(made, grid, drawn), 2, in_table_dtype=in_table_dtype)
+                assert torch.equal(got, rope(x, dense, 2, in_table_dtype=in_table_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("in_table_dtype", [False, True])
 def test_op_in_place_is_the_same_to_the_bit(dtype, table, in_table_dtype):
     """On the queries and keys of a packed qkv, whose values stay."""
-    x, sin, cos = op_case((3, 4), heads=6, dtype=dtype)
-    sin, cos = [tuple(t.to(table) for t in tables) for tables in (sin, cos)]
-    expected = rope(x[:, :, :4], sin, cos, 2, in_table_dtype=in_table_dtype)
+    x, tables = op_case((3, 4), heads=6, dtype=dtype)
+    tables = cast(tables, table)
+    expected = rope(x[:, :, :4], tables, 2, in_table_dtype=in_table_dtype)
     before = x.clone()
     part = x[:, :, :4]
-    assert rope(part, sin, cos, 2, inplace=True, in_table_dtype=in_table_dtype) is part
+    assert rope(part, tables, 2, inplace=True, in_table_dtype=in_table_dtype) is part
     assert torch.equal(part, expected) and expected.dtype == dtype
     assert torch.equal(x[:, :, 4:], before[:, :, 4:])
     narrow = in_table_dtype and torch.finfo(table).eps > torch.finfo(dtype).eps
@@ -196,30 +222,56 @@ def test_op_in_place_is_the_same_to_the_bit(dtype, table, in_table_dtype):
     assert torch.equal(part[:, :2], globals_.to(table).to(dtype) if narrow else globals_)
 
 
+@pytest.mark.parametrize("turned", [0, 4, 6, None])
+@pytest.mark.parametrize("in_table_dtype", [False, True])
+def test_op_passes_other_heads_on(turned, in_table_dtype):
+    x, tables = op_case((3, 4), heads=6, dtype=torch.float32)
+    settings = dict(num_globals=2, in_table_dtype=in_table_dtype)
+    tables = cast(tables, torch.bfloat16)
+    expected = torch.cat([rope(x[:, :, :turned], tables, **settings), x[:, :, 6 if turned is None else turned :]], 2)
+    got = rope(x, tables, turned=turned, **settings)
+    assert torch.equal(got, expected) and got.is_contiguous()
+    assert rope(x, tables, turned=turned, inplace=True, **settings) is x
+    assert torch.equal(x, expected)
+
+
 def test_op_as_the_hosts_turn():
     """Bit for bit what facebookresearch's formula gives, in float32 and in bfloat16 with float32 tables."""
     for dtype in (torch.float32, torch.bfloat16):
-        x, sin, cos = op_case((3, 4), dtype=dtype)
-        sin, cos = [tuple(t.float() for t in tables) for tables in (sin, cos)]
+        x, tables = op_case((3, 4), dtype=dtype)
+        tables = cast(tables, torch.float32)
         dense = [torch.cat([a[:, None].expand(3, 4, 4), b.expand(3, 4, 4)], -1).flatten(0, 1).repeat(1, 2)[:, None]
-                 for a, b in (sin, cos)]  # fmt: skip
+                 for a, b in tables]  # fmt: skip
         patches = x[:, 2:].float()
         a, b = patches.tensor_split(2, -1)
         expected = (patches * dense[1] + torch.cat([-b, a], -1) * dense[0]).to(dtype)
-        assert torch.equal(rope(x, sin, cos, 2)[:, 2:], expected)
+        assert torch.equal(rope(x, tables, 2)[:, 2:], expected)
 
 
 def test_op_backward_turns_back():
-    x, sin, cos = op_case((3, 4))
+    x, (sin, cos) = op_case((3, 4))
     x.requires_grad_()
     grad = torch.randn_like(x)
-    (got,) = torch.autograd.grad(rope(x, sin, cos, 2), x, grad)
-    torch.testing.assert_close(got, rope(grad, tuple(-s for s in sin), cos, 2), rtol=0, atol=1e-14)
-    small, sin, cos = op_case((2, 2), heads=1, head_dim=16, n=1)
-    call = lambda x, s, c: rope(x, (s, sin[1]), (c, cos[1]), 2)  # noqa: E731
+    (got,) = torch.autograd.grad(rope(x, Tables(sin, cos), 2), x, grad)
+    back = Tables(tuple(-s for s in sin), cos)
+    torch.testing.assert_close(got, rope(grad, back, 2), rtol=0, atol=1e-14)
+    small, (sin, cos) = op_case((2, 2), heads=1, head_dim=16, n=1)
+    call = lambda x, s, c: rope(x, Tables((s, sin[1]), (c, cos[1])), 2)  # noqa: E731
     leaves = [t.requires_grad_() for t in (small, sin[0], cos[0])]
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+ZEROS = Tables(*[(torch.zeros(3, 4), torch.zeros(4, 4))] * 2)
+PERIODS = Rope(torch.ones(4))
+
+
+def tables(**change):
+    return {"angles": ZEROS._replace(**change)}
+
+
+def axial(made=PERIODS, grid=(3, 4), **drawn):
+    return {"angles": Axial(made, grid, Augmentation(**drawn))}
 
 
 @pytest.mark.parametrize(
@@ -230,19 +282,39 @@ def test_op_backward_turns_back():
         ({"x": torch.zeros(2, 14, 3, 15)}, ValueError, r"with an even hd, got \(2, 14, 3, 15\)"),
         ({"x": torch.zeros(2, 15, 3, 16)}, ValueError, r"multiply to L = 13 .* got \[\(3, 4\), \(4, 4\)\]"),
         ({"x": torch.zeros(2, 14, 3, 8)}, ValueError, r"add up to hd/2 = 4, got"),
-        ({"num_globals": -1}, ValueError, "num_globals must be at least 0, got -1"),
-        ({"sin": torch.zeros(12, 8)}, ValueError, r"sin must be a sequence of one to three tables, got \(12, 8\)"),
-        ({"cos": ()}, ValueError, r"cos must be a sequence of one to three tables, got \[\]"),
-        ({"cos": (torch.zeros(12, 8),)}, ValueError, r"cos must have the shapes of sin, .*, got \[\(12, 8\)\]"),
-        ({"cos": (torch.zeros(3, 4), None)}, TypeError, r"cos\[1\] must be a floating-point tensor, got NoneType"),
-        ({"sin": (torch.zeros(3), torch.zeros(4, 4))}, ValueError, r"sin\[0\] must have shape \(n, s\), got \(3,\)"),
+        ({"num_globals": -1}, ValueError, "num_globals must be from 0 to less than the 14 rows of x, got -1"),
+        ({"num_globals": 14}, ValueError, "num_globals must be from 0 to less than the 14 rows of x, got 14"),
+        ({"turned": 4}, ValueError, "turned must be from 0 to the 3 heads of x, or None, got 4"),
+        ({"turned": -1}, ValueError, "turned must be from 0 to the 3 heads of x, or None, got -1"),
+        ({"angles": (ZEROS.sin, ZEROS.cos)}, TypeError, "angles must be ops.Tables or ops.Axial, got tuple"),
+        (tables(sin=torch.zeros(12, 8)), ValueError, r"sin must be a sequence of one to three tables, got \(12, 8\)"),
+        (tables(cos=()), ValueError, r"cos must be a sequence of one to three tables, got \[\]"),
+        (tables(cos=(torch.zeros(12, 8),)), ValueError, r"cos must have the shapes of sin, .*, got \[\(12, 8\)\]"),
+        (tables(cos=(torch.zeros(3, 4), None)), TypeError, r"cos\[1\] must be a floating-point tensor, got NoneType"),
+        (tables(sin=(torch.zeros(3), torch.zeros(4, 4))), ValueError, r"sin\[0\] must have shape \(n, s\), got \(3,\)"),
+        (tables(sin=(ZEROS.sin[0].half(), ZEROS.sin[1])), ValueError, r"sin\[1\] must have the dtype of sin\[0\]"),
+        (tables(cos=(ZEROS.sin[0].to("meta"), ZEROS.sin[1])), ValueError, r"cos\[0\] must be on the device of x, cpu"),
+        (axial(made=None), TypeError, "angles.rope must be a planecycle_fast.rope.Rope, got NoneType"),
+        (axial(Rope(torch.ones(4).int())), TypeError, "angles.rope.periods must be a floating-point tensor, got"),
+        (axial(Rope(torch.ones(5))), ValueError, r"periods must have shape \(hd/4,\) for hd = 16, got \(5,\)"),
+        (axial(Rope(torch.ones(4), normalize="mean")), ValueError, "normalize must be one of .* got 'mean'"),
+        (axial(grid=(12,)), ValueError, r"angles.grid must have two or three sizes .* L = 12, got \(12,\)"),
+        (axial(grid=(2, 5)), ValueError, r"that multiply to L = 12, got \(2, 5\)"),
+        (axial(shift=torch.ones(3)), ValueError, r"shift must have shape \(2,\) and dtype torch.float32, got \(3,\)"),
+        (
+            axial(rescale=torch.ones(1).half()),
+            ValueError,
+            r"rescale must have .* got \(1,\), torch.float16",
+        ),
+        (axial(jitter=torch.ones(2).int()), TypeError, "augmentation.jitter must be a floating-point tensor, got"),
+        ({"angles": Axial(PERIODS, (3, 4), {})}, TypeError, "angles.augmentation must be a rope.Augmentation or None"),
         ({"x": torch.zeros(2, 14, 3, 16).requires_grad_(), "inplace": True}, ValueError, "inplace must be False"),
+        ({"x": torch.zeros(1, 14, 3, 16).expand(2, -1, -1, -1), "inplace": True}, ValueError, "elements share memory"),
         ({"backend": "triton"}, ValueError, "backend 'triton' is not usable"),
     ],
     ids=lambda v: str(v)[:40],
 )
 def test_op_bad_input(change, error, message):
-    tables = (torch.zeros(3, 4), torch.zeros(4, 4))
-    arguments = {"x": torch.zeros(2, 14, 3, 16), "sin": tables, "cos": tables, "num_globals": 2} | change
+    arguments = {"x": torch.zeros(2, 14, 3, 16), "angles": ZEROS, "num_globals": 2} | change
     with pytest.raises(error, match=message):
         rope(**arguments)

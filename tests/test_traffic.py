@@ -150,7 +150,7 @@ def test_weight_casts_under_autocast_stand_alone():
     for row in table.lifted_rows("ours", torch.float32, autocast=True):
         weights = 12 * table.CHANNELS**2 * (4 + 2)  # float32 in, bfloat16 out
         unit = table.SIZES[0] * (table.GLOBALS + table.SIZES[1] * table.SIZES[2]) * table.CHANNELS * 2
-        assert row.weight_casts == pytest.approx(weights / unit) and 40 < row.moved < 60
+        assert row.weight_casts == pytest.approx(weights / unit) and row.moved <= 44.0
 
 
 def test_a_copy_between_operations_would_be_seen(monkeypatch):

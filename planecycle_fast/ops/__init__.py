@@ -4,11 +4,13 @@ from .add_norm import Norm, add_norm, add_norm_ref
 from .attention import attention, attention_ref
 from .gelu import gelu, gelu_ref
 from .plane_switch import plane_switch, plane_switch_ref
-from .rope import rope, rope_ref
+from .rope import Axial, Tables, rope, rope_ref
 from .swiglu import swiglu, swiglu_ref
 
 __all__ = [
+    "Axial",
     "Norm",
+    "Tables",
     "add_norm",
     "add_norm_ref",
     "attention",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import pick
+from ..backends import asked_for, pick
+from .configs import LARGEST_ROW
 
 
 class Norm(NamedTuple):
@@ -28,13 +30,14 @@ def add_norm_ref(
     branch: Tensor | None,  # (N, rows, C), or None: just the norm
     scale: Tensor | None,  # (C,), LayerScale, or None: 1
     norm: Norm,
+    norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # the sum and its norm, (N, rows, C) each
     """Pure PyTorch, any device and floating dtypes, differentiable any number of times.
 
     Rounds where eager models do: the product, the sum, then the norm of the rounded sum.
     """
     x = add_ref(x, branch, scale)
-    return x, normalize_ref(x, norm)
+    return x, normalize_ref(x, norm, norm_dtype)
 
 
 def add_ref(
@@ -51,10 +54,13 @@ def add_ref(
 def normalize_ref(
     x: Tensor,  # (..., C)
     norm: Norm,
-) -> Tensor:  # (..., C), float32 under autocast
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:  # (..., C); of no `norm_dtype` as torch gives it, float32 under autocast
     if norm.rms:
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        out = F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    else:
+        out = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return out if norm_dtype is None else out.to(norm_dtype)
 
 
 def add_norm(
@@ -62,23 +68,51 @@ def add_norm(
     branch: Tensor | None,  # (N, rows, C), or None: just the norm
     scale: Tensor | None,  # (C,), LayerScale, or None: 1
     norm: Norm,
+    norm_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # the sum and its norm, (N, rows, C) each
     """`add_norm_ref` on the backend asked for; never writes to its inputs.
 
+    Args:
+        norm_dtype: of the norm, for what comes next: under autocast a linear layer would cast it anyway.
+
+    Backend "triton" sums in float32 and rounds once; it has first derivatives in reverse mode only.
+
     Raises:
-        TypeError: an argument is not a floating-point tensor, or norm no `Norm`.
-        ValueError: shapes that do not belong together, or a backend that is unknown or not usable.
+        TypeError: an argument is not a floating-point tensor, norm no `Norm`, or norm_dtype no floating-point dtype.
+        ValueError: shapes that do not belong together, a backend that is unknown or not usable, or more than 8,192
+            channels on backend "triton".
     """
-    check_stream(x, branch, scale, norm)
+    check_stream(x, branch, scale, norm, norm_dtype)
     if norm is None:
         raise TypeError("norm must be an ops.Norm, got NoneType")
-    pick(backend, x.device, op="add_norm")
-    return add_norm_ref(x, branch, scale, norm)
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (N, rows, C), got {tuple(x.shape)}")
+    if pick_rows(backend, x) != "triton":
+        return add_norm_ref(x, branch, scale, norm, norm_dtype)
+    from .add_norm_autograd import add_rows_triton
+
+    return add_rows_triton(x, branch, scale, norm, norm_dtype)
 
 
-def check_stream(x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: Norm | None) -> None:
+def pick_rows(backend: str, x: Tensor) -> str:
+    """The backend for x (N, rows, C). Raises ValueError for "triton" by name where its kernels cannot hold a row."""
+    chosen = pick(backend, x.device, op="add_norm")
+    if chosen == "triton" and x.shape[-1] > LARGEST_ROW:
+        if asked_for(backend) == "triton":
+            raise ValueError(
+                f"x has {x.shape[-1]} channels, backend 'triton' holds whole rows of at most {LARGEST_ROW}; use 'auto'"
+            )
+        return "reference"
+    return chosen
+
+
+def check_stream(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: Norm | None, norm_dtype: torch.dtype | None = None
+) -> None:
     """Raises TypeError or ValueError for what cannot be added to x or normalise it. (x's own shape is the caller's.)"""
+    if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
+        raise TypeError(f"norm_dtype must be a floating-point dtype or None, got {norm_dtype!r}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if branch is not None:
@@ -91,6 +125,8 @@ def check_stream(x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: N
         raise ValueError("scale must be None without a branch to scale, got a tensor")
     if norm is not None and not isinstance(norm, Norm):
         raise TypeError(f"norm must be an ops.Norm, got {type(norm).__name__}")
+    if norm is not None and norm.rms and norm.bias is not None:
+        raise ValueError("norm.bias must be None for an RMSNorm, got a tensor")
     vectors = {"scale": scale} | ({"norm.weight": norm.weight, "norm.bias": norm.bias} if norm is not None else {})
     for name, vector in vectors.items():
         if vector is None:

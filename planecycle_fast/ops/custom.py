@@ -50,29 +50,32 @@ def register(
     body: Callable[..., Any],
     *,
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
+    mutates: tuple[str, ...] = (),
     cost: Callable[..., Cost],
 ) -> CustomOp:
-    """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema; it mutates nothing.
+    """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema.
 
     Under autocast an operation keeps the dtypes it is given, as the residual stream must; none is a matrix product.
 
     Args:
-        body: computes the outputs, always in new memory, launching kernels by `launch`.
+        body: computes the outputs, in new memory or in what it mutates, launching kernels by `launch`.
         fake: the outputs' shapes, strides and dtypes, without data.
         setup_context, backward: as in `torch.library.register_autograd`; `backward` calls registered operations
-            only, so that it can be differentiated again.
+            only, so that it can be differentiated again. None for what is done in place, without gradients.
         vmap: as in `torch.library.register_vmap`; None where torch.func's transforms are refused.
+        mutates: the arguments that it writes to.
         cost: what a call with these arguments moves.
     """
-    name = body.__name__.strip("_")
+    name = body.__name__.removeprefix("_")
     make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    definition = make(f"{NAMESPACE}::{name}", body, mutates_args=())
+    definition = make(f"{NAMESPACE}::{name}", body, mutates_args=mutates)
     if INTERPRETED:
         definition.register_fake(fake)
-    definition.register_autograd(backward, setup_context=setup_context)
+    if backward is not None:
+        definition.register_autograd(backward, setup_context=setup_context)
     if vmap is not None:
         definition.register_vmap(vmap)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -87,7 +90,7 @@ def register_backward(
     cost: Callable[..., Cost],
 ) -> CustomOp:
     """`register`, for what a backward calls and nobody may differentiate again: that raises NotImplementedError."""
-    name = body.__name__.strip("_")
+    name = body.__name__.removeprefix("_")
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
@@ -97,9 +100,14 @@ def register_backward(
     return register(body, fake=fake, setup_context=lambda ctx, inputs, output: None, backward=backward, cost=cost)
 
 
+def transforms_active() -> bool:
+    """Whether this runs within forward mode or one of torch.func's transforms."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def refuse_transforms(name: str) -> None:
     """Raises NotImplementedError within forward mode and torch.func's transforms, where tangents would be zero."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if transforms_active():
         raise NotImplementedError(
             f"{name} has no forward-mode derivatives and no torch.func transforms on backend 'triton'; "
             "use backend='reference'"
@@ -159,7 +167,7 @@ def linear(
             return vmap(Linear.apply, in_dims[0], x, *arguments)
 
     def call(x: Tensor, *arguments: Any) -> Tensor:
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return Linear.apply(x, *arguments)
         return op(x, *arguments)
 

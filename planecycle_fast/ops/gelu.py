@@ -22,7 +22,7 @@ def gelu(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # like x
-    """`gelu_ref` on the backend asked for.
+    """`gelu_ref` on the backend asked for. For "triton" too it is torch's kernel, which is one pass already.
 
     Args:
         inplace: write into x and return it; only where autograd does not need x.

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
-from .add_norm import Norm, add_ref, check_stream, normalize_ref
+from .add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
 
 
 def plane_switch_ref(
@@ -30,6 +30,7 @@ def plane_switch_ref(
     scale: Tensor | None = None,  # (C,)
     norm: Norm | None = None,
     globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
+    norm_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
     """Pure PyTorch, any device and floating dtype, differentiable any number of times.
 
@@ -37,7 +38,7 @@ def plane_switch_ref(
     """
     x = add_ref(x, branch, scale)
     out = _switch(x, old, new, sizes, num_globals, transition, globals_)
-    return out if norm is None else (out, normalize_ref(out, norm))
+    return out if norm is None else (out, normalize_ref(out, norm, norm_dtype))
 
 
 def _switch(
@@ -92,36 +93,50 @@ def plane_switch(
     scale: Tensor | None = None,  # (C,)
     norm: Norm | None = None,
     globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
+    norm_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
     """`plane_switch_ref` on the backend asked for; never writes to its inputs.
 
-    Backend "triton" moves rows and pools globals in its kernel; sum and norm are torch's operations so far.
+    Backend "triton" does all of it in one launch; with a branch or a norm it has first derivatives in reverse mode
+    only. Globals of their own are put before their patches by torch first, which is one pass.
 
     Args:
         x: the residual stream. With `branch`, ``x + scale * branch`` changes planes (DESIGN: paper section 2.2).
         norm: also return the norm of the new rows.
+        norm_dtype: of the norm, see `add_norm`.
         globals_: of a volume that enters the stream: x has only patches then, of any strides.
 
     Raises:
-        TypeError: x or another is not a floating-point tensor, transition no `Transition`, or norm no `Norm`.
-        ValueError: an unknown plane, sizes or shapes that do not belong together, or a backend that is
-            unknown or not usable.
+        TypeError: x or another is not a floating-point tensor, transition no `Transition`, norm no `Norm`, or
+            norm_dtype no floating-point dtype.
+        ValueError: an unknown plane, sizes or shapes that do not belong together, a backend that is unknown or not
+            usable, or more than 8,192 channels with a branch or a norm on backend "triton".
     """
     old, new = parse_plane(old, "old"), parse_plane(new, "new")
-    check_stream(x, branch, scale, norm)
+    check_stream(x, branch, scale, norm, norm_dtype)
     _check(x, old, new, sizes, num_globals, transition, globals_)
-    chosen = pick(backend, x.device, op="plane_switch")
+    in_full = branch is not None or norm is not None
+    chosen = pick_rows(backend, x) if in_full else pick(backend, x.device, op="plane_switch")
     if chosen != "triton":
-        return plane_switch_ref(x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_)
-    x = add_ref(x, branch, scale)
+        more = (branch, scale, norm, globals_, norm_dtype)
+        return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
     if globals_ is not None:
-        x = _switch(x, old, old, sizes, num_globals, Transition(transition.num_prev, transition.num_prev), globals_)
-    if not (old == new and _keeps_globals(new, num_globals, transition)):
-        from .plane_switch_triton import plane_switch_triton
+        same = Transition(transition.num_prev, transition.num_prev)
+        x = _switch(add_ref(x, branch, scale), old, old, sizes, num_globals, same, globals_)
+        branch = scale = None
+    stays = old == new and _keeps_globals(new, num_globals, transition)
+    if in_full:
+        from .add_norm_autograd import add_norm_triton, add_rows_triton
 
-        x = plane_switch_triton(x, old, new, sizes, num_globals, transition)
-    return x if norm is None else (x, normalize_ref(x, norm))
+        if stays:
+            return add_rows_triton(x, branch, scale, norm, norm_dtype)
+        return add_norm_triton(x, old, new, sizes, num_globals, transition, branch, scale, norm, norm_dtype)
+    if stays:
+        return x
+    from .plane_switch_triton import plane_switch_triton
+
+    return plane_switch_triton(x, old, new, sizes, num_globals, transition)
 
 
 def _check(

@@ -34,10 +34,10 @@ def run(function, tensors, settings, needed=None, upstream=contiguous, seed=0, l
         named = {f"out[{i}]" if len(outs) > 1 else "out": out for i, out in enumerate(outs)}
         results = {name: out.detach() for name, out in named.items()}
         dtypes = {name: t.dtype for name, t in (like or results).items()}
+        seeds = {name: 1000 * seed + i for i, name in enumerate(named)}
         named = {name: out for name, out in named.items() if out.requires_grad}
         differentiable = list(named.values())
         if differentiable:
-            seeds = {name: 1000 * seed + i for i, name in enumerate(named)}
             grads = [upstream(_like(out, seeds[name]).to(dtypes[name])).to(out.dtype) for name, out in named.items()]
             inputs, before = [leaves[name] for name in needed], [g.clone() for g in grads]
             found = torch.autograd.grad(differentiable, inputs, grads, allow_unused=True)
@@ -136,7 +136,8 @@ def derivatives(spec, case):
 
 
 def _twice(call, leaves):
-    (out,) = [call(*leaves).square().sum()]
+    outs = call(*leaves)
+    out = sum(o.square().sum() for o in (outs if isinstance(outs, (tuple, list)) else (outs,)))
     grads = torch.autograd.grad(out, leaves, create_graph=True)
     torch.autograd.grad(sum(g.sum() for g in grads), leaves)
 
@@ -196,6 +197,8 @@ def opcheck(spec, case, layout=contiguous, dtype=torch.float32):
     for needs_grad in (False, True):
         arguments = {name: t.detach().requires_grad_(needs_grad) for name, t in tensors.items()}
         for op, call in spec.op_arguments(arguments, case.settings):
+            if op in spec.others:  # nobody may differentiate it
+                call = [a.detach() if isinstance(a, torch.Tensor) else a for a in call]
             try:
                 torch.library.opcheck(op.overload, call)
             except Exception as error:  # opcheck raises many kinds
@@ -264,7 +267,8 @@ def _compare_footprints(spec, case, tensors, upstream, where):
     got, expected = (run(f, tensors, case.settings, upstream=upstream) for f in (spec.fast, spec.reference))
     _same_names(got, expected)
     for name in got:
-        check_footprint(f"{name}, {where}", got[name], expected[name])
+        if not (spec.cancels and where.startswith("inf")):
+            check_footprint(f"{name}, {where}", got[name], expected[name])
         check_footprint(f"{name}, {where}, infinite", *[_infinite_as_nan(r[name]) for r in (got, expected)])
 
 

@@ -194,5 +194,7 @@ def _range(*bounds, **_):
     steps = builtins.range(*values)
     if not wide and steps and steps[-1] + steps.step >= 2**31:
         raise Fault(f"{launches[-1]}: the variable of {steps} passes 2^31, too much for int32")
+    for observer in watching:
+        steps = observer.steps(steps)
     for value in steps:
         yield _scalar(value, tl.int64 if wide else tl.int32)

@@ -90,6 +90,10 @@ class Observer:
     def programs(self, grid):
         """Which programs to run: triples, or None for all."""
 
+    def steps(self, steps):
+        """Which of a loop's `steps`, a range, to run."""
+        return steps
+
     def accessed(self, access):
         """An access is about to happen."""
 

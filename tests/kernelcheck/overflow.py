@@ -3,8 +3,8 @@
 Tensors are on `meta`, so loads give zeros and stores do nothing; what kernels compute on integers is real. Every
 signed integer that does not fit into its type is reported (a GPU wraps it silently; unsigned ones are meant to wrap),
 and `sanitizer.Bounds` holds every address against the view it is for. Of a large grid the first and last programs run,
-those between at distances of powers of four from either end, and those that an argument of the kernel counts. Sums and
-scans of 64-bit integers are not checked.
+those between at distances of powers of four from either end, and those that an argument of the kernel counts; of a long
+loop both ends. Sums and scans of 64-bit integers are not checked.
 """
 
 import linecache
@@ -23,6 +23,7 @@ from .observers import Fault, Observer, observing
 
 GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along x, y, z (CUDA programming guide)
 MANY_SLICES = 100_000  # at which grids must fit
+LONG_LOOP = 16  # steps; of longer ones the two at either end run
 EXACT = (np.add, np.subtract, np.multiply, np.left_shift)  # integer operations that can leave their type
 NOT_KERNELS = (str(Path(triton.__file__).parent), str(Path(__file__).parent))
 
@@ -51,12 +52,12 @@ class _Probe(Observer):
         self.launches += 1
 
     def programs(self, grid):
-        count = int(np.prod(grid, dtype=object))
-        steps = {0, *(4**k for k in range(16))}
         sizes = {value for value in self.launch.values.values() if type(value) is int}  # where parts of a grid may meet
-        steps |= {count - 1 - step for step in steps} | sizes | {size - 1 for size in sizes}
-        chosen = sorted(i for i in steps if 0 <= i < count)
+        chosen = _some_of(int(np.prod(grid, dtype=object)), sizes | {size - 1 for size in sizes})
         return [tuple(int(i) for i in np.unravel_index(i, grid)) for i in chosen]
+
+    def steps(self, steps):
+        return steps if len(steps) <= LONG_LOOP else [steps[i] for i in (0, 1, -2, -1)]
 
     def check(self, values, dtype, what):
         """Raises OverflowFault unless integers, computed without limits, fit into a type of triton."""
@@ -67,6 +68,12 @@ class _Probe(Observer):
             raise OverflowFault(
                 f"{self.launch}: {what()} gives {value}, which does not fit into {dtype.scalar}, in {_kernel_line()}"
             )
+
+
+def _some_of(count, more=()):
+    """Indices below `count`: both ends, distances of powers of four from them, and some more."""
+    steps = {0, *(4**k for k in range(16))}
+    return sorted(i for i in steps | {count - 1 - step for step in steps} | set(more) if 0 <= i < count)
 
 
 def _kernel_line():

@@ -51,6 +51,7 @@ class Spec:
     groups: Callable[..., dict[str, torch.Tensor]]  # of (tensor, settings): rows that are judged separately
     exact: frozenset[str] = field(default_factory=frozenset)  # groups that only move: bit for bit
     forward_mode: bool = True  # whether forward-mode derivatives are right; if not they must raise
+    cancels: bool = False  # whether it subtracts sums, so that their order says which infinities become NaN
     twice: bool = True  # whether backward can be differentiated; if not it must raise
     factors: dict[str, list] = field(default_factory=dict)  # of the codegen gate: what its cases are made of
     factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
@@ -58,10 +59,11 @@ class Spec:
     exempt: int = 0  # how many accesses of a kernel may be narrower: vectors per channel, statistics, tables
     tensor_cores: bool = False  # whether its kernels claim to use them
     any_strides: bool = True  # of what op takes; if not, the public function copies
-    backward: tuple = ()  # the registered operations that only its backward calls
+    every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns
+    others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out
 
     @property
     def ops(self):
         """All registered operations that are tested by it."""
-        return (self.op, *self.backward)
+        return (self.op, *self.others)

@@ -101,7 +101,7 @@ class Traffic(TorchDispatchMode):
         storages = {t.untyped_storage()._cdata for t in _tensors(list(bound.values()))}
         written = [t for n in mutated for t in _tensors(bound.get(n))]
         written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
-        if not written and _tensors(out):  # a view, or an input as it came
+        if not written and (_tensors(out) or not storages):  # a view, or an input as it came; dtypes and sizes
             return
         if self.weights and name == "_to_copy" and args[0].ndim == 2 and args[0].numel() < self.smallest:
             self._count_weight(args[0], out)

@@ -1,0 +1,55 @@
+"""Whole models on kernels: outputs and all gradients, and whether they are within the budget of the reference."""
+
+import copy
+
+import torch
+
+import planecycle_fast as pcf
+
+from .budget import Errors, check, errors
+from .interpreter import poisoned
+
+LAYERS = 3  # of a model that run
+SEEDS = 3  # different inputs that the reference's largest error is taken from
+
+
+def results(model, volume, settings, backend):
+    """Features and gradients by name, of the volume and of every parameter that has one."""
+    lifted = pcf.lift(model, backend=backend, **settings)
+    volume = volume.detach().requires_grad_()
+    with poisoned():
+        features = lifted.intermediate(volume, [min(LAYERS, len(lifted.blocks)) - 1])[0]
+        found = {name: t for name, t in features._asdict().items() if t is not None}
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found.values()]
+        leaves = {"volume": volume} | {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(list(found.values()), list(leaves.values()), grads, allow_unused=True)
+    made = {f"gradient of {name}": g for name, g in zip(leaves, gradients) if g is not None}
+    return {name: t.detach() for name, t in found.items()} | made
+
+
+def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5))):
+    """Raises BudgetError where a host lifted with backend "triton" is further from float64 than it may be.
+
+    Args:
+        shape: batch, depth and (H, W) in tokens.
+    """
+    batch, depth, grid = shape
+    model = host.make().to(device, dtype)
+    wide = copy.deepcopy(model).double()
+    largest = {}
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        size = host.volume(batch=batch, depth=depth, grid=grid).shape
+        volume = torch.randn(size, generator=generator).to(device, dtype)
+        reference, exact = (
+            results(model, volume, settings, "reference"),
+            results(wide, volume.double(), settings, "reference"),
+        )
+        first, first_exact = (volume, exact) if seed == 0 else (first, first_exact)  # noqa: F821
+        for name, t in reference.items():
+            largest[name] = errors(name, t, exact[name]).worse(largest.get(name, Errors(t.dtype)))
+    got = results(model, first, settings, "triton")
+    assert got.keys() == first_exact.keys()
+    for name, t in got.items():
+        check(name, t, first_exact[name], largest[name])
