@@ -8,6 +8,7 @@ bytes that an operation declares, its time (median of many runs, caches flushed)
 import argparse
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device was found: nothing to run", file=sys.stderr)
         return 1
-    gpu = torch.cuda.get_device_name()
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder()
     status = 0 if arguments.skip_tests else run_tests(folder)
     text = table([time_call(*call) for call in calls()]) + "\n" + host_time()
     if arguments.tiles:
@@ -41,20 +40,28 @@ def main() -> int:
     return status
 
 
+def results_folder() -> Path:
+    """That of this GPU."""
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def header() -> str:
     """Where and of what a result is, as lines of text."""
     import triton
 
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     properties = torch.cuda.get_device_properties(0)
     return (
         f"{properties.name} (sm_{properties.major}{properties.minor}), CUDA {torch.version.cuda}, "
         f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, "
-        f"commit {commit or 'unknown'}, `make gpu`\n"
+        f"commit {commit or 'unknown'}, `{command}`\n"
     )
 
 

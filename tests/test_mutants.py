@@ -31,6 +31,7 @@ KERNEL = textwrap.dedent('''\
 
     def _scale(x, before, after):
         num_in = before.slices(x)
+        launch(scale_kernel, num_in)
         return num_in if x else after.slices(x)
 
 
@@ -67,7 +68,7 @@ EXPECTED = {  # of every kind one edit: what it makes of KERNEL
 
 def test_every_kind_of_edit():
     assert len(KINDS) >= 12
-    found = mutants(KERNEL, "_scale", most=100)
+    found = mutants(KERNEL, "scale_triton", most=100)
     edits = {(m.kind, m.before, m.after) for m in found}
     assert {kind.__name__ for kind in KINDS} == set(EXPECTED)
     for kind, (before, after) in EXPECTED.items():
@@ -75,7 +76,7 @@ def test_every_kind_of_edit():
 
 
 def test_edits_change_one_place_of_a_kernel():
-    for mutant in mutants(KERNEL, "_scale", most=100):
+    for mutant in mutants(KERNEL, "scale_triton", most=100):
         edited = mutant.source(KERNEL)
         assert ast.dump(ast.parse(edited)) != ast.dump(ast.parse(KERNEL)), mutant
         assert len(edited) == len(KERNEL) + len(mutant.after) - len(mutant.before)
@@ -83,9 +84,9 @@ def test_edits_change_one_place_of_a_kernel():
 
 
 def test_edits_are_the_same_at_every_call():
-    few = mutants(KERNEL, "_scale", most=2)
-    assert few == mutants(KERNEL, "_scale", most=2)
-    everything = [m.source(KERNEL) for m in mutants(KERNEL, "_scale", most=100)]
+    few = mutants(KERNEL, "scale_triton", most=2)
+    assert few == mutants(KERNEL, "scale_triton", most=2)
+    everything = [m.source(KERNEL) for m in mutants(KERNEL, "scale_triton", most=100)]
     assert {m.source(KERNEL) for m in few} < set(everything) and len(set(everything)) == len(everything)
     for (kind, _), same in itertools.groupby(few, lambda m: (m.kind, m.function)):
         assert len(list(same)) <= 2 or kind == "narrow_integer"
@@ -121,6 +122,8 @@ def test_opcheck():
 
 
 class Edit:
+    module = "planecycle_fast/toy.py"
+
     def __init__(self, text):
         self.text = text
 
@@ -136,12 +139,12 @@ def test_how_runs_end(tmp_path):
         (project / folder / "__init__.py").touch()
     (project / "planecycle_fast" / "toy.py").write_text(TOY)
     (project / "tests" / "test_toy.py").write_text(TOY_TESTS)
-    benches = [Bench(project, "planecycle_fast/toy.py", "tests/test_toy.py", tmp_path / str(i)) for i in range(2)]
+    benches = [Bench(project, [Edit.module], "tests/test_toy.py", tmp_path / str(i)) for i in range(2)]
     edits = [Edit(f"return {i}") for i in (2, 3, 4, 5, 7)] + [Edit("return 1 +")]
     lines = []
     results = {}
-    run_all(benches, TOY, edits, lambda edit, *ends: results.update({edit: ends}), 8, lambda *line: lines.append(line))
-    assert len(lines) == 2 * len(edits)
+    run_all(benches, edits, lambda edit, *ends: results.update({edit: ends}), 8, lambda *line: lines.append(line))
+    assert len(lines) == len(edits) + 3  # what a plain test killed is not run again
     ends = [[(outcome.test, outcome.error) for outcome in results[edit]] for edit in edits]
     assert ends == [
         [("test_plain", "AssertionError")] * 2,
@@ -152,8 +155,10 @@ def test_how_runs_end(tmp_path):
         [("collection", "CollectError")] * 2,
     ]
     assert (project / "planecycle_fast" / "toy.py").read_text() == TOY
+    (project / "planecycle_fast" / "toy.py").write_text(TOY.replace("1", "2"))
     with pytest.raises(RuntimeError, match="the original fails test_plain: AssertionError"):
-        run_all(benches, TOY.replace("1", "2"), edits, results.update)
+        bench = Bench(project, [Edit.module], "tests/test_toy.py", tmp_path / "2")
+        run_all([bench], edits, results.update)
     assert {PLAIN, ALL} == set(mutants_table.STAGES)
 
 
@@ -188,7 +193,7 @@ def test_a_stale_table_is_noticed():
 
 
 def test_every_operation_has_mutants():
-    """By one stem: tests/specs/<stem>.py, ops/<stem>_triton.py, tests/interpreted/test_<stem>.py."""
+    """By one stem: tests/specs/<stem>.py, ops/<stem>*_triton.py, tests/interpreted/test_<stem>.py."""
     assert mutants_table.operations() == sorted(spec.op.name for spec in SPECS)
     for operation in mutants_table.operations():
-        assert (mutants_table.PROJECT / mutants_table.module_of(operation)).exists()
+        assert f"planecycle_fast/ops/{operation}_triton.py" in mutants_table.modules_of(operation)

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
-from .add_norm_rows_triton import load_rows, load_vector, rows_of, store_rows, sum_rows
+from .add_norm_gradients_triton import gradient, store_piece, store_sums, through_norm
+from .add_norm_rows_triton import load_rows, rows_of
 from .add_norm_shapes import Shapes
 from .configs import tile
 from .custom import INTERPRETED, launch
@@ -25,102 +26,6 @@ from .plane_switch_triton import _bin_size, _divide, _last_divisor, _share
 
 PATCH_PROGRAMS, GLOBAL_PROGRAMS = 1024, 128  # at most; each leaves a row of partial sums
 COLUMNS, PARTIALS = 32, 128  # the tile that sums them
-
-
-@triton.jit
-def _normalized(saved, place, ok, c, average, inverse, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """Rows before weight and bias: (R, W)."""
-    return (load_rows(saved[0], place, ok, c, CHANNELS, ACC) - average[:, None]) * inverse[:, None]
-
-
-@triton.jit
-def _weighted(grad, saved, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    if saved[3] is not None:
-        grad = grad * load_vector(saved[3], c, CHANNELS, ACC)
-    return grad
-
-
-@triton.jit
-def _through_norm(
-    grad_head, grad_tail, saved, place, ok, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """From gradients of the norm to those of what was normalised, and to the terms of weight's: 4 tiles (R, W)."""
-    average = tl.zeros([grad_head.shape[0]], ACC)
-    if NORM == "layer":
-        average = tl.load(saved[1] + place, mask=ok, other=0)
-    inverse = tl.load(saved[2] + place, mask=ok, other=0)
-    head = _normalized(saved, place, ok, c, average, inverse, CHANNELS, ACC)
-    of_head = _weighted(grad_head, saved, c, CHANNELS, ACC)
-    tail, of_tail = grad_tail, grad_tail
-    if TAIL:
-        tail = _normalized(saved, place, ok, d, average, inverse, CHANNELS, ACC)
-        of_tail = _weighted(grad_tail, saved, d, CHANNELS, ACC)
-    along = (sum_rows(of_head * head, of_tail * tail, TAIL) / CHANNELS)[:, None]
-    common = tl.zeros([grad_head.shape[0], 1], ACC)
-    if NORM == "layer":
-        common = (sum_rows(of_head, of_tail, TAIL) / CHANNELS)[:, None]
-    inverse = inverse[:, None]
-    return (
-        (of_head - common - head * along) * inverse, (of_tail - common - tail * along) * inverse,
-        grad_head * head, grad_tail * tail,
-    )  # fmt: skip
-
-
-@triton.jit
-def _gradient(
-    grads, saved, place, ok, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
-):
-    """Gradients of new rows, and the terms of weight's and bias's: 6 tiles (R, W)."""
-    head = tl.zeros([place.shape[0], c.shape[0]], ACC)
-    tail = tl.zeros([place.shape[0], d.shape[0]], ACC)
-    weight_head, weight_tail, bias_head, bias_tail = head, tail, head, tail
-    if NORM != "none":
-        bias_head = load_rows(grads[1], place, ok, c, CHANNELS, ACC)
-        if TAIL:
-            bias_tail = load_rows(grads[1], place, ok, d, CHANNELS, ACC)
-        head, tail, weight_head, weight_tail = _through_norm(
-            bias_head, bias_tail, saved, place, ok, c, d, CHANNELS, TAIL, NORM, ACC
-        )
-    if grads[0] is not None:
-        head += load_rows(grads[0], place, ok, c, CHANNELS, ACC)
-        if TAIL:
-            tail += load_rows(grads[0], place, ok, d, CHANNELS, ACC)
-    return head, tail, weight_head, weight_tail, bias_head, bias_tail
-
-
-@triton.jit
-def _store_piece(piece, inputs, outs, sums, place, ok, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of old rows; the terms of scale's (R, W)."""
-    branch, scale = inputs
-    store_rows(outs[0], piece, place, ok, c, CHANNELS)
-    terms = piece
-    if sums[0] is not None:
-        terms = piece * load_rows(branch, place, ok, c, CHANNELS, ACC)
-    if outs[1] is not None:
-        if scale is not None:
-            piece = piece * load_vector(scale, c, CHANNELS, ACC)
-        store_rows(outs[1], piece, place, ok, c, CHANNELS)
-    return terms
-
-
-@triton.jit
-def _store_sum(terms, sums, c, CHANNELS: tl.constexpr):
-    """This program's part of a vector's gradient, from tiles (R, W)."""
-    if sums is not None:
-        tl.store(sums + tl.program_id(0).to(tl.int64) * CHANNELS + c, tl.sum(terms, 0), mask=c < CHANNELS)
-
-
-@triton.jit
-def _store_sums(heads, tails, sums, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr):
-    """Of scale's, weight's and bias's."""
-    _store_sum(heads[0], sums[0], c, CHANNELS)
-    _store_sum(heads[1], sums[1], c, CHANNELS)
-    _store_sum(heads[2], sums[2], c, CHANNELS)
-    if TAIL:
-        _store_sum(tails[0], sums[0], d, CHANNELS)
-        _store_sum(tails[1], sums[1], d, CHANNELS)
-        _store_sum(tails[2], sums[2], d, CHANNELS)
 
 
 @triton.jit
@@ -134,18 +39,16 @@ def _patches(
     weight_head, weight_tail, bias_head, bias_tail = scale_head, scale_tail, scale_head, scale_tail
     for job in range(jobs[0], jobs[1]):
         source, target, ok = rows_of(job, num_globals, sizes, x_strides, out_strides, BLOCK_R)
-        head, tail, w_head, w_tail, b_head, b_tail = _gradient(
-            grads, saved, target, ok, c, d, CHANNELS, TAIL, NORM, ACC
-        )
-        scale_head += _store_piece(head, inputs, outs, sums, source, ok, c, CHANNELS, ACC)
+        head, tail, w_head, w_tail, b_head, b_tail = gradient(grads, saved, target, ok, c, d, CHANNELS, TAIL, NORM, ACC)
+        scale_head += store_piece(head, inputs, outs, sums, source, ok, c, CHANNELS, ACC)
         weight_head += w_head
         bias_head += b_head
         if TAIL:
-            scale_tail += _store_piece(tail, inputs, outs, sums, source, ok, d, CHANNELS, ACC)
+            scale_tail += store_piece(tail, inputs, outs, sums, source, ok, d, CHANNELS, ACC)
             weight_tail += w_tail
             bias_tail += b_tail
     heads, tails = (scale_head, weight_head, bias_head), (scale_tail, weight_tail, bias_tail)
-    _store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
+    store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
 
 
 @triton.jit
@@ -170,7 +73,7 @@ def _bands(
         for k in range(first, end):
             share = _divide(_share(k, p, num_out, num_in, via, ACC), _bin_size(k, via, num_out), ACC)
             place = b * out_strides[0] + k * out_strides[1] + token
-            part, rest, w_head, w_tail, b_head, b_tail = _gradient(
+            part, rest, w_head, w_tail, b_head, b_tail = gradient(
                 grads, saved, place, ok, c, d, CHANNELS, TAIL, NORM, ACC
             )
             own = (k * via // num_out) * num_in // via == p  # the first of the slices that k averages
@@ -182,11 +85,11 @@ def _bands(
                 weight_tail += tl.where(own, w_tail, 0)
                 bias_tail += tl.where(own, b_tail, 0)
         place = b * x_strides[0] + p * x_strides[1] + token
-        scale_head += _store_piece(head, inputs, outs, sums, place, ok, c, CHANNELS, ACC)
+        scale_head += store_piece(head, inputs, outs, sums, place, ok, c, CHANNELS, ACC)
         if TAIL:
-            scale_tail += _store_piece(tail, inputs, outs, sums, place, ok, d, CHANNELS, ACC)
+            scale_tail += store_piece(tail, inputs, outs, sums, place, ok, d, CHANNELS, ACC)
     heads, tails = (scale_head, weight_head, bias_head), (scale_tail, weight_tail, bias_tail)
-    _store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
+    store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
 
 
 @triton.jit
@@ -221,9 +124,7 @@ def _mean(
             b_head = _sum_slices(grads[1], new, out_strides[1], num_out, c, CHANNELS, BLOCK_R, ACC)
             b_tail = _sum_slices(grads[1], new, out_strides[1], num_out, d, CHANNELS, BLOCK_R, ACC)
             here = tl.full([1], 1, tl.int1)
-            part, rest, w_head, w_tail = _through_norm(
-                b_head, b_tail, saved, new, here, c, d, CHANNELS, TAIL, NORM, ACC
-            )
+            part, rest, w_head, w_tail = through_norm(b_head, b_tail, saved, new, here, c, d, CHANNELS, TAIL, NORM, ACC)
             head += part
             weight_head += w_head
             bias_head += b_head
@@ -237,11 +138,11 @@ def _mean(
             k = start + tl.arange(0, BLOCK_R)
             share = _divide(_share(0, k, 1, num_in, via, ACC), via // last, ACC)[:, None]
             place = b * x_strides[0] + k * x_strides[1] + token
-            scale_head += _store_piece(share * head, inputs, outs, sums, place, k < num_in, c, CHANNELS, ACC)
+            scale_head += store_piece(share * head, inputs, outs, sums, place, k < num_in, c, CHANNELS, ACC)
             if TAIL:
-                scale_tail += _store_piece(share * tail, inputs, outs, sums, place, k < num_in, d, CHANNELS, ACC)
+                scale_tail += store_piece(share * tail, inputs, outs, sums, place, k < num_in, d, CHANNELS, ACC)
     heads, tails = (scale_head, weight_head, bias_head), (scale_tail, weight_tail, bias_tail)
-    _store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
+    store_sums(heads, tails, sums, c, d, CHANNELS, TAIL)
 
 
 _SIZES = """num_globals n0 n1 n2 x_volume x_seq x_0 x_1 x_2 out_volume out_seq out_0 num_in num_out via

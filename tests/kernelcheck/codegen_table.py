@@ -69,10 +69,17 @@ def every_build(spec):
 
 
 def source_hash(kernel):
-    """Of everything that the kernel's module compiles, comments left out."""
-    module = sys.modules[kernel.fn.__module__]
-    functions = [f for f in vars(module).values() if isinstance(f, triton.JITFunction)]
-    return hashlib.sha256("".join(_code(f.src) for f in functions).encode()).hexdigest()[:16]
+    """Of everything that a kernel compiles, in whatever module, comments left out."""
+    return hashlib.sha256("".join(_code(f.src) for f in _reached(kernel)).encode()).hexdigest()[:16]
+
+
+def _reached(kernel):
+    """The kernel and all functions it calls, by name, directly or not."""
+    found = [kernel]
+    for function in found:
+        called = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
+        found += [f for f in dict.fromkeys(called) if isinstance(f, triton.JITFunction) and f not in found]
+    return found
 
 
 def _code(source):

@@ -9,7 +9,7 @@ from . import checks
 from .layouts import LAYOUTS, VARIED, contiguous, permuted
 from .overflow import apart, apart_unaligned
 
-EXAMPLES = 350  # of three dtypes; all operations together run more than 2,000
+EXAMPLES = 460  # of three dtypes; all operations together run more than 2,000
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64 is what they are measured by
 
 

@@ -1,9 +1,9 @@
 """Runs mutants of a kernel against that kernel's tests, each in a process of its own that may crash or hang.
 
 A process is forked from one that has imported torch, triton and pytest but nothing of this project; it takes the
-project from a copy in which one file is edited. Two runs per mutant: `PLAIN`, `test_plain` without sanitizers, and
-`ALL`, until the first failure. `ALL` is the tests of the kernel without opcheck, torch.compile and autocast, which are
-about the wiring around it, without fp16, and with less fuzzing.
+project from a copy in which one file is edited. Two runs per mutant, until the first failure: `PLAIN`, `test_plain`
+without sanitizers, and if that passes `ALL`, the tests of the kernel without opcheck, torch.compile and autocast, which
+are about the wiring around it, without fp16, and with less fuzzing.
 """
 
 import faulthandler
@@ -48,22 +48,25 @@ class Bench:
 
     Args:
         project: the folder of the project.
-        module, test_file: what is edited and what is run, relative to it.
+        modules, test_file: what may be edited and what is run, relative to it.
         folder: where to copy to.
     """
 
-    def __init__(self, project, module, test_file, folder):
-        self.folder, self.module, self.test_file = Path(folder), module, test_file
+    def __init__(self, project, modules, test_file, folder):
+        self.folder, self.test_file = Path(folder), test_file
         for part in PARTS:
             source = Path(project) / part
             if source.is_dir():
                 shutil.copytree(source, self.folder / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 shutil.copy(source, self.folder / part)
+        self.originals = {module: (self.folder / module).read_text() for module in modules}
 
-    def start(self, source, stage, limits):
-        """Forks a run on an edited source. `limits` are seconds by test, with one for all others under ""."""
-        (self.folder / self.module).write_text(source)
+    def start(self, mutant, stage, limits):
+        """Forks a run of a mutant; of the original for None. `limits` are seconds by test, of all others under ""."""
+        for module, source in self.originals.items():
+            edited = mutant and mutant.module == module
+            (self.folder / module).write_text(mutant.source(source) if edited else source)
         self.report = self.folder / "report.jsonl"
         self.log = self.folder / "output.txt"
         self.report.unlink(missing_ok=True)
@@ -171,7 +174,7 @@ def _rank(name):
     return (LAST.index(name) + 1 if name in LAST else 0, FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
-def run_all(benches, original, mutants, done, limit=None, tell=print):
+def run_all(benches, mutants, done, limit=None, tell=print):
     """Calls ``done(mutant, outcome of PLAIN, outcome of ALL)`` for each mutant, as many at a time as there are benches.
 
     A test may take 10 seconds more than 5 times what it takes on the original, or `limit` seconds.
@@ -180,39 +183,41 @@ def run_all(benches, original, mutants, done, limit=None, tell=print):
     """
     limits, expected = {}, {}
     for stage in (PLAIN, ALL):
-        [baseline] = _finish(benches[:1], [(None, stage)], lambda _: original, {"": 3600}, lambda *_: None).values()
+        [baseline] = _finish(benches[:1], [(None, stage)], {"": 3600}, lambda *_: []).values()
         if baseline.killed:
             raise RuntimeError(f"the original fails {baseline.test}: {baseline.error}")
         expected[stage] = baseline.seconds.keys()
         limits |= {test: limit or 10 + 5 * seconds for test, seconds in baseline.seconds.items()}
     limits[""] = limit or 60
-    jobs = [(mutant, stage) for mutant in mutants for stage in (PLAIN, ALL)]
-    outcomes = {}
+    plain = {}
 
     def ended(progress, mutant, stage, outcome):
         if not outcome.killed and outcome.seconds.keys() != expected[stage]:
             raise RuntimeError(f"a run of {stage} ended early without a failure: {outcome}")
-        outcomes[mutant, stage] = outcome
         tell(progress, mutant, stage, outcome)
-        if (mutant, PLAIN) in outcomes and (mutant, ALL) in outcomes:
-            done(mutant, outcomes[mutant, PLAIN], outcomes[mutant, ALL])
+        plain.setdefault(mutant, outcome)
+        if stage == PLAIN and not outcome.killed:
+            return [(mutant, ALL)]
+        done(mutant, plain[mutant], outcome)
+        return []
 
-    _finish(benches, jobs, lambda mutant: mutant.source(original), limits, ended)
+    _finish(benches, [(mutant, PLAIN) for mutant in mutants], limits, ended)
 
 
-def _finish(benches, jobs, source, limits, tell):
-    """{job: outcome} of (mutant, stage) jobs."""
+def _finish(benches, jobs, limits, ended):
+    """{job: outcome} of (mutant, stage) jobs, and of those that `ended` wants next."""
     waiting, free, running, outcomes = list(reversed(jobs)), list(benches), {}, {}
     try:
         while waiting or running:
             while waiting and free:
                 job, bench = waiting.pop(), free.pop()
-                running[bench.start(source(job[0]), job[1], limits)] = job, bench
+                running[bench.start(*job, limits)] = job, bench
             pid, status = _wait(running)
             job, bench = running.pop(pid)
             outcomes[job] = bench.outcome(status)
             free.append(bench)
-            tell(f"{len(outcomes)} of {len(jobs)}", *job, outcomes[job])
+            total = len(outcomes) + len(waiting) + len(running)
+            waiting += ended(f"{len(outcomes)} of {total}", *job, outcomes[job])
     finally:
         for pid in running:
             os.kill(pid, signal.SIGKILL)

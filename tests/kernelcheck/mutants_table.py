@@ -20,7 +20,7 @@ from .mutate import mutants
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
 TABLE, SUMMARY = RESULTS / "mutants.csv", RESULTS / "mutants.md"
-EDIT = ["operation", "function", "kind", "line", "before", "after", "occurrence"]
+EDIT = ["operation", "module", "function", "kind", "line", "before", "after", "occurrence"]
 STAGES = ["plain tests", "all checks"]
 COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless", "source"]
 LEAST, SHARE = 70, 0.95  # mutants of an operation; of them killed
@@ -37,24 +37,28 @@ def finished():
     return [operation for operation in operations() if operation not in WAITING]
 
 
-def module_of(operation):
-    """Where the kernels of an operation are, relative to the project."""
-    return f"planecycle_fast/ops/{operation}_triton.py"
+def modules_of(operation):
+    """Where the kernels of an operation are, relative to the project: all of one stem."""
+    found = (PROJECT / "planecycle_fast" / "ops").glob(f"{operation}*_triton.py")
+    return sorted(str(path.relative_to(PROJECT)) for path in found)
 
 
 def source_hash(operation):
-    """Of the module with the kernels."""
-    return hashlib.sha256((PROJECT / module_of(operation)).read_bytes()).hexdigest()[:12]
+    """Of the modules with the kernels."""
+    sources = b"".join((PROJECT / module).read_bytes() for module in modules_of(operation))
+    return hashlib.sha256(sources).hexdigest()[:12]
 
 
 def edits(operation):
     """[(row with the columns of EDIT, mutant)] of an operation as its source is now."""
     seen, found = Counter(), []
-    for mutant in mutants((PROJECT / module_of(operation)).read_text(), f"_{operation}"):
-        one_line = {name: " ".join(getattr(mutant, name).split()) for name in ("line", "before", "after")}
-        row = {"operation": operation, "function": mutant.function, "kind": mutant.kind, **one_line}
-        seen[tuple(row.values())] += 1
-        found.append((row | {"occurrence": str(seen[tuple(row.values())])}, mutant))
+    for module in modules_of(operation):
+        for mutant in mutants((PROJECT / module).read_text(), module):
+            one_line = {name: " ".join(getattr(mutant, name).split()) for name in ("line", "before", "after")}
+            row = {"operation": operation, "module": Path(module).stem, "function": mutant.function}
+            row |= {"kind": mutant.kind, **one_line}
+            seen[tuple(row.values())] += 1
+            found.append((row | {"occurrence": str(seen[tuple(row.values())])}, mutant))
     return found
 
 
@@ -205,9 +209,9 @@ def _run(operation, table, known, arguments):
     if not rows:
         return
     with tempfile.TemporaryDirectory() as folder:
-        places = [PROJECT, module_of(operation), f"tests/interpreted/test_{operation}.py"]
+        places = [PROJECT, modules_of(operation), f"tests/interpreted/test_{operation}.py"]
         benches = [Bench(*places, Path(folder) / str(i)) for i in range(arguments.jobs)]
-        run_all(benches, (PROJECT / module_of(operation)).read_text(), list(rows), done, tell=tell)
+        run_all(benches, list(rows), done, tell=tell)
 
 
 if __name__ == "__main__":

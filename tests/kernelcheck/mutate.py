@@ -1,7 +1,7 @@
 """Edits of a kernel's source, one at a time: faults that its tests must notice.
 
 Each kind of edit is a function of a node of the syntax tree that gives the texts to put in its place. Edited are the
-functions under ``@triton.jit`` and the body that launches them. Nothing here imports what it edits.
+functions under ``@triton.jit`` and those that launch them. Nothing here imports what it edits.
 """
 
 import ast
@@ -18,6 +18,7 @@ SWAPS = dict(PAIRS) | {b: a for a, b in PAIRS}
 class Mutant:
     """One edit."""
 
+    module: str
     kind: str
     function: str
     line: str  # of source, before
@@ -209,22 +210,23 @@ KINDS = [
 ]  # fmt: skip
 
 
-def mutants(text, body, most=4):
-    """Mutants of a module's kernels and of `body`, at most so many of a kind and function, the same at every call.
+def mutants(text, module, most=4):
+    """Mutants of a module's kernels and of what launches them, at most so many of a kind and function, always the same.
 
     Of `narrow_integer` there are all: what is too narrow shows at sizes that nobody runs.
     """
     s, found = _Source(text), []
     functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     for function in functions:
-        if function.name != body and "triton.jit" not in {_name_of(d) for d in function.decorator_list}:
+        launches = any(_called(node) == "launch" for node in ast.walk(function))
+        if not launches and "triton.jit" not in {_name_of(d) for d in function.decorator_list}:
             continue
         names = [arg.arg for arg in (*function.args.args, *function.args.kwonlyargs)]
         names += [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         names = list(dict.fromkeys(names))
         for kind in KINDS:
             edits = [(node, after) for node in _nodes(function) for after in kind(node, s, names)]
-            of_kind = [_mutant(kind, function, *edit, s) for edit in edits]
+            of_kind = [_mutant(module, kind, function, *edit, s) for edit in edits]
             of_kind = [m for m in dict.fromkeys(of_kind) if _compiles(m.source(text))]
             random.Random(f"{kind.__name__} {function.name}").shuffle(of_kind)
             of_kind = of_kind if kind is narrow_integer else of_kind[:most]
@@ -242,10 +244,10 @@ def _nodes(function):
         yield from ast.walk(part)
 
 
-def _mutant(kind, function, node, after, s):
+def _mutant(module, kind, function, node, after, s):
     start, end = s.span(node.test if isinstance(node, ast.If) else node)
     line = s.text[s.lines[node.lineno - 1] :].splitlines()[0].strip()
-    return Mutant(kind.__name__, function.name, line, s.text[start:end], after, start, end)
+    return Mutant(module, kind.__name__, function.name, line, s.text[start:end], after, start, end)
 
 
 def _compiles(source):
