@@ -70,10 +70,10 @@ def every_build(spec):
 
 def source_hash(kernel):
     """Of everything that a kernel compiles, in whatever module, comments left out."""
-    return hashlib.sha256("".join(_code(f.src) for f in _reached(kernel)).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(_code(f.src) for f in reached(kernel)).encode()).hexdigest()[:16]
 
 
-def _reached(kernel):
+def reached(kernel):
     """The kernel and all functions it calls, by name, directly or not."""
     found = [kernel]
     for function in found:

@@ -15,6 +15,7 @@ class Case:
     settings: dict[str, Any]
     name: str = ""
     narrower: dict[str, torch.dtype] = field(default_factory=dict)  # of some tensors where others are float32: autocast
+    only: torch.dtype | None = None  # the dtype it is about, and runs in
 
     def make(self, dtype, seed=0, device="cpu"):
         """Random tensors by argument name, the same at every call; on `meta` without values."""

@@ -107,7 +107,7 @@ def huge_cases():
     yield case(HW, DW, (1024, 1024, 1023), 5, 32, name="2^30 tokens with globals")
     yield case(DH, HW, (64, 256, 256), 5, 4096, 40, name="2^39 elements in 40 volumes")
     yield case(DHW, DH, (2**12, 2**12, 2**6), 3, 64, 3, globals_at="plane", name="from one slice")
-    yield case(DW, HW, (100_000, 10_000, 1), 0, 8192, name="to 100,000 slices, 8192 channels")
+    yield case(HW, DW, (100_000, 10_000, 1), 0, 8192, name="100,000 slices, 8192 channels")
     yield case(HW, DW, (32_000, 30_000, 1), 5, 100, name="32,000 slices with globals")
     yield case(DW, HW, (3, 2, 2), 2**28, 64, name="2^28 globals")
     yield case(DW, DH, (3, 2, 2), 2**28, 64, pool_method="PCm", name="2^28 globals, a mean")
