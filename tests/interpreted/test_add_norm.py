@@ -3,4 +3,4 @@
 from ..kernelcheck.harness import op_tests
 from ..specs.add_norm import SPEC
 
-TestAddNorm = op_tests(SPEC, examples=30)
+TestAddNorm = op_tests(SPEC, examples=20)

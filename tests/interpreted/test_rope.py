@@ -13,7 +13,7 @@ from ..kernelcheck.layouts import VARIED
 from ..kernelcheck.observers import Observer, observing
 from ..specs.rope import KINDS, SPEC, case
 
-TestRope = op_tests(SPEC, examples=150)
+TestRope = op_tests(SPEC, examples=250)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 AXIAL = [kind for kind in KINDS if "tables" not in kind and "dense" not in kind]
 

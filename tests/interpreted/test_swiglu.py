@@ -16,7 +16,7 @@ from ..kernelcheck.overflow import probing
 from ..kernelcheck.traffic import Traffic
 from ..specs.swiglu import SPEC, case
 
-TestSwiglu = op_tests(SPEC, examples=330)
+TestSwiglu = op_tests(SPEC, examples=230)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

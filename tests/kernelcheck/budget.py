@@ -28,7 +28,7 @@ class Errors(NamedTuple):
 
     dtype: torch.dtype
     largest: float = 0.0
-    leaning: float = 0.0  # median error away from zero, in eps of each value
+    leaning: float = 0.0  # median error away from zero, in eps of each value; or what is more than one rounding
 
     def worse(self, other):
         return Errors(self.dtype, max(self.largest, other.largest), max(abs(self.leaning), abs(other.leaning)))
@@ -46,18 +46,21 @@ def errors(name, reference, exact):
     if exact.numel() == 0:
         return Errors(reference.dtype)
     largest = (reference.double() - exact).masked_fill(odd, 0).abs().amax().item()
-    return Errors(reference.dtype, largest, _leaning(reference, exact))
+    leaning, typical = _leaning(reference, exact)
+    return Errors(reference.dtype, largest, max(abs(leaning), typical - LEANING))  # rounded more coarsely on the way
 
 
 def _leaning(t, exact):
+    """The median error and the median of its size, in eps of each value."""
     if torch.finfo(t.dtype).bits > 16:  # sums in the same precision lean as their weights were rounded
-        return 0.0
+        return 0.0, 0.0
     normal = exact.isfinite() & t.isfinite() & (exact.abs() > torch.finfo(t.dtype).smallest_normal)
     values, first = torch.unique(exact[normal], return_inverse=True)  # what is repeated counts once
     if len(values) < ENOUGH:
-        return 0.0
+        return 0.0, 0.0
     chosen = torch.zeros_like(values).scatter_(0, first, t[normal].double())
-    return ((chosen - values) / (torch.finfo(t.dtype).eps * values)).median().item()
+    found = (chosen - values) / (torch.finfo(t.dtype).eps * values)
+    return found.median().item(), found.abs().median().item()
 
 
 def check(name, got, exact, reference):
@@ -85,7 +88,7 @@ def check(name, got, exact, reference):
             f"largest) + {rounding.flatten()[where]:.3g} (one rounding of {got.dtype})"
         )
         raise BudgetError(_message(name, excess, got, exact, reason))
-    leaning = _leaning(got, exact)
+    leaning, _ = _leaning(got, exact)
     if abs(leaning) > LEANING + FACTOR * abs(reference.leaning):
         reason = (
             f"errors lean one way, by {leaning:.2f} eps of {got.dtype} in the median (the reference's: "

@@ -116,7 +116,7 @@ def huge_cases():
 def random_cases():
     from hypothesis import strategies as st
 
-    sizes = st.tuples(*[st.integers(1, 4)] * 3) | st.sampled_from([(1, 1, 7), (5, 2, 3), (11, 2, 1), (7, 1, 3)])
+    sizes = st.tuples(*[st.integers(1, 3)] * 3) | st.sampled_from([(1, 1, 7), (5, 2, 3), (4, 3, 1), (7, 1, 2)])
     return st.builds(
         lambda pair, sizes, g, channels, batch, pool, at, kind: case(
             *pair, sizes, g, channels, batch, pool, at, given=kind[0], rms=kind[1]
@@ -125,7 +125,7 @@ def random_cases():
         sizes,
         st.sampled_from([0, 1, 2, 5, 9]),
         st.sampled_from([4, 8, 16, 33, 40, 80]),
-        st.integers(1, 3),
+        st.integers(1, 2),
         st.sampled_from(POOL_METHODS),
         st.sampled_from(GLOBALS_AT),
         st.sampled_from(KINDS),
