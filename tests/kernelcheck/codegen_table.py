@@ -5,6 +5,7 @@ Also which of that a test run compiles (`pairwise`), and whether the table is st
 """
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -38,10 +39,18 @@ def all_factors(spec):
 
 def build(spec, arch, aligned, **choice):
     """The (name, variant, whether its accesses must be wide) of one choice of every factor."""
-    factors = {name: choice[name] for name in spec.factors}
-    launch = launches_of(spec, spec.factors_case(**factors), choice["dtype"], choice["layout"])[choice["call"]]
+    factors = tuple((name, choice[name]) for name in spec.factors)
+    launch = _launches(spec.op.name, factors, choice["dtype"], choice["layout"])[choice["call"]]
     variant = launch.variant(aligned, arch)
     return variant.name, variant, aligned and choice["layout"] is contiguous and spec.wide(choice)
+
+
+@functools.cache
+def _launches(name, factors, dtype, layout):
+    from ..specs import SPECS
+
+    [spec] = [spec for spec in SPECS if spec.op.name == name]
+    return launches_of(spec, spec.factors_case(**dict(factors)), dtype, layout)
 
 
 def pairwise(factors):

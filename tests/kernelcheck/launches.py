@@ -4,6 +4,7 @@ An operation's body runs on `meta` tensors while its launches are recorded; trit
 arguments of a launch become part of the compiled kernel. Not under TRITON_INTERPRET=1.
 """
 
+import functools
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +30,18 @@ class Launch:
 
     def variant(self, aligned, arch):
         """What triton would compile for sm_<arch>, with all pointers aligned to 16 bytes or none of them."""
-        backend = make_backend(GPUTarget("cuda", arch, 32))
-        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        backend, binder = _binder(self.kernel, arch)
         args = [Pointer(a.dtype, aligned) if isinstance(a, torch.Tensor) else a for a in self.args]
         kwargs = dict(self.constants, debug=False)
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attrs = self.kernel._pack_args(backend, kwargs, bound, specialization, options)
         return Variant(self.kernel, aligned, signature, constants, attrs, options)
+
+
+@functools.cache
+def _binder(kernel, arch):
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def mutants(text, module, most=4):
         for kind in KINDS:
             edits = [(node, after) for node in _nodes(function) for after in kind(node, s, names)]
             of_kind = [_mutant(module, kind, function, *edit, s) for edit in edits]
-            of_kind = [m for m in dict.fromkeys(of_kind) if _compiles(m.source(text))]
+            of_kind = [m for m in dict.fromkeys(of_kind) if _compiles(m, text, *s.span(function))]
             random.Random(f"{kind.__name__} {function.name}").shuffle(of_kind)
             of_kind = of_kind if kind is narrow_integer else of_kind[:most]
             found += sorted(of_kind, key=lambda m: (m.start, m.after))
@@ -250,9 +250,9 @@ def _mutant(module, kind, function, node, after, s):
     return Mutant(module, kind.__name__, function.name, line, s.text[start:end], after, start, end)
 
 
-def _compiles(source):
+def _compiles(mutant, text, start, end):  # the function that stands there
     try:
-        ast.parse(source)
+        ast.parse(text[start : mutant.start] + mutant.after + text[mutant.end : end])
     except SyntaxError:
         return False
     return True
