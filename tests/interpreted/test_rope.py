@@ -11,6 +11,7 @@ from ..kernelcheck.budget import check_bits
 from ..kernelcheck.harness import op_tests
 from ..kernelcheck.layouts import VARIED
 from ..kernelcheck.observers import Observer, observing
+from ..kernelcheck.overflow import apart, apart_unaligned, probing
 from ..specs.rope import KINDS, SPEC, case
 
 TestRope = op_tests(SPEC, examples=250)
@@ -26,7 +27,7 @@ def tables_of(angles, length, head_dim):
     return rope(x, angles, 0, backend="triton").squeeze((0, 2)).tensor_split(2, -1)
 
 
-@pytest.mark.parametrize("grid", [(13, 7), (1, 64), (3, 5, 4)], ids=str)
+@pytest.mark.parametrize("grid", [(13, 7), (1, 64), (3, 5, 4), (5, 4, 3)], ids=str)
 @pytest.mark.parametrize("kind", AXIAL)
 def test_tables_are_those_of_rope(kind, grid):
     """To the bit in 16 bits, whose roundings are followed one by one; else off by an ulp of 1."""
@@ -110,6 +111,16 @@ def test_tables_of_any_strides():
         check_bits(layout.__name__, _fast(x, Tables(*[tuple(map(layout, ts)) for ts in angles]), 1), expected)
     mixed = Tables(tuple(map(VARIED[1], angles.sin)), angles.cos)
     check_bits("of sine alone", _fast(x, mixed, 1), expected)
+
+
+@pytest.mark.parametrize("layout", [apart, apart_unaligned], ids=lambda layout: layout.__name__)
+def test_overflow_of_strides_of_tables(layout):
+    angles = KINDS["tables"]((2, 3, 2), 16, device="meta")
+    angles = Tables(*[tuple(map(layout, ts)) for ts in (angles.sin, angles.cos)])
+    x = torch.empty(2, 13, 2, 16, device="meta")
+    with probing() as probe:
+        OP.body(x, *arguments_of(x, angles, 1, None, False))
+    assert probe.launches == 1
 
 
 C = case("axial", (2, 1), 1, 2, 4, 1, turned=1)

@@ -147,11 +147,11 @@ def _some(handle):
 
 def apart(t):
     """On `meta`: the same shape with elements far from each other; channels stay dense."""
-    strides = [*[stride * 2**20 for stride in t.stride()[:-1]], t.stride(-1)] if t.ndim else []
+    strides = [*[stride * 2**32 for stride in t.stride()[:-1]], t.stride(-1)] if t.ndim else []
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
 
 
 def apart_unaligned(t):
     """As `apart`, with distances that are no multiples of anything."""
-    strides = [*[stride * (2**20 + 1) for stride in t.stride()[:-1]], 3 * t.stride(-1)] if t.ndim else []
+    strides = [*[stride * (2**32 + 1) for stride in t.stride()[:-1]], 3 * t.stride(-1)] if t.ndim else []
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
