@@ -42,8 +42,7 @@ def rows(plans: Sequence[Plan], backend: str, attention: str, strict: bool, devi
 
 def _rows(plan: Plan, backend: str, attention: str, strict: bool, device: torch.device) -> list[tuple[str, str, str]]:
     def chosen(op: str) -> str:
-        name = choose(backend, device, op, strict)
-        return f"{name} (sum and norm: reference)" if op == "plane_switch" and name == "triton" else name
+        return choose(backend, device, op, strict)
 
     if plan.block is not None:
         why = plan.block if plan.block == WHOLE else f"block: {plan.block}"

@@ -8,7 +8,7 @@ import pytest
 
 from .kernelcheck import mutants_table
 from .kernelcheck.mutants import ALL, PLAIN, Bench, run_all
-from .kernelcheck.mutate import KINDS, mutants
+from .kernelcheck.mutate import KINDS, code_of, mutants
 from .specs import SPECS
 
 KERNEL = textwrap.dedent('''\
@@ -73,6 +73,17 @@ def test_every_kind_of_edit():
     assert {kind.__name__ for kind in KINDS} == set(EXPECTED)
     for kind, (before, after) in EXPECTED.items():
         assert (kind, before, after) in edits, kind
+
+
+def test_what_outcomes_depend_on():
+    """Kernels, launchers, what they call and which constants they read; neither docstrings nor anything else."""
+    text = 'LIMIT = 2\nOTHER = 3\n\n\ndef helper(x):\n    """Adds."""\n    return x + LIMIT\n\n\n'
+    text += "def unused(x):\n    return OTHER\n\n\n@triton.jit(a=1)\ndef k(x):\n    return helper(x)\n"
+    code = code_of(text)
+    for same in (("Adds", "Subtracts"), ("= 3", "= 4"), ("return OTHER", "return x")):
+        assert code_of(text.replace(*same)) == code, same
+    for different in (("= 2", "= 4"), ("x + LIMIT", "x - LIMIT"), ("a=1", "a=2"), ("helper(x)\n", "x\n")):
+        assert code_of(text.replace(*different)) != code, different
 
 
 def test_edits_change_one_place_of_a_kernel():

@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .mutate import mutants
+from .mutate import code_of, mutants
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -46,9 +46,9 @@ def modules_of(operation):
 
 
 def source_hash(operation):
-    """Of the modules with the kernels."""
-    sources = b"".join((PROJECT / module).read_bytes() for module in modules_of(operation))
-    return hashlib.sha256(sources).hexdigest()[:12]
+    """Of the code of kernels and of what launches them."""
+    code = "\n".join([code_of((PROJECT / module).read_text()) for module in modules_of(operation)])
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -216,11 +216,7 @@ def mutants(text, module, most=4):
     Of `narrow_integer` there are all: what is too narrow shows at sizes that nobody runs.
     """
     s, found = _Source(text), []
-    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    for function in functions:
-        launches = any(_called(node) == "launch" for node in ast.walk(function))
-        if not launches and "triton.jit" not in {_name_of(d) for d in function.decorator_list}:
-            continue
+    for function in _edited(ast.parse(text)):
         names = [arg.arg for arg in (*function.args.args, *function.args.kwonlyargs)]
         names += [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         names = list(dict.fromkeys(names))
@@ -232,6 +228,37 @@ def mutants(text, module, most=4):
             of_kind = of_kind if kind is narrow_integer else of_kind[:most]
             found += sorted(of_kind, key=lambda m: (m.start, m.after))
     return list({(m.source(text)): m for m in reversed(found)}.values())[::-1]  # no edit twice, by two kinds
+
+
+def _edited(module):
+    """The functions under ``@triton.jit`` and those that launch them."""
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef):
+            launches = any(_called(inner) == "launch" for inner in ast.walk(node))
+            if launches or "triton.jit" in {_name_of(d) for d in node.decorator_list}:
+                yield node
+
+
+def code_of(text):
+    """What is edited and whatever it needs of its module, without docstrings: what outcomes depend on."""
+    module, lines = ast.parse(text), text.splitlines()
+    named = {}
+    for node in module.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        named |= {getattr(target, "name", getattr(target, "id", None)): node for target in targets}
+    needed, new = [], list(_edited(module))
+    while new:
+        needed += new
+        names = {inner.id for node in new for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+        new = [node for name, node in named.items() if name in names and node not in needed]
+    kept = set()
+    for node in needed:
+        kept |= set(
+            range(min([node.lineno, *[d.lineno for d in getattr(node, "decorator_list", [])]]), node.end_lineno + 1)
+        )
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            kept -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return "\n".join([lines[i - 1] for i in sorted(kept)])
 
 
 def _name_of(decorator):

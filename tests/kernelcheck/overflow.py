@@ -152,6 +152,6 @@ def apart(t):
 
 
 def apart_unaligned(t):
-    """As `apart`, with distances that are no multiples of anything."""
-    strides = [*[stride * (2**32 + 1) for stride in t.stride()[:-1]], 3 * t.stride(-1)] if t.ndim else []
+    """As `apart`, with distances that are no multiples of anything, of channels too."""
+    strides = [*[stride * (2**32 + 1) for stride in t.stride()[:-1]], (2**30 + 1) * t.stride(-1)] if t.ndim else []
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
