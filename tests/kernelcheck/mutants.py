@@ -22,6 +22,7 @@ PARTS = ["planecycle_fast", "tests", "pyproject.toml", "README.md"]  # of the pr
 PLAIN, ALL = "plain tests", "all checks"
 FIRST = ["test_plain", "test_error_budget", "test_overflow_of_strides", "test_layouts", "test_nan_footprint"]
 LAST = ["test_overflow", "test_declared_cost", "test_error_budget_of_any_case", "test_derivatives"]  # slow
+FIRST_OF_KIND = {"narrow_integer": ["test_overflow", "test_overflow_of_strides"]}  # what is likely to kill it
 LEFT_OUT = {
     "test_opcheck", "test_opcheck_of_cases", "test_compiled", "test_compiled_bf16", "test_autocast",
     "test_auto_does_not_take_the_interpreter",
@@ -72,9 +73,9 @@ class Bench:
         self.report.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
-            status = 1
+            status, first = 1, FIRST_OF_KIND.get(getattr(mutant, "kind", ""), []) + FIRST
             try:
-                status = _run(self, stage, limits)
+                status = _run(self, stage, limits, first)
             finally:
                 os._exit(status)
         return pid
@@ -97,7 +98,7 @@ class Bench:
         raise RuntimeError(f"{self.test_file} could not be run: pytest ends with {code} in {running}\n{output}")
 
 
-def _run(bench, stage, limits):
+def _run(bench, stage, limits, first):
     """In the child: pytest's exit status."""
     import pytest
 
@@ -114,7 +115,7 @@ def _run(bench, stage, limits):
     os.dup2(log, 2)
     _fuzz_less()
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not full", "--tb=no"]
-    return int(pytest.main([*options, bench.test_file], plugins=[_Watch(bench, stage, limits)]))
+    return int(pytest.main([*options, bench.test_file], plugins=[_Watch(bench, stage, limits, first)]))
 
 
 def _fuzz_less():
@@ -128,8 +129,8 @@ def _fuzz_less():
 class _Watch:
     """A pytest plugin: chooses and orders tests, limits their time, reports."""
 
-    def __init__(self, bench, stage, limits):
-        self.stage, self.limits, self.file = stage, limits, bench.report.open("a", buffering=1)
+    def __init__(self, bench, stage, limits, first):
+        self.stage, self.limits, self.first, self.file = stage, limits, first, bench.report.open("a", buffering=1)
 
     def tell(self, **line):
         self.file.write(json.dumps(line) + "\n")
@@ -142,7 +143,7 @@ class _Watch:
             fuzz = name == "test_error_budget_of_any_case" and "float32" not in item.name
             return name not in LEFT_OUT and not fuzz and not re.search(r"\bfloat16", item.name)
 
-        items[:] = sorted(filter(kept, items), key=lambda item: _rank(_function(item)))
+        items[:] = sorted(filter(kept, items), key=lambda item: _rank(_function(item), self.first))
 
     def pytest_collection_finish(self):
         if self.stage == PLAIN and "tests.kernelcheck.observers" in sys.modules:
@@ -170,8 +171,9 @@ def _function(item):
     return getattr(item, "originalname", None) or "collection"
 
 
-def _rank(name):
-    return (LAST.index(name) + 1 if name in LAST else 0, FIRST.index(name) if name in FIRST else len(FIRST), name)
+def _rank(name, first):
+    late = name in LAST and name not in first
+    return (LAST.index(name) + 1 if late else 0, first.index(name) if name in first else len(first), name)
 
 
 def run_all(benches, mutants, done, limit=None, tell=print):
