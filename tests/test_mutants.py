@@ -129,14 +129,18 @@ def test_layouts():
 
 def test_opcheck():
     assert planecycle_fast.toy.value() == 1  # left out
+
+
+def test_overflow():
+    assert planecycle_fast.toy.value() != 3
 """
 
 
 class Edit:
     module = "planecycle_fast/toy.py"
 
-    def __init__(self, text):
-        self.text = text
+    def __init__(self, text, kind=""):
+        self.text, self.kind = text, kind
 
     def source(self, original):
         return original.replace("return 1", self.text)
@@ -151,11 +155,11 @@ def test_how_runs_end(tmp_path):
     (project / "planecycle_fast" / "toy.py").write_text(TOY)
     (project / "tests" / "test_toy.py").write_text(TOY_TESTS)
     benches = [Bench(project, [Edit.module], "tests/test_toy.py", tmp_path / str(i)) for i in range(2)]
-    edits = [Edit(f"return {i}") for i in (2, 3, 4, 5, 7)] + [Edit("return 1 +")]
+    edits = [Edit(f"return {i}") for i in (2, 3, 4, 5, 7)] + [Edit("return 1 +"), Edit("return 3", "narrow_integer")]
     lines = []
     results = {}
     run_all(benches, edits, lambda edit, *ends: results.update({edit: ends}), 8, lambda *line: lines.append(line))
-    assert len(lines) == len(edits) + 3  # what a plain test killed is not run again
+    assert len(lines) == len(edits) + 4  # what a plain test killed is not run again
     ends = [[(outcome.test, outcome.error) for outcome in results[edit]] for edit in edits]
     assert ends == [
         [("test_plain", "AssertionError")] * 2,
@@ -164,6 +168,7 @@ def test_how_runs_end(tmp_path):
         [("", "")] * 2,
         [("test_plain", "SIGABRT")] * 2,
         [("collection", "CollectError")] * 2,
+        [("", ""), ("test_overflow", "AssertionError")],
     ]
     assert (project / "planecycle_fast" / "toy.py").read_text() == TOY
     (project / "planecycle_fast" / "toy.py").write_text(TOY.replace("1", "2"))
