@@ -106,7 +106,6 @@ def test_edits_are_the_same_at_every_call():
 TOY = "def value():\n    return 1\n"
 TOY_TESTS = """
 import os
-import time
 
 import planecycle_fast.toy
 
@@ -124,7 +123,7 @@ def test_error_budget():
 
 def test_layouts():
     while planecycle_fast.toy.value() == 4:
-        time.sleep(0.1)
+        pass
 
 
 def test_opcheck():

@@ -90,7 +90,7 @@ class Bench:
             return Outcome(failed["test"], failed["error"], seconds)
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            return Outcome(running, "time limit" if number == signal.SIGALRM else signal.Signals(number).name, seconds)
+            return Outcome(running, "time limit" if number == signal.SIGPROF else signal.Signals(number).name, seconds)
         code = os.WEXITSTATUS(status)
         if code == 0 and seconds:
             return Outcome(seconds=seconds)
@@ -153,20 +153,21 @@ class _Watch:
 
     def pytest_runtest_setup(self, item):
         self.tell(test=item.name)
-        self.began = time.monotonic()
+        self.began = time.process_time()
         _limit(self.limits.get(item.name, self.limits[""]))
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
             _limit(self.limits[""])  # for what comes between tests
-            self.tell(test=report.nodeid.split("::")[-1], seconds=time.monotonic() - self.began)
+            self.tell(test=report.nodeid.split("::")[-1], seconds=time.process_time() - self.began)
 
     def pytest_exception_interact(self, node, call):
         self.tell(test=_function(node), error=call.excinfo.type.__name__)
 
 
 def _limit(seconds):
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Of processor time, so that a busy machine kills no mutant."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _function(item):
@@ -185,7 +186,7 @@ def _only(mutant):
 def run_all(benches, mutants, done, limit=None, tell=print):
     """Calls ``done(mutant, outcome of PLAIN, outcome of ALL)`` for each mutant, as many at a time as there are benches.
 
-    A test may take 10 seconds more than 5 times what it takes on the original, or `limit` seconds.
+    A test may take 10 seconds of processor time more than 5 times what it takes on the original, or `limit` seconds.
 
     Raises RuntimeError where the original does not pass.
     """

@@ -145,13 +145,19 @@ def _some(handle):
     return str(values[0]) if values.size == 1 else f"[{values[0]} .. {values[-1]}]"
 
 
+def _gap(t):
+    """From row to row: 2^32 elements, where the probe can still tell all addresses apart (2^55 bytes of a tensor)."""
+    return min(2**32, 2**50 // max(t.numel(), 1))
+
+
 def apart(t):
     """On `meta`: the same shape with elements far from each other; channels stay dense."""
-    strides = [*[stride * 2**32 for stride in t.stride()[:-1]], t.stride(-1)] if t.ndim else []
+    strides = [*[stride * _gap(t) for stride in t.stride()[:-1]], t.stride(-1)] if t.ndim else []
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
 
 
 def apart_unaligned(t):
     """As `apart`, with distances that are no multiples of anything, of channels too."""
-    strides = [*[stride * (2**32 + 1) for stride in t.stride()[:-1]], (2**30 + 1) * t.stride(-1)] if t.ndim else []
+    gap = _gap(t)
+    strides = [*[stride * (gap + 1) for stride in t.stride()[:-1]], (gap // 4 + 1) * t.stride(-1)] if t.ndim else []
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
