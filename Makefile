@@ -48,12 +48,12 @@ lint: $(VENV)/.pcf-test
 	$(RUN) -m ruff format --check .
 
 gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu --tiles
 
 gpu-sanitize:  # kernels on a GPU under NVIDIA's compute-sanitizer, which comes with CUDA
 	for tool in memcheck racecheck initcheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_gpu_ops.py \
-			-k "vit_shapes or test_layouts" || exit 1; done
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_gpu_ops.py \
+			-k "vit_shapes or test_layouts or in_place" || exit 1; done
 
 bench: $(VENV)/.pcf-bench
 	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" --benchmark-columns=min,median,max,rounds

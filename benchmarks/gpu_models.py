@@ -55,7 +55,7 @@ def contenders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
 
     def ours(**settings) -> Callable[[Tensor], Tensor]:
         lifted = pcf.lift(copy.deepcopy(model), **settings)
-        return _Patches(lifted, lambda features: features.patches.flatten(1, 3))
+        return _Patches(lifted, lambda features: features.patches.flatten(1, 3)).eval()
 
     found = {OURS: ours(), "PlaneCycle, PCm": ours(pool_method="PCm"), SLICES: ours(mode="slice2d"),
              "flatten3d": ours(mode="flatten3d")}  # fmt: skip
@@ -63,7 +63,7 @@ def contenders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         from tests import peers
 
         theirs = peers.authors()[1]()(copy.deepcopy(model))
-        found[EAGER] = _Patches(theirs, lambda out: out["x_norm_patchtokens"].flatten(1, -2))
+        found[EAGER] = _Patches(theirs, lambda out: out["x_norm_patchtokens"].flatten(1, -2)).eval()
     return found
 
 

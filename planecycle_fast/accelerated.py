@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters.dinov3 import BLOCK, block_parts, embed_parts, norm_parts, takes_volumes
 from .inputs import check_volume, wanted_layers
 from .ops import Norm
+from .ops.registry import resolve
 from .parts import Plan, known_norm, plan, watched
 from .planes import DHW, HW, Plane, Sizes, parse_plane
 from .pooling import Transition, between
@@ -46,7 +47,7 @@ class Method:
             if not isinstance(masks, Tensor) or masks.dtype != torch.bool or tuple(masks.shape) != expected:
                 got = f"{masks.dtype} of {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
                 raise ValueError(f"masks must be a bool tensor of shape {expected}, got {got}")
-        check_strict(self.backend, self.attention, self.strict, self.plans(), x.device)
+        check_strict(self.backend, self.attention, self.strict, self.plans, x.device)
         return sizes, start
 
     def _enter(
@@ -68,7 +69,8 @@ class Method:
 
     def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, angles: PlaneAngles | None = None) -> Layer:
         g = self.model.n_storage_tokens + 1
-        return Layer(old, new, sizes, g, m, angles, self.backend, self.attention, self.strict)
+        backend = resolve(self.backend, self.model.patch_embed.proj.weight.device)
+        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
     def _run(
         self,

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import torch
 
+from . import native
+
 BACKENDS = ("triton", "cpu", "reference")
-# operations of a backend that does not have all of them yet
-HAS = {"triton": ("plane_switch", "add_norm", "rope", "gelu", "swiglu"), "cpu": ()}  # operations of a backend
+HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 
 _found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for
@@ -24,6 +25,8 @@ _overrides: list[str] = []  # a plain global: torch.compile guards on it, so a c
 
 def why_not(backend: str, device: torch.device | None = None, op: str | None = None) -> str | None:
     """The reason why `backend` is not usable, or None if it is; for an operation and tensors on `device`, if given.
+
+    "cpu" counts as usable as long as nothing says that its library cannot be built; `pick` builds it.
 
     Raises ValueError for an unknown name.
     """
@@ -38,7 +41,11 @@ def why_not(backend: str, device: torch.device | None = None, op: str | None = N
         if reason is None and op is not None and op not in HAS[backend]:
             reason = f"it has no {op} yet"
         return reason
-    return "not part of this release yet"
+    if device is not None and device.type != "cpu":
+        return f"it needs tensors on the CPU, got {device}"
+    if op is not None and op not in HAS[backend]:
+        return f"it has no {op} yet"
+    return native.why_not_native()
 
 
 def backends() -> dict[str, str | None]:
@@ -53,11 +60,23 @@ def pick(backend: str = "auto", device: torch.device | None = None, op: str | No
     """
     backend = asked_for(backend)
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, device, op) is None and not _is_slow(name))
+        return next(
+            name for name in BACKENDS if why_not(name, device, op) is None and not _is_slow(name) and _loads(name)
+        )
     reason = why_not(backend, device, op)
+    if reason is None and not _loads(backend):
+        reason = why_not(backend, device, op)
     if reason is not None:
         raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device, op)}")
     return backend
+
+
+def choose(backend: str, device: torch.device, op: str, strict: bool) -> str:
+    """The backend of an operation; without `strict` the reference where the one asked for lacks it."""
+    named = asked_for(backend)
+    if not strict and named != "auto" and why_not(named, device, op) is not None:
+        return "reference"
+    return pick(backend, device, op)
 
 
 def asked_for(backend: str = "auto") -> str:
@@ -76,6 +95,10 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         del _overrides[len(_overrides) - 1 - _overrides[::-1].index(backend)]  # another thread may have added one since
+
+
+def _loads(backend: str) -> bool:  # builds what is built on first use
+    return backend != "cpu" or native.ready()
 
 
 def _is_slow(backend: str) -> bool:  # kernels in triton's interpreter run when asked for by name only

@@ -5,6 +5,8 @@ For small volumes a GPU waits for the host, launch after launch; a graph launche
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,18 +21,19 @@ class Graph:
 
     def __init__(self, model: nn.Module, volume: Tensor) -> None:
         self.model = model
-        self._input = volume.detach().clone()
-        self._weights = [(name, p, p.data_ptr()) for name, p in (*model.named_parameters(), *model.named_buffers())]
+        self._places = _places(model)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(volume.device)
         stream.wait_stream(torch.cuda.current_stream(volume.device))
-        with torch.cuda.device(volume.device), torch.no_grad():
+        # A buffer that anyone may write to, no inference tensor; casts of weights are part of the graph, not cached.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(volume.device), _no_cached_casts():
+            self._input = volume.detach().clone()
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     model(self._input)
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                with torch.cuda.graph(self._graph):
+                with torch.cuda.graph(self._graph, stream=stream):
                     self._output = model(self._input)
             except RuntimeError as error:
                 raise RuntimeError(
@@ -46,7 +49,7 @@ class Graph:
 
         Raises:
             TypeError: volume is not a tensor.
-            ValueError: another shape, dtype or device than was captured; or weights that have moved since.
+            ValueError: another shape, dtype or device than was captured; or weights that have moved or been replaced.
         """
         _check_tensor(volume)
         captured = self._input
@@ -56,15 +59,31 @@ class Graph:
                 raise ValueError(
                     f"volume must have the captured {name}, {expected}, got {got}; capture again for others"
                 )
-        for name, weight, place in self._weights:
-            if weight.data_ptr() != place:
-                raise ValueError(
-                    f"the model's {name} has moved in memory since the graph was captured; capture it again"
-                )
-        with torch.cuda.device(captured.device):
+        places = _places(self.model)
+        if places != self._places:
+            name = next(name for name in {**self._places, **places} if places.get(name) != self._places.get(name))
+            raise ValueError(f"the model's {name} has moved in memory since the graph was captured; capture it again")
+        with torch.no_grad(), torch.cuda.device(captured.device):
             captured.copy_(volume)
             self._graph.replay()
             return tree_map_only(Tensor, torch.clone, self._output)
+
+
+def _places(model: nn.Module) -> dict[str, int]:
+    """Where parameters and buffers are in memory, by name."""
+    return {name: t.data_ptr() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Autocast casts weights in every pass: what it kept from one to the next would not follow them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def cuda_graph(

@@ -13,6 +13,7 @@ from .adapters import Adapter
 from .blocks import LiftedBlock, SharedModule, holds_lifted, list_of, mirrored
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
+from .ops.registry import resolve
 from .parts import Plan, known_norm
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
@@ -166,29 +167,36 @@ class LiftedModel(SharedModule):
 
     def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
         """Runs the layers up to the last one wanted; the features after each one wanted."""
-        check_strict(self.backend, self.attention, self.strict, self.plans(), volume.device)
+        check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         plane = self.planes[0]
-        stream = enter(*self.adapter.embed_parts(images), self._layer(HW, plane, sizes))
+        backend = resolve(self.backend, volume.device)
+        stream = enter(*self.adapter.embed_parts(images), self._layer(backend, HW, plane, sizes))
         features = []
         for i, block in enumerate(islice(self.blocks, max(wanted) + 1)):
             following = self.planes[i % len(self.planes)]
-            layer = self._layer(plane, following, sizes, tables.for_block(following, sizes), entered=i == 0)
+            layer = self._layer(backend, plane, following, sizes, tables.for_block(following, sizes), entered=i == 0)
             stream, plane = block(stream, layer), following
             if i in wanted:
                 features.append(self._features(stream, plane, sizes, norm))
         return features
 
     def _layer(
-        self, old: Plane, new: Plane, sizes: Sizes, angles: PlaneAngles | None = None, entered: bool = False
+        self,
+        backend: str,
+        old: Plane,
+        new: Plane,
+        sizes: Sizes,
+        angles: PlaneAngles | None = None,
+        entered: bool = False,
     ) -> Layer:
         """A change of planes; of none, and no pooling, where the stream has just `entered`."""
         m = between(old, new, sizes, self.pool_method, self.globals_at)
         if entered:
             m = Transition(new.slices(sizes), new.slices(sizes))
         g = self.adapter.num_globals
-        return Layer(old, new, sizes, g, m, angles, self.backend, self.attention, self.strict)
+        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
     def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
         """Canonical features of a stream in the order of `plane`."""

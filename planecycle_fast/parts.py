@@ -140,6 +140,42 @@ class BlockParts(ABC):
         """Of the attention's branch, 1, or the MLP's, 2."""
 
 
+class Snapshot(BlockParts):
+    """The parts of a block in one pass, each read once."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        super().__init__(parts.block)
+        self._parts, self._found = parts, {}
+
+    def _read(self, name: str, *number: int) -> Any:
+        key = (name, *number)
+        if key not in self._found:
+            self._found[key] = getattr(self._parts, name)(*number)
+        return self._found[key]
+
+    def why_not(self) -> str | None:
+        return self._read("why_not")
+
+    def norm(self, number: int) -> nn.Module:
+        return self._read("norm", number)
+
+    def call_attention(
+        self,
+        normed: Tensor,  # (N, g + L, C)
+        sincos: tuple[Tensor, Tensor] | None,  # (L, hd) each
+    ) -> Tensor:  # (N, g + L, C)
+        return self._parts.call_attention(normed, sincos)
+
+    def attention(self) -> Attention:
+        return self._read("attention")
+
+    def mlp(self) -> Mlp:
+        return self._read("mlp")
+
+    def scale(self, number: int) -> Scale:
+        return self._read("scale", number)
+
+
 def known_norm(module: nn.Module, channels: int | None = None) -> tuple[Norm | None, str | None]:
     """A host's norm as operations take it, or the reason why it must be called."""
     kind = kind_of(module)

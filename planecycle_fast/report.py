@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import choose
 from .parts import WHOLE, Plan
-from .stream import choose
 
 PARTS = {  # of a block: the operation, and the parts that it replaces
     "plane_switch": ("scale2", "norm1"),

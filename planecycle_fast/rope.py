@@ -198,13 +198,25 @@ class PlaneAngles:
         sincos: tuple[Tensor, Tensor] | None = None,  # (L, hd) each
     ) -> None:
         self.rope, self.grid, self.augmentation = rope, grid, augmentation
-        self._sincos = sincos
+        self._sincos, self._periods, self._halves = sincos, None, None
 
     def sincos(self) -> tuple[Tensor, Tensor]:
         """Sine and cosine, (L, hd) each."""
         if self._sincos is None:
             self._sincos = self.rope.sincos(self.grid, self.augmentation)
         return self._sincos
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
+        if self._halves is None:
+            self._halves = tuple([table[:, : table.shape[1] // 2].contiguous() for table in self.sincos()])
+        return self._halves
+
+    def periods(self) -> list[Tensor]:
+        """`Rope.axis_periods`, made once: for three axes they are computed."""
+        if self._periods is None:
+            self._periods = self.rope.axis_periods(len(self.grid))
+        return self._periods
 
 
 class PlaneTables:

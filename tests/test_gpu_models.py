@@ -79,6 +79,23 @@ def test_weights_may_change_in_place_after_capture():
         assert same(graph(volume), lifted(volume))
 
 
+def test_a_graph_of_autocast_follows_weights():
+    lifted, volume = lifted_on_gpu(dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        graph = pcf.cuda_graph(lifted, volume)
+        lifted.blocks[0].mlp.fc1.weight.mul_(2)
+        expected = lifted(volume)
+    assert same(graph(volume), expected)  # outside as well
+
+
+def test_a_graph_from_inference_mode_and_a_volume_with_a_gradient():
+    lifted, volume = lifted_on_gpu()
+    with torch.inference_mode():
+        graph, expected = pcf.cuda_graph(lifted, volume), lifted(volume)
+    got = graph(volume.clone().requires_grad_())
+    assert same(got, expected) and not got.patches.requires_grad
+
+
 def test_a_graph_refuses_what_it_was_not_captured_for():
     lifted, volume = lifted_on_gpu()
     graph = pcf.cuda_graph(lifted, volume)
@@ -90,6 +107,11 @@ def test_a_graph_refuses_what_it_was_not_captured_for():
         graph(volume.cpu())
     lifted.blocks[0].norm1.weight.data = lifted.blocks[0].norm1.weight.data.clone()
     with pytest.raises(ValueError, match="norm1.weight has moved in memory"):
+        graph(volume)
+    lifted, volume = lifted_on_gpu()
+    graph = pcf.cuda_graph(lifted, volume)
+    lifted.load_state_dict({name: t.clone() for name, t in lifted.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="has moved in memory"):
         graph(volume)
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         pcf.cuda_graph(lifted.train(), volume)

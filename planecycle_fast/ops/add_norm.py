@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import asked_for, pick
+from ..backends import asked_for
 from .configs import LARGEST_ROW
+from .registry import pick_once
 
 
 class Norm(NamedTuple):
@@ -76,7 +77,7 @@ def add_norm(
     Args:
         norm_dtype: of the norm, for what comes next: under autocast a linear layer would cast it anyway.
 
-    Backend "triton" sums in float32 and rounds once; it has first derivatives in reverse mode only.
+    Backends "triton" and "cpu" sum in float32 and round once; they have first derivatives in reverse mode only.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, norm no `Norm`, or norm_dtype no floating-point dtype.
@@ -88,16 +89,20 @@ def add_norm(
         raise TypeError("norm must be an ops.Norm, got NoneType")
     if x.ndim != 3:
         raise ValueError(f"x must have shape (N, rows, C), got {tuple(x.shape)}")
-    if pick_rows(backend, x) != "triton":
+    chosen = pick_rows(backend, x)
+    if chosen == "reference":
         return add_norm_ref(x, branch, scale, norm, norm_dtype)
-    from .add_norm_autograd import add_rows_triton
+    if chosen == "cpu":
+        from .add_norm_cpu import add_rows_cpu as add_rows
+    else:
+        from .add_norm_autograd import add_rows_triton as add_rows
 
-    return add_rows_triton(x, branch, scale, norm, norm_dtype)
+    return add_rows(x, branch, scale, norm, norm_dtype)
 
 
 def pick_rows(backend: str, x: Tensor) -> str:
     """The backend for x (N, rows, C). Raises ValueError for "triton" by name where its kernels cannot hold a row."""
-    chosen = pick(backend, x.device, op="add_norm")
+    chosen = pick_once(backend, x, "add_norm")
     if chosen == "triton" and x.shape[-1] > LARGEST_ROW:
         if asked_for(backend) == "triton":
             raise ValueError(

@@ -11,9 +11,11 @@ from ..planes import HW, Plane, Sizes
 from ..pooling import Transition
 from .add_norm import Norm
 from .add_norm_backward_triton import _add_norm_backward, gradients
+from .add_norm_reverse import backward_by, setup_context
 from .add_norm_shapes import Shapes
 from .add_norm_triton import _add_norm, outputs
-from .custom import Cost, refuse_transforms, register, register_backward
+from .custom import register, register_backward
+from .registry import Cost, refuse_transforms
 
 
 def _fake(
@@ -85,50 +87,8 @@ def _backward_cost(grad: Tensor | None, grad_normed: Tensor | None, y: Tensor, *
     return Cost(read * y.shape[2], written * y.shape[2], launches)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, scale, weight, bias, *settings = inputs
-    out, _, mean, rstd = output
-    needs_scale, needs_weight, needs_bias = [needed for needed in ctx.needs_input_grad[2:5]]
-    old, new, _, num_globals = settings[:4]
-    ctx.kept = branch is not None or old != new or num_globals > 0
-    y = out if ctx.kept else x  # what was normalised
-    ctx.save_for_backward(y, mean, rstd, weight, branch if needs_scale else None, scale)
-    ctx.settings, ctx.wanted = settings, [needs_scale, needs_weight, needs_bias]
-    ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, scale, weight, bias)]
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, *_: None) -> tuple[Any, ...]:
-    y, mean, rstd, weight, branch, scale = ctx.saved_tensors
-    old, new, sizes, num_globals, via, pooled, norm, _, _ = ctx.settings
-    x_dtype, branch_dtype, *vectors = ctx.dtypes
-    if not ctx.kept:  # there is no sum but x
-        grad = None
-    if norm == "none" or grad_normed is None:
-        norm, grad_normed = "none", None
-    if grad is None and grad_normed is None:
-        return (None,) * 14
-    wanted = [ctx.wanted[0], *[needed and norm != "none" for needed in ctx.wanted[1:]]]
-    alike = scale is None and branch_dtype == x_dtype  # one gradient is both
-    of_branch = branch_dtype if ctx.needs_input_grad[1] and not alike else None
-    sums_dtype = torch.float32
-    for dtype in vectors:
-        sums_dtype = sums_dtype if dtype is None else torch.promote_types(sums_dtype, dtype)
-    grads = [None if g is None else g.contiguous() for g in (grad, grad_normed)]
-    grad_x, grad_branch, sums = BACKWARD(
-        *grads, y, mean, rstd, weight, branch, scale, old, new, sizes, num_globals, via, pooled, norm, wanted,
-        x_dtype, of_branch, sums_dtype,
-    )  # fmt: skip
-    rows = iter(sums)
-    found = [next(rows).to(dtype) if one else None for one, dtype in zip(wanted, vectors)]
-    if of_branch is None:
-        grad_branch = grad_x if ctx.needs_input_grad[1] else None
-    return grad_x, grad_branch, *found, *[None] * 9
-
-
-OP = register(_add_norm, fake=_fake, setup_context=_setup_context, backward=_backward, cost=_cost)
 BACKWARD = register_backward(_add_norm_backward, fake=_backward_fake, cost=_backward_cost)
+OP = register(_add_norm, fake=_fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
 
 
 def add_norm_triton(
@@ -150,6 +110,8 @@ def add_norm_triton(
         NotImplementedError: forward mode, transforms of torch.func, double backward.
     """
     refuse_transforms("add_norm")
+    wide = [t for t in (branch, scale) if t is not None and t.dtype == torch.float64]
+    x = x.double() if wide else x  # kernels sum in float64 where x is
     via = transition.num_prev if transition.via is None else transition.via
     kind = "none" if norm is None else "rms" if norm.rms else "layer"
     weight, bias, eps = (None, None, 0.0) if norm is None else norm[:3]
@@ -170,5 +132,6 @@ def add_rows_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (N, rows, C); with a norm: and its norm
     """`add_norm_triton` where rows stay in place: of a volume N deep and `rows` high."""
     sequences, rows, _ = x.shape
-    same = Transition(max(sequences, 1), max(sequences, 1))
-    return add_norm_triton(x, HW, HW, (sequences, rows, 1), 0, same, branch, scale, norm, norm_dtype)
+    slices = max(sequences, 1)  # a volume has at least one, of which there may be none
+    same = Transition(slices, slices)
+    return add_norm_triton(x, HW, HW, (slices, rows, 1), 0, same, branch, scale, norm, norm_dtype)

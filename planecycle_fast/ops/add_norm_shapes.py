@@ -1,16 +1,14 @@
-"""Where the rows of add_norm's kernels are, and how many programs write them."""
+"""Where the rows of add_norm are, before and after a change of planes, and how many programs of a kernel write them."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from ..planes import PLANES, Plane, row_map
 from ..pooling import Transition
-from .plane_switch_triton import _check_limits
 
 
 class Shapes(NamedTuple):
@@ -69,12 +67,12 @@ class Shapes(NamedTuple):
     def patch_tiles(self, block_r: int) -> int:
         """Tiles of block_r patches, each within one plane of the slowest axis."""
         n0, n1, n2 = self.new.ordered(self.sizes)
-        return self.batch * n0 * triton.cdiv(n1 * n2, block_r)
+        return self.batch * n0 * -(-n1 * n2 // block_r)
 
     def global_tiles(self, block_r: int, slices: int) -> int:
         """Tiles of globals: block_r tokens of one of so many slices, or for PCm one token of all of them."""
         if self.pool == "bands":
-            return self.batch * slices * triton.cdiv(self.num_globals, block_r)
+            return self.batch * slices * -(-self.num_globals // block_r)
         return self.batch * self.num_globals
 
     def moved(self, plane: Plane, slices: int | None = None) -> int:
@@ -89,5 +87,7 @@ class Shapes(NamedTuple):
         return int((last - first + 1).sum())
 
     def check(self, programs: int) -> None:
-        """Raises ValueError for more than kernels can count."""
+        """Raises ValueError for more than Triton kernels can count."""
+        from .plane_switch_triton import _check_limits
+
         _check_limits(self.old, self.new, self.sizes, self.num_globals, self.via, programs)

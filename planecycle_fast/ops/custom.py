@@ -1,47 +1,24 @@
-"""How an operation with kernels is registered with torch. CONTRIBUTING, "Add an operation", shows its use.
+"""How an operation with Triton kernels is registered with torch. CONTRIBUTING, "Add an operation", shows its use.
 
 Two routes lead to the same body. On a GPU it is a `torch.library.triton_op`: torch.compile sees through it to the
 kernels. Under TRITON_INTERPRET=1, where torch cannot wrap kernels (pytorch 152868), it is an opaque `custom_op`
-with a fake of its own. `linear` adds the derivatives that torch.library has no place for; operations that are not
-linear are differentiated once, in reverse (`register_backward`, `refuse_transforms`).
+with a fake of its own. `registry` says what an operation is, and adds the derivatives that torch.library has no place
+for; those of csrc are registered by `native_ops`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .registry import Cost, CustomOp, refuse_second
 
 NAMESPACE = "planecycle_fast"
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, read when triton is imported
-
-
-class Cost(NamedTuple):
-    """What one call moves, by the traffic ledger: every load and store of activations, and how many kernels."""
-
-    read: int  # bytes
-    written: int  # bytes
-    launches: int
-
-
-@dataclass(frozen=True)
-class CustomOp:
-    """An operation as torch and the tests know it; calling it goes through torch's dispatcher."""
-
-    name: str
-    body: Callable[..., Any]  # what runs: allocates outputs, launches kernels, nothing else
-    cost: Callable[..., Cost]  # same arguments as the body
-    definition: Any  # torch's CustomOpDef
-    overload: Any  # torch.ops.planecycle_fast.<name>.default
-
-    def __call__(self, *args: Any) -> Any:
-        return self.definition(*args)
-
 
 OPS: dict[str, CustomOp] = {}  # every operation registered so far
 
@@ -93,25 +70,9 @@ def register_backward(
     name = body.__name__.removeprefix("_")
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"{name} is differentiated twice, which backend 'triton' does not do; use backend='reference'"
-        )
+        refuse_second(name)
 
     return register(body, fake=fake, setup_context=lambda ctx, inputs, output: None, backward=backward, cost=cost)
-
-
-def transforms_active() -> bool:
-    """Whether this runs within forward mode or one of torch.func's transforms."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def refuse_transforms(name: str) -> None:
-    """Raises NotImplementedError within forward mode and torch.func's transforms, where tangents would be zero."""
-    if transforms_active():
-        raise NotImplementedError(
-            f"{name} has no forward-mode derivatives and no torch.func transforms on backend 'triton'; "
-            "use backend='reference'"
-        )
 
 
 def launch(
@@ -127,48 +88,3 @@ def launch(
             kernel[grid](*args, **constants)
     else:  # interpreted, or traced for a GPU that this machine does not have
         kernel[grid](*args, **constants)
-
-
-def linear(
-    op: CustomOp,
-    adjoint: Callable[..., tuple[Any, ...]],
-    vmap: Callable[..., Any],
-) -> Callable[..., Tensor]:
-    """An operation that is linear in its first argument alone, with every kind of derivative.
-
-    `torch.library` gives an operation reverse mode and vmap. Forward mode (silently zero) and torch.func's transforms
-    (an error) need an `autograd.Function`, which torch.compile in turn does not take: so it serves just those.
-
-    Args:
-        op: the operation, ``op(x, *arguments)``.
-        adjoint: the arguments with which `op` is its own transpose.
-        vmap: ``vmap(function, in_dim, x, *arguments)`` calls `function` on x with the extra dimension folded in.
-    """
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor, *arguments: Any) -> Tensor:
-            return op(x, *arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.arguments = inputs[1:]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            return Linear.apply(grad, *adjoint(*ctx.arguments)), *[None] * len(ctx.arguments)
-
-        @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-            return Linear.apply(tangent, *ctx.arguments)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-            return vmap(Linear.apply, in_dims[0], x, *arguments)
-
-    def call(x: Tensor, *arguments: Any) -> Tensor:
-        if transforms_active():
-            return Linear.apply(x, *arguments)
-        return op(x, *arguments)
-
-    return call

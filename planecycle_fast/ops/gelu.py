@@ -22,7 +22,8 @@ def gelu(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # like x
-    """`gelu_ref` on the backend asked for. For "triton" too it is torch's kernel, which is one pass already.
+    """`gelu_ref` on the backend asked for. For "triton" and "cpu" too it is torch's kernel, which is one
+    pass already (on a CPU oneDNN's; vectors of our own were no faster).
 
     Args:
         inplace: write into x and return it; only where autograd does not need x.

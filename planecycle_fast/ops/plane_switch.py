@@ -98,8 +98,8 @@ def plane_switch(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
     """`plane_switch_ref` on the backend asked for; never writes to its inputs.
 
-    Backend "triton" does all of it in one launch; with a branch or a norm it has first derivatives in reverse mode
-    only. Globals of their own are put before their patches by torch first, which is one pass.
+    Backends "triton" and "cpu" do all of it in one pass; with a branch or a norm they have first derivatives in reverse
+    mode only. Globals of their own are put before their patches by torch first, which is one pass.
 
     Args:
         x: the residual stream. With `branch`, ``x + scale * branch`` changes planes (DESIGN: paper section 2.2).
@@ -118,7 +118,7 @@ def plane_switch(
     _check(x, old, new, sizes, num_globals, transition, globals_)
     in_full = branch is not None or norm is not None
     chosen = pick_rows(backend, x) if in_full else pick(backend, x.device, op="plane_switch")
-    if chosen != "triton":
+    if chosen == "reference":
         more = (branch, scale, norm, globals_, norm_dtype)
         return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
     if globals_ is not None:
@@ -126,17 +126,20 @@ def plane_switch(
         x = _switch(add_ref(x, branch, scale), old, old, sizes, num_globals, same, globals_)
         branch = scale = None
     stays = old == new and _keeps_globals(new, num_globals, transition)
+    if chosen == "cpu":
+        from .add_norm_cpu import add_norm_cpu as boundary
+        from .add_norm_cpu import add_rows_cpu as add_rows
+        from .plane_switch_cpu import plane_switch_cpu as switch
+    else:
+        from .add_norm_autograd import add_norm_triton as boundary
+        from .add_norm_autograd import add_rows_triton as add_rows
+        from .plane_switch_triton import plane_switch_triton as switch
+
+    if in_full and stays:
+        return add_rows(x, branch, scale, norm, norm_dtype)
     if in_full:
-        from .add_norm_autograd import add_norm_triton, add_rows_triton
-
-        if stays:
-            return add_rows_triton(x, branch, scale, norm, norm_dtype)
-        return add_norm_triton(x, old, new, sizes, num_globals, transition, branch, scale, norm, norm_dtype)
-    if stays:
-        return x
-    from .plane_switch_triton import plane_switch_triton
-
-    return plane_switch_triton(x, old, new, sizes, num_globals, transition)
+        return boundary(x, old, new, sizes, num_globals, transition, branch, scale, norm, norm_dtype)
+    return x if stays else switch(x, old, new, sizes, num_globals, transition)
 
 
 def _check(

@@ -29,7 +29,8 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 
 from ..planes import PLANES, Plane, Sizes, row_map
 from ..pooling import Transition
-from .custom import INTERPRETED, Cost, launch, linear, register
+from .custom import INTERPRETED, launch, register
+from .registry import Cost, linear
 
 BLOCK_G = 8  # global tokens of a tile
 LIMIT = 2**30  # of what is counted in 32 bits: tokens, globals and products of slices; offsets are 64-bit

@@ -31,6 +31,7 @@ class Axial(NamedTuple):
     rope: Rope
     grid: Sequence[int]  # sizes of the plane's axes, two or three
     augmentation: Augmentation | None = None
+    periods: Sequence[Tensor] | None = None  # `Rope.axis_periods` of these axes, where they are known already
 
     def tables(self) -> Tables:
         """The same as tables of each axis, to the bit of those of `Rope.sincos`."""
@@ -96,7 +97,7 @@ def rope(
     in_table_dtype: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # like x
-    """`rope_ref` on the backend asked for; "triton" is one launch, with derivatives for x alone.
+    """`rope_ref` on the backend asked for; "triton" and "cpu" make one pass, with derivatives for x alone.
 
     Args:
         x: queries, keys, or both: heads are heads.
@@ -109,15 +110,19 @@ def rope(
     Raises:
         TypeError: x, a table or what else makes angles is not a floating-point tensor, or of the wrong kind.
         ValueError: shapes or dtypes that do not belong together, `inplace` on a tensor that needs a gradient or whose
-            elements share memory, or a backend that is unknown or not usable. On backend "triton" also angles that
-            need a gradient, heads of more than 1024 channels and more than 2**30 rows.
+            elements share memory, or a backend that is unknown or not usable. On "triton" and "cpu" also angles that
+            need a gradient, on "triton" heads of more than 1024 channels and more than 2**30 rows.
     """
     _check(x, angles, num_globals, turned, inplace)
-    if pick(backend, x.device, op="rope") != "triton":
+    chosen = pick(backend, x.device, op="rope")
+    if chosen == "reference":
         return rope_ref(x, angles, num_globals, turned, inplace, in_table_dtype)
-    from .rope_autograd import rope_triton
+    if chosen == "cpu":
+        from .rope_cpu import rope_cpu as turn
+    else:
+        from .rope_autograd import rope_triton as turn
 
-    return rope_triton(x, angles, num_globals, turned, inplace, in_table_dtype)
+    return turn(x, angles, num_globals, turned, inplace, in_table_dtype)
 
 
 def _check(x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, inplace: bool) -> None:
@@ -164,7 +169,7 @@ def _check_tables(x: Tensor, sin: Sequence[Tensor], cos: Sequence[Tensor], lengt
 
 
 def _check_axial(x: Tensor, axial: Axial, length: int) -> None:
-    rope, grid, augmentation = axial
+    rope, grid, augmentation, _ = axial
     head_dim = x.shape[3]
     if not isinstance(rope, Rope):
         raise TypeError(f"angles.rope must be a planecycle_fast.rope.Rope, got {type(rope).__name__}")

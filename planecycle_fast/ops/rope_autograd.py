@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .custom import Cost, linear, register, transforms_active
+from .custom import register
+from .registry import Cost, check_fixed, linear, transforms_active
 from .rope import Axial, Tables
 from .rope_triton import _rope, _rope_, keeps_globals
 
@@ -77,7 +77,7 @@ def arguments_of(
         rest = [len(t) for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
     else:
         rope, augmentation = angles.rope, angles.augmentation
-        periods = [p.contiguous() for p in rope.axis_periods(len(angles.grid))]
+        periods = [p.contiguous() for p in angles.periods or rope.axis_periods(len(angles.grid))]
         drawn = [] if augmentation is None else [augmentation.shift, augmentation.jitter, augmentation.rescale]
         drawn = [t if t is None else t.contiguous() for t in drawn]
         table_dtype = rope.table_dtype or torch.promote_types(rope.coord_dtype, rope.periods.dtype)
@@ -100,13 +100,7 @@ def rope_triton(
         ValueError: angles that need a gradient; more than 2**30 rows, 1024 channels of a head or 2**31 - 1 programs.
     """
     arguments = arguments_of(x, angles, num_globals, turned, in_table_dtype)
-    for t in [t for argument in arguments if isinstance(argument, list) for t in argument if isinstance(t, Tensor)]:
-        tangent = forward_ad.unpack_dual(t).tangent if forward_ad._current_level >= 0 else None
-        if (t.requires_grad and torch.is_grad_enabled()) or tangent is not None:
-            raise ValueError(
-                "angles must not need a gradient on backend 'triton', which differentiates x alone; "
-                "use backend='reference'"
-            )
+    check_fixed(arguments, "triton")
     if not inplace:
         return _turn(x, *arguments)
     if transforms_active():  # which see what happens to x only if torch writes it

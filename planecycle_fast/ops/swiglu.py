@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import pick
 from .gelu import check_inplace
+from .registry import pick_once
 
 
 def swiglu_ref(
@@ -29,8 +29,8 @@ def swiglu(
 ) -> Tensor:  # (..., hidden)
     """`swiglu_ref` on the backend asked for.
 
-    Backend "triton" computes in float32 (float64 for float64) and rounds once. It is differentiated once, in reverse;
-    gate and value in one tensor have their gradients written to one, without the copy that joins two.
+    Backends "triton" and "cpu" compute in float32 (float64 for float64), round once and are differentiated once, in
+    reverse; gate and value in one tensor have their gradients written to one, without the copy that joins two.
 
     Args:
         value: of any floating dtype; the result has the dtype that torch promotes to.
@@ -41,14 +41,18 @@ def swiglu(
         TypeError: gate or value is not a floating-point tensor.
         ValueError: different shapes, a last axis that has no halves where there is no value, `inplace` on a tensor that
             needs a gradient or on gate and value in one, or a backend that is unknown or not usable.
-        NotImplementedError: on backend "triton", forward mode, torch.func's transforms or a second derivative.
+        NotImplementedError: on "triton" and "cpu", forward mode, torch.func's transforms or a second derivative.
     """
     _check(gate, value, inplace)
-    if pick(backend, gate.device, op="swiglu") != "triton":
+    chosen = pick_once(backend, gate, "swiglu")
+    if chosen == "reference":
         return swiglu_ref(gate, value, inplace)
-    from .swiglu_triton import swiglu_triton
+    if chosen == "cpu":
+        from .swiglu_cpu import swiglu_cpu as activate
+    else:
+        from .swiglu_triton import swiglu_triton as activate
 
-    return swiglu_triton(gate, value, inplace)
+    return activate(gate, value, inplace)
 
 
 def _check(gate: Tensor, value: Tensor | None, inplace: bool) -> None:

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernels for its compile caches
 
-from .custom import INTERPRETED, Cost, launch, refuse_transforms, register, register_backward
+from .custom import INTERPRETED, launch, register, register_backward
+from .registry import Cost, refuse_transforms
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 

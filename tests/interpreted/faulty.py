@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from hypothesis import strategies as st
 
-from planecycle_fast.ops.custom import Cost, CustomOp
+from planecycle_fast.ops.registry import Cost, CustomOp
 
 from ..kernelcheck.spec import Case, Spec
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from planecycle_fast.ops.custom import Cost
+from planecycle_fast.ops.registry import Cost
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import BudgetError

@@ -196,7 +196,10 @@ def test_angles_that_need_a_gradient_are_refused():
 
 @pytest.mark.parametrize(
     "x, message",
-    [((2**30, 2, 1, 2), "2147483648 rows"), ((1, 2, 1, 2048), "hd = 2048"), ((2**28, 2, 2**12, 512), "programs")],
+    [
+        ((2**30, 2, 1, 2), "2147483648 rows"), ((1, 2, 1, 2048), "hd = 2048"), ((2**28, 2, 2**12, 512), "programs"),
+        ((1, 1, 8 * 2**31, 2), "2147483648 programs"),
+    ],
     ids=str,
 )
 def test_what_is_too_large_is_refused(x, message):
@@ -204,6 +207,14 @@ def test_what_is_too_large_is_refused(x, message):
     x = torch.empty(x, device="meta")
     with pytest.raises(ValueError, match=f"too large for backend 'triton': .*{message}.* expected at most"):
         OP.body(x, *arguments_of(x, angles, 0, None, False))
+
+
+def test_as_many_programs_as_a_grid_takes():
+    angles = Tables(*[(torch.empty(1, 1, device="meta"),)] * 2)
+    x = torch.empty(1, 1, 8 * (2**31 - 1), 2, device="meta")
+    with probing() as probe:
+        OP.body(x, *arguments_of(x, angles, 0, None, False))
+    assert probe.launch.grid == (2**31 - 1, 1, 1)
 
 
 class Seen(Observer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planecycle_fast.ops import swiglu, swiglu_ref
-from planecycle_fast.ops.custom import Cost
+from planecycle_fast.ops.registry import Cost
 from planecycle_fast.ops.swiglu_triton import BACKWARD, INPLACE, OP
 
 from ..kernelcheck import checks

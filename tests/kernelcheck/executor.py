@@ -22,6 +22,7 @@ from .observers import Fault, Launch, Observer, launches, observing, watching
 
 INTEGERS = {name: tl.str_to_ty(name, None) for name in ("i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")}
 FLOATS = {name: tl.str_to_ty(name, None) for name in ("fp16", "fp32", "fp64")}
+WARPS = (1, 2, 4, 8, 16, 32)  # of a program, as a GPU takes them
 NEEDED_NAMES = ["_implicit_cvt", "_patch_lang", "_unwrap_tensor", "_get_np_dtype", "GridExecutor", "ReduceOps"]
 NEEDED = {  # methods of its builder that are replaced, with the parameters that must come first
     "create_masked_load": "self ptrs mask other",
@@ -89,6 +90,8 @@ _lock = threading.RLock()  # the interpreter has one grid at a time
 
 def _run_grid(executor, *args, **kwargs):
     fn, names = executor.fn, executor.arg_names
+    if kwargs.get("num_warps", 4) not in WARPS:
+        raise Fault(f"{fn.__name__}: num_warps must be one of {WARPS}, got {kwargs['num_warps']}")
     kwargs = {name: value for name, value in kwargs.items() if name in names}
     for hook in executor.pre_run_hooks:
         hook(*args, **kwargs)

@@ -3,7 +3,8 @@
 A process is forked from one that has imported torch, triton and pytest but nothing of this project; it takes the
 project from a copy in which one file is edited. Two runs per mutant, until the first failure: `PLAIN`, `test_plain`
 without sanitizers, and if that passes `ALL`, the tests of the kernel without opcheck, torch.compile and autocast, which
-are about the wiring around it, without fp16, and with less fuzzing. (Of a kind in `ONLY` those that can see it.)
+are about the wiring around it, without fp16, and with less fuzzing. Mutants of a kind in `ONLY` meet only the tests that
+can see them, and the part of the codegen gate that can (`offsets`).
 """
 
 import faulthandler
@@ -13,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -114,8 +116,16 @@ def _run(bench, stage, limits, only):
     os.dup2(log, 1)
     os.dup2(log, 2)
     _fuzz_less()
+    compiled = [sys.executable, "-m", "tests.kernelcheck.offsets", Path(bench.test_file).stem.removeprefix("test_")]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not full", "--tb=no"]
-    return int(pytest.main([*options, bench.test_file], plugins=[_Watch(bench, stage, limits, only)]))
+    watch = _Watch(bench, stage, limits, only)
+    status = int(pytest.main([*options, bench.test_file], plugins=[watch]))
+    if status == 0 and only and stage == ALL and Path("tests/kernelcheck/offsets.py").exists():
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if subprocess.run(compiled, env=environment, stdout=log, stderr=log).returncode:
+            watch.tell(test="test_machine_code", error="CodegenError")
+            return 1
+    return status
 
 
 def _fuzz_less():

@@ -84,10 +84,14 @@ def drop_mask(node, s, names):
 
 
 def half_mask(node, s, names):
-    """A mask that guards one side only."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+    """A mask that guards one side only. (What is masked by a number are bits.)"""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd) and not _is_number(node.right):
         for kept, dropped in ((node.left, node.right), (node.right, node.left)):
             yield f"{s.of(kept)} & ({s.of(dropped)} | True)"
+
+
+def _is_number(node):
+    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
 
 
 def bound_off_by_one(node, s, names):

@@ -1,0 +1,118 @@
+"""The two branches of a block, attention and MLP: the host's linear layers with operations between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose
+from .ops import Axial, Tables, attention, gelu, rope, swiglu
+from .parts import BlockParts, Plan, watched
+from .rope import PlaneAngles
+
+if TYPE_CHECKING:
+    from .stream import Layer
+
+
+class Linears(NamedTuple):
+    """How to run linear layers that are nothing else, where nothing needs a gradient; see `linear_cpu`."""
+
+    linear: Callable[[nn.Module, Tensor], Tensor]
+    linear_gelu: Callable[[nn.Module, Tensor], Tensor | None]  # None: not of this layer
+
+
+def _call(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return linear(x)
+
+
+def attention_branch(
+    parts: BlockParts,
+    todo: Plan,
+    normed: Tensor,  # (N, rows, C)
+    layer: Layer,
+    linears: Linears | None = None,  # None: they are called
+) -> Tensor:  # (N, rows, C)
+    """Self-attention within each sequence, or the host's own where it is not replaced."""
+    found = parts.attention()
+    if todo.attention is not None:
+        return parts.call_attention(normed, layer.sincos)
+    heads, g = found.heads, layer.num_globals
+    apply = _call if linears is None else linears.linear
+    projected = [apply(linear, normed) for linear in found.qkv]
+    free = linears is not None or _is_free(projected, found.qkv)
+    packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
+    made = [t.unflatten(-1, (3 * heads if packed else heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
+    turned, rest = made[:2], made[2:]
+    if packed and not made[0].requires_grad:  # else as a whole, so that its gradient comes as one
+        turned, rest = [made[0][:, :, : 2 * heads]], [made[0][:, :, 2 * heads :]]
+    if layer.angles is not None:
+        how = free, found.in_table_dtype, layer.backend_for("rope", made[0])
+        angles = _angles(layer.angles, choose(layer.backend, made[0].device, "rope", layer.strict))
+        turned = [rope(t, angles, g, min(t.shape[2], 2 * heads), *how) for t in turned]
+    q, k, v = [head for t in (*turned, *rest) for head in t.split(heads, dim=2)]
+    out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
+    return apply(found.output, out.flatten(2))
+
+
+def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
+    """For kernels the settings, where they are known; else tables, which blocks share."""
+    if backend == "triton" and angles.rope is not None:
+        return Axial(angles.rope, angles.grid, angles.augmentation, angles.periods())
+    return Tables(*[(half,) for half in angles.halves()])
+
+
+def mlp_branch(
+    parts: BlockParts,
+    todo: Plan,
+    normed: Tensor,  # (N, rows, C)
+    layer: Layer,
+    linears: Linears | None = None,  # None: they are called
+) -> Tensor:  # (N, rows, C)
+    """The MLP of each row, or the host's own where it is not replaced."""
+    found = parts.mlp()
+    if todo.mlp is not None:
+        return found.module(normed)
+    apply = _call if linears is None else linears.linear
+    if linears is not None and found.activation == "gelu":
+        activated = linears.linear_gelu(found.first[0], normed)
+        if activated is not None:
+            return apply(found.last, activated)
+    hidden = [apply(linear, normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
+    free = linears is not None or _is_free(hidden, found.first)
+    backend = layer.backend_for(found.activation, normed)
+    if found.activation == "gelu":
+        activated = gelu(hidden[0], free, backend)
+    else:  # gate and value in one: in place would leave rows with gaps, which the next layer would copy
+        activated = swiglu(*hidden, inplace=free and len(hidden) == 2, backend=backend)
+    return apply(found.last, activated)
+
+
+def _is_free(
+    made: Sequence[Tensor],  # (N, rows, any)
+    layers: Sequence[object],
+) -> bool:
+    """Whether what these layers made may be written to. A compiler plans memory better without being told to."""
+    if torch.compiler.is_compiling() or any([t.requires_grad for t in made]):
+        return False
+    return all([is_plain(layer) for layer in layers])
+
+
+def is_plain(linear: object) -> bool:
+    """Whether nobody but us can hold what a layer returned, so that it may be written to."""
+    if hasattr(linear, "fresh"):
+        return linear.fresh
+    return (type(linear) is nn.Linear or type(linear).__name__ == "LinearKMaskedBias") and watched(linear) is None
+
+
+def autocast_dtype(module: nn.Module, linears: Sequence[object]) -> torch.dtype | None:
+    """What autocast would make of a norm in each of these layers, so that it is written as that at once; or None."""
+    weight = module.weight
+    if weight is None or not linears or weight.dtype == torch.float64:
+        return None
+    device = weight.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device) if all([is_plain(linear) for linear in linears]) else None
