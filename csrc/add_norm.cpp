@@ -67,6 +67,7 @@ class Boundary {
     x_.read(row, from);
     if (branch_) branch_.add(row, from, data_or_null(scale_));
   }
+  void ask_for(int64_t from) const { x_.ask_for(from), branch_.ask_for(from); }
   // An old row becomes a new one.
   void move(A* row, int64_t from, int64_t to) const {
     if (add_and_round_) {
@@ -107,7 +108,10 @@ void run(const RowMap& map, const Boundary<A>& boundary, int64_t via, bool mean)
     std::vector<A> row(boundary.channels);
     for (auto line = begin; line < end; ++line) {
       auto from = map.old_row(line), to = map.new_row(line);
-      for (int64_t i = 0; i < map.n[2]; ++i) boundary.move(row.data(), from + i * map.step[2], to + i);
+      for (int64_t i = 0; i < map.n[2]; ++i) {
+        if (i + AHEAD < map.n[2]) boundary.ask_for(from + (i + AHEAD) * map.step[2]);
+        boundary.move(row.data(), from + i * map.step[2], to + i);
+      }
     }
   });
   if (!map.num_globals) return;
@@ -156,27 +160,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(
   return {out, normed, average, inverse};
 }
 
-Tensor add_norm_(
+void add_norm_(
     Tensor& x,                     // (N, rows, C), contiguous; the sum is written into it
     const Tensor& branch,          // like x
     const OptionalTensor& scale,   // (C,)
     const OptionalTensor& weight,  // (C,)
     const OptionalTensor& bias,    // (C,)
-    std::string_view norm, double eps, std::optional<at::ScalarType> dtype) {  // -> the norm of the sum, like x
+    std::string_view norm, double eps,
+    Tensor& normed) {  // like x, of any dtype; the norm of the sum is written into it
   check(x, branch);
   auto summed = promoted(x, {branch, scale});
   TORCH_CHECK_VALUE(summed == x.scalar_type(), "x must have the dtype of the sum to be written to, ", summed, ", got ",
                     x.scalar_type());
-  auto normed = at::empty(x.sizes(), x.options().dtype(dtype.value_or(summed))), nothing = at::empty(0, x.options());
-  std::array<int64_t, 3> sizes{x.size(0), x.size(1), 1};
+  TORCH_CHECK_VALUE(normed.is_contiguous() && normed.sizes() == x.sizes(), "normed must be contiguous and of x's shape ",
+                    x.sizes(), ", got ", normed.sizes());
+  auto nothing = at::empty(0, x.options());
+  std::array<int64_t, 3> sizes{x.size(0), 1, x.size(1)};
   RowMap map(x.size(0), Plane::named("HW"), Plane::named("HW"), sizes, 0);
-  if (!x.numel()) return normed;
-  with_accumulator({summed}, [&](auto zero) {
-    Boundary<decltype(zero)> boundary(x, branch, scale, weight, bias, x, normed, nothing, nothing, summed, norm, eps);
-    run(map, boundary, 1, false);
-  });
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  return normed;
+  if (x.numel())
+    with_accumulator({summed}, [&](auto zero) {
+      Boundary<decltype(zero)> boundary(x, branch, scale, weight, bias, x, normed, nothing, nothing, summed, norm, eps);
+      run(map, boundary, 1, false);
+    });
+  for (auto* written : {&x, &normed})
+    if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ TORCH_LIBRARY(planecycle_fast_cpu, m) {
   m.def("swiglu(Tensor gate, Tensor? value) -> Tensor");
   m.def("swiglu_(Tensor(a0!) gate, Tensor value) -> ()");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor? value) -> Tensor[]");
-  // Of this backend alone: the sum in place, for inference.
+  // Of this backend alone, for inference: the sum in place, the norm into memory that is there.
   m.def(
       "add_norm_(Tensor(a0!) x, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, str norm, float eps, "
-      "ScalarType? dtype) -> Tensor");
+      "Tensor(a1!) normed) -> ()");
 }

@@ -93,6 +93,10 @@ void run(const Tensor& x, const Tensor& out, const Angles<A>& angles, const Head
       auto is_global = row < h.num_globals;
       if (!is_global) angles.read(sin.data(), cos.data(), row - h.num_globals);
       auto source = from + sequence * x.stride(0) + row * x.stride(1);
+      if (row + AHEAD < h.rows) {
+        for (int64_t head = 0; head < h.turned; ++head)
+          prefetch(source + AHEAD * x.stride(1) + head * x.stride(2), 2 * h.half * sizeof(T));
+      }
       auto target = to + sequence * out.stride(0) + row * out.stride(1);
       auto heads = to == from && !h.narrow ? h.turned : h.heads;  // in place the others are there already
       for (int64_t head = 0; head < heads; ++head, source += x.stride(2), target += out.stride(2)) {

@@ -147,6 +147,12 @@ void write_row(void* to, const A* row, int64_t channels) {
   pieces<A>(channels, [&](int64_t i, auto n) { Lanes<A>::load(row + i, n).store(p + i, n); });
 }
 
+// Asks for a row that is read soon: what a matrix product has written is in no cache.
+inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+constexpr int64_t AHEAD = 3;  // rows
+
 // A tensor of rows (..., C), contiguous, that are read as A. Nothing where there is no tensor.
 template <class A>
 class Input {
@@ -163,6 +169,9 @@ class Input {
   void read(A* row, int64_t i) const { read_(row, data_ + i * bytes_, channels_); }
   void add(A* row, int64_t i, const A* factor = nullptr) const { add_(row, data_ + i * bytes_, factor, channels_); }
   const void* at(int64_t i) const { return read_ ? data_ + i * bytes_ : nullptr; }
+  void ask_for(int64_t i) const {
+    if (read_) prefetch(data_ + i * bytes_, bytes_);
+  }
 
  private:
   const char* data_ = nullptr;

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .backends import choose
+from .linear_cpu import PlainLinears
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
 from .parts import BlockParts, Plan, watched
 from .rope import PlaneAngles
 
 if TYPE_CHECKING:
     from .stream import Layer
-
-
-class Linears(NamedTuple):
-    """How to run linear layers that are nothing else, where nothing needs a gradient; see `linear_cpu`."""
-
-    linear: Callable[[nn.Module, Tensor], Tensor]
-    linear_gelu: Callable[[nn.Module, Tensor], Tensor | None]  # None: not of this layer
 
 
 def _call(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -33,7 +27,7 @@ def attention_branch(
     todo: Plan,
     normed: Tensor,  # (N, rows, C)
     layer: Layer,
-    linears: Linears | None = None,  # None: they are called
+    linears: PlainLinears | None = None,  # None: they are called
 ) -> Tensor:  # (N, rows, C)
     """Self-attention within each sequence, or the host's own where it is not replaced."""
     found = parts.attention()
@@ -54,6 +48,7 @@ def attention_branch(
         turned = [rope(t, angles, g, min(t.shape[2], 2 * heads), *how) for t in turned]
     q, k, v = [head for t in (*turned, *rest) for head in t.split(heads, dim=2)]
     out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
+    del projected, made, turned, rest, q, k, v  # memory that the projection can have
     return apply(found.output, out.flatten(2))
 
 
@@ -69,7 +64,7 @@ def mlp_branch(
     todo: Plan,
     normed: Tensor,  # (N, rows, C)
     layer: Layer,
-    linears: Linears | None = None,  # None: they are called
+    linears: PlainLinears | None = None,  # None: they are called
 ) -> Tensor:  # (N, rows, C)
     """The MLP of each row, or the host's own where it is not replaced."""
     found = parts.mlp()

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from .backends import choose
-from .branches import Linears, attention_branch, autocast_dtype, is_plain, mlp_branch
-from .linear_cpu import linear, linear_gelu
+from .branches import attention_branch, autocast_dtype, is_plain, mlp_branch
+from .linear_cpu import PlainLinears
 from .ops.registry import transforms_active
 from .parts import BlockParts, Plan, known_norm
 
 if TYPE_CHECKING:
     from .stream import Layer
 
-LINEARS = Linears(linear, linear_gelu)
-GROUP_BYTES = 2**25  # of the widest activations of a group: more than the second-level caches hold, less than the last
+GROUP_BYTES = 2**24  # of the widest activations of a group: fewer matrix products, or less memory
 
 
 def runs_in_groups(parts: BlockParts, todo: Plan, layer: Layer, x: Tensor) -> bool:
@@ -48,17 +47,20 @@ def run_in_groups(
 
     mlp, gamma = parts.mlp(), parts.scale(1).gamma
     norm2 = known_norm(parts.norm(2))[0]
-    dtype = autocast_dtype(parts.norm(2), mlp.first)
+    dtype = autocast_dtype(parts.norm(2), mlp.first) or x.dtype
     sequences = _group(x, max([layer.out_features for layer in mlp.first]))
+    linears = PlainLinears(sequences * x.shape[1], several=4 * sequences <= len(x))
     branch = None
     for start in range(0, len(x), sequences):
         group = slice(start, start + sequences)
-        attended = attention_branch(parts, todo, normed[group], layer, LINEARS)
-        normed2 = add_norm_in_place(x[group], attended, gamma, norm2, dtype)
-        out = mlp_branch(parts, todo, normed2, layer, LINEARS)
+        attended = attention_branch(parts, todo, normed[group], layer, linears)
+        normed2 = normed[group] if normed.dtype == dtype else x.new_empty(x[group].shape, dtype=dtype)
+        add_norm_in_place(x[group], attended, gamma, norm2, normed2)  # norm1 is not needed any more
+        del attended
+        out = mlp_branch(parts, todo, normed2, layer, linears)
         if sequences >= len(x):
             return x, out
-        if branch is None:  # norm1 is not needed any more, and is as large
+        if branch is None:
             branch = normed if (normed.shape, normed.dtype) == (x.shape, out.dtype) else out.new_empty(x.shape)
         branch[group] = out
     return x, branch

@@ -13,24 +13,41 @@ from torch import Tensor, nn
 _found: dict[torch.dtype, bool] = {}
 
 
-def linear(
-    layer: nn.Module,  # a plain nn.Linear; anything else is called
-    x: Tensor,  # (..., in_features)
-) -> Tensor:  # (..., out_features)
-    """``layer(x)`` without gradients; in bfloat16 rounded once instead of twice."""
-    if x.dtype != torch.bfloat16 or not _takes(layer, x) or layer.bias is None:
-        return layer(x)
-    return torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, "none", [], "")
+class PlainLinears:
+    """How the linear layers of one block run, for inputs of so many rows each; layers that are no plain ones are called.
 
+    Where several inputs follow, weights are brought into oneDNN's layout once, for as long as this object lives: what
+    is kept longer would not follow weights that change.
+    """
 
-def linear_gelu(
-    layer: nn.Module,  # a plain nn.Linear
-    x: Tensor,  # (..., in_features)
-) -> Tensor | None:  # (..., out_features)
-    """The exact GELU of ``layer(x)`` without gradients, in one pass; None where oneDNN does not take it."""
-    if not _takes(layer, x):
-        return None
-    return torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, "gelu", [], "none")
+    def __init__(self, rows: int, several: bool) -> None:
+        self.rows, self.several = rows, several
+        self._packed: dict[int, Tensor] = {}  # by id of the layer
+
+    def linear(
+        self,
+        layer: nn.Module,  # nn.Linear
+        x: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., out_features)
+        """``layer(x)`` without gradients; in bfloat16 rounded once instead of twice."""
+        helps = x.dtype == torch.bfloat16 and layer.bias is not None
+        return self._run(layer, x, "none", "") if helps and _takes(layer, x) else layer(x)
+
+    def linear_gelu(
+        self,
+        layer: nn.Module,  # nn.Linear
+        x: Tensor,  # (..., in_features)
+    ) -> Tensor | None:  # (..., out_features)
+        """The exact GELU of ``layer(x)`` without gradients, in one pass; None where oneDNN does not take it."""
+        return self._run(layer, x, "gelu", "none") if _takes(layer, x) else None
+
+    def _run(self, layer: nn.Linear, x: Tensor, after: str, algorithm: str) -> Tensor:
+        weight = layer.weight
+        if self.several:
+            if id(layer) not in self._packed:
+                self._packed[id(layer)] = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), self.rows)
+            weight = self._packed[id(layer)]
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, layer.bias, after, [], algorithm)
 
 
 def _takes(layer: nn.Module, x: Tensor) -> bool:
@@ -47,6 +64,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     if dtype not in _found:
         operations = torch.ops.mkldnn
         has = torch.backends.mkldnn.is_available() and hasattr(operations, "_linear_pointwise")
+        has = has and hasattr(operations, "_reorder_linear_weight")
         if dtype == torch.bfloat16:
             supported = getattr(operations, "_is_mkldnn_bf16_supported", None)
             has = has and supported is not None and supported()

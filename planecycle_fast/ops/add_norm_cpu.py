@@ -85,10 +85,7 @@ BACKWARD = register(
     "add_norm_backward", fake=_backward_fake, setup_context=lambda ctx, inputs, output: None, backward=_refuse
 )
 OP = register("add_norm", fake=_fake, setup_context=setup_context, backward=backward_by(BACKWARD))
-IN_PLACE = register(
-    "add_norm_",
-    fake=lambda x, branch, scale, weight, bias, norm, eps, dtype: x.new_empty(x.shape, dtype=dtype or x.dtype),
-)
+IN_PLACE = register("add_norm_", fake=lambda x, branch, scale, weight, bias, norm, eps, normed: None)
 
 
 def add_norm_cpu(
@@ -133,7 +130,7 @@ def add_rows_cpu(
     sequences, rows, _ = x.shape
     slices = max(sequences, 1)
     same = Transition(slices, slices)
-    return add_norm_cpu(x, HW, HW, (slices, rows, 1), 0, same, branch, scale, norm, norm_dtype)
+    return add_norm_cpu(x, HW, HW, (slices, 1, rows), 0, same, branch, scale, norm, norm_dtype)
 
 
 def add_norm_in_place(
@@ -141,11 +138,11 @@ def add_norm_in_place(
     branch: Tensor,  # like x
     scale: Tensor | None,  # (C,)
     norm: Norm,
-    norm_dtype: torch.dtype | None = None,
-) -> Tensor:  # the norm of the sum, (N, rows, C)
-    """`add_rows_cpu` that writes the sum into x, for inference.
+    normed: Tensor,  # like x, of any dtype; becomes the norm
+) -> None:
+    """`add_rows_cpu` into memory that is there, for inference.
 
     Raises ValueError where the sum's dtype is not x's.
     """
     kind = "rms" if norm.rms else "layer"
-    return IN_PLACE(x, branch.contiguous(), scale, norm.weight, norm.bias, kind, norm.eps, norm_dtype)
+    IN_PLACE(x, branch.contiguous(), scale, norm.weight, norm.bias, kind, norm.eps, normed)

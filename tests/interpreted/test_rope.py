@@ -197,7 +197,9 @@ def test_angles_that_need_a_gradient_are_refused():
 @pytest.mark.parametrize(
     "x, message",
     [
-        ((2**30, 2, 1, 2), "2147483648 rows"), ((1, 2, 1, 2048), "hd = 2048"), ((2**28, 2, 2**12, 512), "programs"),
+        ((2**30, 2, 1, 2), "2147483648 rows"),
+        ((1, 2, 1, 2048), "hd = 2048"),
+        ((2**28, 2, 2**12, 512), "programs"),
         ((1, 1, 8 * 2**31, 2), "2147483648 programs"),
     ],
     ids=str,
