@@ -12,9 +12,10 @@ namespace pcf {
 namespace {
 
 constexpr int64_t CHUNKS = 256;  // at most; of rows whose sums are added up one after another
+constexpr int64_t FEW = 16;      // rows that are added up in float before they are in double
 
 template <class A>
-struct Sums {  // partial sums of a chunk, (C) each, or null
+struct Sums {  // partial sums of a few rows, (C) each, or null
   A *scale, *weight, *bias;
 };
 
@@ -49,17 +50,17 @@ class Backward {
     pieces<A>(channels, [&](int64_t c, auto n) {
       auto v = Lanes<A>::load(g + c, n), x = Lanes<A>::load(xhat + c, n);
       if (sums.bias) (Lanes<A>::load(sums.bias + c, n) + v).store(sums.bias + c, n);
-      if (sums.weight) (Lanes<A>::load(sums.weight + c, n) + v * x).store(sums.weight + c, n);
+      if (sums.weight) Lanes<A>::fma(v, x, Lanes<A>::load(sums.weight + c, n)).store(sums.weight + c, n);
       if (!weight.empty()) v = v * Lanes<A>::load(weight.data() + c, n);
       v.store(g + c, n);
       sum = sum + v;
-      product = product + v * x;
+      product = Lanes<A>::fma(v, x, product);
     });
     auto average = Lanes<A>::all(norm == Norm::layer ? sum.sum() / channels : A(0));
-    auto slope = Lanes<A>::all(product.sum() / channels), inverse = Lanes<A>::all(rstd[i]);
+    auto slope = Lanes<A>::all(-product.sum() / channels), inverse = Lanes<A>::all(rstd[i]);
     pieces<A>(channels, [&](int64_t c, auto n) {
       auto v = Lanes<A>::load(g + c, n), x = Lanes<A>::load(xhat + c, n);
-      ((v - average - x * slope) * inverse).store(total + c, n);
+      (Lanes<A>::fma(x, slope, v - average) * inverse).store(total + c, n);
     });
     if (grad) grad.add(total, i);
   }
@@ -71,8 +72,8 @@ class Backward {
     if (sums.scale) {
       branch.read(s.g.data(), i);
       pieces<A>(channels, [&](int64_t c, auto n) {
-        auto v = Lanes<A>::load(total + c, n) * Lanes<A>::load(s.g.data() + c, n);
-        (Lanes<A>::load(sums.scale + c, n) + v).store(sums.scale + c, n);
+        auto v = Lanes<A>::load(total + c, n), b = Lanes<A>::load(s.g.data() + c, n);
+        Lanes<A>::fma(v, b, Lanes<A>::load(sums.scale + c, n)).store(sums.scale + c, n);
       });
     }
     if (!grad_branch) return;
@@ -96,18 +97,24 @@ class Partials {
   void run(int64_t jobs, int64_t job_rows, const F& f) {
     auto size = std::max({(jobs + CHUNKS - 1) / CHUNKS, GRAIN / std::max<int64_t>(1, job_rows * channels_), int64_t(1)});
     auto chunks = (jobs + size - 1) / size, stride = count_ * channels_;
-    std::vector<A> values(chunks * stride, A(0));
+    auto few = std::max<int64_t>(1, FEW / std::max<int64_t>(1, job_rows));
+    std::vector<double> values(chunks * stride, 0.0);
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> block(stride);
+      auto at = block.data();
+      A* place[3];
+      for (int k = 0; k < 3; ++k) place[k] = wanted_[k] ? std::exchange(at, at + channels_) : nullptr;
       for (auto chunk = begin; chunk < end; ++chunk) {
-        auto at = values.data() + chunk * stride;
-        A* place[3];
-        for (int k = 0; k < 3; ++k) place[k] = wanted_[k] ? std::exchange(at, at + channels_) : nullptr;
-        f(chunk * size, std::min(jobs, (chunk + 1) * size), Sums<A>{place[0], place[1], place[2]});
+        auto last = std::min(jobs, (chunk + 1) * size);
+        for (auto job = chunk * size; job < last; job += few) {
+          std::fill(block.begin(), block.end(), A(0));
+          f(job, std::min(last, job + few), Sums<A>{place[0], place[1], place[2]});
+          accumulate(values.data() + chunk * stride, 1.0, block.data(), stride);
+        }
       }
     });
     totals_.resize(stride);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = 0; i < stride; ++i) totals_[i] += static_cast<double>(values[chunk * stride + i]);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) accumulate(totals_.data(), 1.0, values.data() + chunk * stride, stride);
   }
   void write(const Tensor& sums) const {  // (wanted, C)
     if (!sums.numel()) return;
@@ -206,7 +213,9 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
   auto grad_x = at::empty(rows, y.options().dtype(x_dtype));
   auto grad_branch = at::empty(branch_dtype ? rows : std::vector<int64_t>{0}, y.options().dtype(branch_dtype.value_or(x_dtype)));
   auto sums = at::empty({wanted[0] + wanted[1] + wanted[2], channels}, y.options().dtype(sums_dtype));
-  with_accumulator({y.scalar_type(), x_dtype, sums_dtype}, [&](auto zero) {
+  // Of float32 in double: differences of rows that nearly cancel are to be as close to float64 as torch's.
+  auto wide = y.scalar_type() == at::kFloat ? at::kDouble : y.scalar_type();
+  with_accumulator({wide, x_dtype, sums_dtype}, [&](auto zero) {
     using A = decltype(zero);
     constexpr auto type = c10::CppTypeToScalarType<A>::value;
     auto average = mean.to(type).contiguous(), inverse = rstd.to(type).contiguous();

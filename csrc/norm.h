@@ -37,7 +37,7 @@ Statistics<A> statistics(const A* row, A sum, int64_t channels, Norm norm, doubl
     auto d = (Lanes<A>::load(row + i, n) - center).first(n);
     squares = Lanes<A>::fma(d, d, squares);
   });
-  return {mean, static_cast<A>(1 / std::sqrt(squares.sum() / channels + static_cast<A>(eps)))};
+  return {mean, static_cast<A>(1 / std::sqrt(double(squares.sum()) / channels + eps))};
 }
 
 // to = (row - mean) * rstd * weight + bias; to may be row

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from planecycle_fast.backends import pick
-from planecycle_fast.ops.registry import Cost
 from planecycle_fast.ops.plane_switch_triton import OP
+from planecycle_fast.ops.registry import Cost
 from planecycle_fast.planes import DH, DHW, DW, HW
 
 from ..kernelcheck.harness import op_tests

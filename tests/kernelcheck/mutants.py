@@ -3,8 +3,8 @@
 A process is forked from one that has imported torch, triton and pytest but nothing of this project; it takes the
 project from a copy in which one file is edited. Two runs per mutant, until the first failure: `PLAIN`, `test_plain`
 without sanitizers, and if that passes `ALL`, the tests of the kernel without opcheck, torch.compile and autocast, which
-are about the wiring around it, without fp16, and with less fuzzing. Mutants of a kind in `ONLY` meet only the tests that
-can see them, and the part of the codegen gate that can (`offsets`).
+are about the wiring around it, without fp16, and with less fuzzing. Mutants of a kind in `ONLY` meet only the tests
+that can see them, and the part of the codegen gate that can (`offsets`).
 """
 
 import faulthandler

@@ -52,7 +52,7 @@ def on(function, **fixed):
     return call
 
 
-def op_arguments(tensors, settings):
+def op_arguments(tensors, settings, forward_op=OP, backward_op=BACKWARD):
     """The call that `plane_switch` makes, and the one of its backward."""
     m, rms = settings["transition"], settings["rms"]
     old, new, sizes, g = (settings[name] for name in ("old", "new", "sizes", "num_globals"))
@@ -61,7 +61,7 @@ def op_arguments(tensors, settings):
     where = (old.name, new.name, list(sizes), g, m.num_prev if m.via is None else m.via, m.mean)
     forward = (x, branch, *vectors, *where, kind, settings["eps"], settings["norm_dtype"])
     with torch.no_grad():
-        y, normed, mean, rstd = fake(*forward) if x.device.type == "meta" else OP(*forward)
+        y, normed, mean, rstd = fake(*forward) if x.device.type == "meta" else forward_op(*forward)
     y = y if y.numel() or not x.numel() else x
     grads = [None if not t.numel() and x.numel() else torch.ones_like(t) for t in (y, normed)]
     alike = branch is None or (vectors[0] is None and branch.dtype == x.dtype)
@@ -71,7 +71,7 @@ def op_arguments(tensors, settings):
         *grads, y, mean, rstd, vectors[1], branch if wanted[0] else None, vectors[0], *where, kind, wanted, x.dtype,
         None if alike else branch.dtype, wide,
     )  # fmt: skip
-    return [(OP, forward), (BACKWARD, backward)]
+    return [(forward_op, forward), (backward_op, backward)]
 
 
 def groups(t, settings):

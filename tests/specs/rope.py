@@ -94,15 +94,15 @@ def placed(angles, x):
     return Axial(found, angles.grid, augmentation)
 
 
-def fast(x, angles, **settings):
-    return rope(x, placed(angles, x), backend="triton", **settings)
+def fast(x, angles, backend="triton", **settings):
+    return rope(x, placed(angles, x), backend=backend, **settings)
 
 
 def reference(x, angles, **settings):
     return rope_ref(x, placed(angles, x), **settings)
 
 
-def op_arguments(tensors, settings):
+def op_arguments(tensors, settings, op=OP, in_place=IN_PLACE, arguments_of=arguments_of):
     """The call that `rope` makes, the one of its backward, and the one in place."""
     x = tensors["x"]
     angles, rest = placed(settings["angles"], x), [settings[k] for k in ("num_globals", "turned", "in_table_dtype")]
@@ -110,7 +110,7 @@ def op_arguments(tensors, settings):
     grad = x.new_ones(x.shape, requires_grad=x.requires_grad)
     shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
     own = x.detach().clone(memory_format=torch.contiguous_format) if shared else x.detach()
-    return [(OP, (x, *arguments)), (OP, (grad, True, *arguments[1:])), (IN_PLACE, (own, *arguments))]
+    return [(op, (x, *arguments)), (op, (grad, True, *arguments[1:])), (in_place, (own, *arguments))]
 
 
 def groups(t, settings):

@@ -1,0 +1,121 @@
+"""Every operation of csrc through the whole test bed, but for what only Triton's interpreter can record."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, whose kernels' specs it shares")
+from planecycle_fast import native
+
+if not native.ready():
+    pytest.skip(f"backend 'cpu' is not usable: {native.why_not_native()}", allow_module_level=True)
+
+from planecycle_fast.ops import Norm, add_norm_cpu, add_norm_ref, custom, native_ops
+
+from .cpu_specs import ADD_NORM, PLANE_SWITCH, ROPE, SPECS, SWIGLU
+from .kernelcheck.budget import check_bits
+from .kernelcheck.harness import op_tests
+from .kernelcheck.layouts import VARIED, contiguous
+
+
+def cpu_tests(spec, examples):
+    """`op_tests` without recorded bytes and the overflow probe, which need kernels in Triton's interpreter."""
+    tests = op_tests(spec, examples)
+    for name in [name for name in vars(tests) if name.startswith(("test_declared_cost", "test_overflow"))]:
+        delattr(tests, name)
+    return tests
+
+
+TestPlaneSwitch = cpu_tests(PLANE_SWITCH, 150)
+TestAddNorm = cpu_tests(ADD_NORM, 100)
+TestRope = cpu_tests(ROPE, 150)
+TestSwiglu = cpu_tests(SWIGLU, 100)
+
+
+def test_every_operation_is_tested():
+    assert {op.name for spec in SPECS for op in spec.ops} | {"add_norm_"} == set(native_ops.OPS)
+
+
+def test_schemas_are_those_of_the_kernels():
+    """Names, types and order of arguments and results; one operation more, in place."""
+    from planecycle_fast.ops import add_norm_autograd, plane_switch_triton, rope_autograd, swiglu_triton  # noqa: F401
+
+    ours = {name: str(op.overload._schema).split("::")[1] for name, op in native_ops.OPS.items()}
+    theirs = {name: str(op.overload._schema).split("::")[1] for name, op in custom.OPS.items()}
+    assert ours.keys() - theirs.keys() == {"add_norm_"}
+    assert all(ours[name] == schema for name, schema in theirs.items())
+
+
+@pytest.mark.parametrize("layout", VARIED, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("dtype, norm_dtype", [(torch.float32, None), (torch.bfloat16, None),
+                                               (torch.float32, torch.bfloat16), (torch.float64, None)])  # fmt: skip
+@pytest.mark.parametrize("rms", [False, True])
+@torch.no_grad()
+def test_add_norm_in_place(dtype, norm_dtype, rms, layout):
+    """To the bit what the operation that writes new memory gives."""
+    x, branch = torch.randn(2, 3, 5, 40, dtype=torch.float64).to(dtype)
+    scale, weight = torch.randn(2, 40, dtype=torch.float64).to(dtype)
+    norm = Norm(weight, None, 1e-6, rms)
+    expected = add_norm_cpu.add_rows_cpu(x, branch, scale, norm, norm_dtype)
+    normed = torch.empty_like(x, dtype=norm_dtype or dtype)
+    before = x._version
+    add_norm_cpu.add_norm_in_place(x, layout(branch), layout(scale), norm, normed)
+    assert x._version > before  # what saved x for backward notices
+    check_bits("sum", x, expected[0])
+    check_bits("norm", normed, expected[1])
+
+
+def test_in_place_refuses_what_it_cannot_write():
+    x = torch.zeros(2, 3, 8)
+    norm = Norm(None, None, 1e-6)
+    with pytest.raises(ValueError, match="x must have the dtype of the sum to be written to"):
+        add_norm_cpu.add_norm_in_place(x, x.double(), None, norm, torch.empty_like(x))
+    with pytest.raises(ValueError, match="normed must be contiguous and of x's shape"):
+        add_norm_cpu.add_norm_in_place(x, x.clone(), None, norm, torch.empty(2, 3, 4))
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        add_norm_cpu.add_norm_in_place(x.mT, x.mT.contiguous(), None, norm, torch.empty_like(x.mT))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op.name)
+def test_any_number_of_threads_gives_the_same_bits(spec):
+    from .kernelcheck.checks import run
+
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append([run(spec.fast, c.make(torch.float32), c.settings) for c in (spec.typical, *spec.plain)])
+        finally:
+            torch.set_num_threads(1)
+    for got in results[1:]:
+        for a, b in zip(got, results[0]):
+            for name in b:
+                check_bits(name, a[name], b[name])
+
+
+def test_sums_of_many_rows_are_the_same_for_any_number_of_threads():
+    """Of more rows than a chunk has, and close to float64."""
+    x, grad = torch.randn(2, 40, 300, 64)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        weight, bias, scale = (torch.ones(64, requires_grad=True) for _ in range(3))
+        outs = add_norm_cpu.add_rows_cpu(x, grad, scale, Norm(weight, bias, 1e-6))
+        found.append(torch.autograd.grad(outs, (weight, bias, scale), (grad, x)))
+    torch.set_num_threads(1)
+    leaves = [torch.ones(64, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    outs = add_norm_ref(x.double(), grad.double(), leaves[2], Norm(*leaves[:2], 1e-6))
+    exact = torch.autograd.grad(outs, leaves, (grad.double(), x.double()))
+    for i, name in enumerate(("weight", "bias", "scale")):
+        assert all(torch.equal(of_one[i], found[0][i]) for of_one in found), name
+        torch.testing.assert_close(found[0][i].double(), exact[i], rtol=1e-5, atol=1e-4)
+
+
+def test_layouts_are_copied_not_misread():
+    spec = ADD_NORM
+    tensors = spec.typical.make(torch.float32)
+    expected = spec.fast(**tensors, **spec.typical.settings)
+    for layout in VARIED:
+        got = spec.fast(**{name: layout(t) for name, t in tensors.items()}, **spec.typical.settings)
+        for a, b in zip(got, expected):
+            check_bits(layout.__name__, a, b)
+    assert contiguous in VARIED
