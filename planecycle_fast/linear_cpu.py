@@ -30,8 +30,8 @@ class PlainLinears:
         x: Tensor,  # (..., in_features)
     ) -> Tensor:  # (..., out_features)
         """``layer(x)`` without gradients; in bfloat16 rounded once instead of twice."""
-        helps = x.dtype == torch.bfloat16 and layer.bias is not None
-        return self._run(layer, x, "none", "") if helps and _takes(layer, x) else layer(x)
+        helps = x.dtype == torch.bfloat16 and _takes(layer, x) and layer.bias is not None
+        return self._run(layer, x, "none", "") if helps else layer(x)
 
     def linear_gelu(
         self,

@@ -28,8 +28,8 @@ def results(model, volume, settings, backend):
     return {name: t.detach() for name, t in found.items()} | made
 
 
-def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5))):
-    """Raises BudgetError where a host lifted with backend "triton" is further from float64 than it may be.
+def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5)), backend="triton"):
+    """Raises BudgetError where a host lifted with a backend is further from float64 than it may be.
 
     Args:
         shape: batch, depth and (H, W) in tokens.
@@ -49,7 +49,7 @@ def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5))):
         first, first_exact = (volume, exact) if seed == 0 else (first, first_exact)  # noqa: F821
         for name, t in reference.items():
             largest[name] = errors(name, t, exact[name]).worse(largest.get(name, Errors(t.dtype)))
-    got = results(model, first, settings, "triton")
+    got = results(model, first, settings, backend)
     assert got.keys() == first_exact.keys()
     for name, t in got.items():
         check(name, t, first_exact[name], largest[name])

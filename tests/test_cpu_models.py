@@ -1,0 +1,173 @@
+"""Whole models on backend "cpu": outputs and all gradients within the budget of the reference; inference in groups."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import planecycle_fast as pcf
+from planecycle_fast import groups, linear_cpu, native
+
+from . import peers, standins
+from .hosts import BY_NAME, HOSTS
+
+if not native.ready():
+    pytest.skip(f"backend 'cpu' is not usable: {native.why_not_native()}", allow_module_level=True)
+pytest.importorskip("triton", reason="the test bed needs triton")
+
+from .kernelcheck.budget import Errors, check, errors
+from .kernelcheck.models import check_model
+
+SETTINGS = [  # of lifting, by turns
+    {}, {"pool_method": "PCm"}, {"mode": "slice2d"}, {"globals_at": "plane"}, {"mode": "flatten3d"},
+    {"cycle_order": ("DH", "DW"), "pool_method": "PCm", "globals_at": "plane"}, {"cycle_order": ("DW", "DW", "HW")},
+]  # fmt: skip
+SHAPES = [(1, 3, (2, 5)), (2, 1, (3, 1)), (1, 4, (1, 3))]  # batch, depth, (H, W) in tokens
+
+
+def _models(dtypes):
+    for i, host in enumerate(HOSTS):
+        for j, dtype in enumerate(dtypes):
+            settings = SETTINGS[(i + 3 * j) % len(SETTINGS)]
+            if settings.get("mode") == "flatten3d" and host.rope and host.head_dim % 16:
+                settings = {}
+            yield pytest.param(host, settings, dtype, SHAPES[(i + j) % 3], id=f"{host.name} {dtype} {settings}")
+
+
+@pytest.mark.parametrize("host, settings, dtype, shape", list(_models([torch.float32, torch.bfloat16])))
+def test_models_are_within_the_budget(host, settings, dtype, shape):
+    check_model(host, settings, dtype, shape=shape, backend="cpu")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov2-swiglu"])
+def test_every_mode_is_within_the_budget(name, settings):
+    if settings.get("mode") == "flatten3d" and BY_NAME[name].rope and BY_NAME[name].head_dim % 16:
+        pytest.skip("its heads have no sections for three axes")
+    check_model(BY_NAME[name], settings, torch.float16, shape=(2, 3, (4, 5)), backend="cpu")
+
+
+def _patches(host, settings, dtype, context, backend, seeds=6):
+    """(a model's patches, their errors against float64) of some volumes."""
+    model = host.make().to(dtype)
+    wide = copy.deepcopy(model).double()
+    largest = Errors(dtype)
+    for seed in range(seeds):
+        volume = host.volume(batch=2, depth=3, grid=(2, 5)) + seed
+        volume = (volume * (1 + seed)).to(dtype)
+        with context():
+            exact = pcf.lift(wide, backend="reference", **settings)(volume.double()).patches.double()
+            reference = pcf.lift(model, backend="reference", **settings)(volume).patches
+        largest = errors("patches", reference, exact).worse(largest)
+        if seed == 0:
+            first, first_exact = volume, exact
+    with context():
+        return pcf.lift(model, backend=backend, **settings)(first).patches, first_exact, largest
+
+
+@pytest.mark.parametrize("size", [1, 2**30], ids=["one sequence at a time", "all at once"])
+@pytest.mark.parametrize("host, settings, dtype, shape", list(_models([torch.float32, torch.bfloat16])))
+def test_inference_is_within_the_budget(monkeypatch, host, settings, dtype, shape, size):
+    monkeypatch.setattr(groups, "GROUP_BYTES", size)
+    runs = []
+    monkeypatch.setattr("planecycle_fast.stream.run_in_groups", lambda *a: runs.append(1) or groups.run_in_groups(*a))
+    got, exact, largest = _patches(host, settings, dtype, torch.inference_mode, "cpu")
+    check("patches", got, exact, largest)
+    assert runs or not any(not plan.reasons() for plan in pcf.lift(host.make(), backend="cpu", strict=False).plans())
+
+
+def test_groups_of_equal_size(monkeypatch):
+    x = torch.empty(10, 7, 16)
+    for at_once, expected in ((1, 1), (3, 3), (4, 4), (6, 5), (9, 5), (100, 10)):
+        monkeypatch.setattr(groups, "GROUP_BYTES", at_once * 7 * 64 * 4)
+        assert groups._group(x, 64) == expected
+
+
+def test_streams_and_embeddings_are_not_written_to():
+    """Blocks in groups write in place; what others may hold stays what it was."""
+    host = BY_NAME["timm-dinov3-no-globals"]
+    lifted, kept = pcf.lift(host.make(), backend="cpu", cycle_order=("HW",)), []
+    lifted.patch_embed.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
+    for block in lifted.blocks:
+        block.register_forward_hook(
+            lambda m, args, out: kept.extend([(t, t.clone()) for t in (*args[0], *out) if t is not None])
+        )
+    with torch.inference_mode():
+        features = lifted.intermediate(host.volume(), n=len(lifted.blocks))
+    assert len(features) == len(lifted.blocks) and len(kept) > len(features)
+    assert all(torch.equal(t, before) for t, before in kept)
+
+
+@pytest.mark.parametrize("why", ["gradients", "a hook on a linear layer", "compiled"])
+def test_blocks_that_do_not_run_in_groups(monkeypatch, why):
+    monkeypatch.setattr("planecycle_fast.stream.run_in_groups", lambda *a: pytest.fail("ran in groups"))
+    host = BY_NAME["timm-dinov3-s"]
+    lifted, volume = pcf.lift(host.make(), backend="cpu"), host.volume()
+    if why == "gradients":
+        lifted(volume)
+    elif why == "compiled":
+        with torch.no_grad():
+            torch.compile(lifted, backend="eager")(volume)
+    else:
+        for module in lifted.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda *_: None)
+        with torch.no_grad():
+            lifted(volume)
+
+
+def test_autocast():
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume = host.make(), host.volume(batch=2, depth=3, grid=(3, 5))
+    with torch.no_grad():
+        exact = pcf.lift(copy.deepcopy(model).double(), backend="reference")(volume.double()).patches
+        with torch.autocast("cpu", torch.bfloat16):
+            reference, got = (pcf.lift(model, backend=name)(volume).patches for name in ("reference", "cpu"))
+    assert got.dtype == reference.dtype
+    assert (got - exact).abs().max() <= 2 * (reference - exact).abs().max()
+
+
+@pytest.mark.parametrize("block_type", ["PlaneCycle", "Slice2D", "Flatten3D"])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_accelerated_models(build, block_type, context):
+    model = build(block_type)
+    volume = torch.randn(2, 3, 3, 8, 12)
+    with context():
+        expected = model(volume)
+        pcf.accelerate(model, backend="cpu")
+        got = model(volume)
+    assert peers is not None and standins is not None
+    for a, b in zip(got.values(), expected.values()) if isinstance(got, dict) else [(got, expected)]:
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("several", [True, False])
+@torch.no_grad()
+def test_linear_layers(dtype, bias, several):
+    """As close to float64 as torch's, with GELU too; None where it is not oneDNN's."""
+    layer = nn.Linear(64, 96, bias=bias).to(dtype)
+    x = torch.randn(3, 50, 64).to(dtype)
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    linears = linear_cpu.PlainLinears(150, several)
+    check("linear", linears.linear(layer, x), exact, errors("linear", layer(x), exact))
+    activated = linears.linear_gelu(layer, x)
+    assert activated is not None or dtype in (torch.float16, torch.float64)
+    if activated is not None:
+        exact = nn.functional.gelu(exact)
+        check("gelu", activated, exact, errors("gelu", nn.functional.gelu(layer(x)), exact))
+
+
+@torch.no_grad()
+def test_weights_may_change_between_passes():
+    """In ways that no version counter shows."""
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume = host.make(), host.volume()
+    lifted = pcf.lift(model, backend="cpu")
+    lifted(volume)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    torch.testing.assert_close(lifted(volume).patches, pcf.lift(model, backend="reference")(volume).patches)
