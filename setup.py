@@ -1,5 +1,70 @@
-"""All metadata is in pyproject.toml. The C++ extension (csrc) will be declared here."""
+"""All metadata is in pyproject.toml. Here: how csrc is compiled ahead of time, where torch is there to compile against.
 
-from setuptools import setup
+``pip install .`` builds in an environment of its own, without torch: a pure-Python package, whose extension is built on
+first use. ``pip install --no-build-isolation .`` sees torch and compiles, unless PLANECYCLE_FAST_BUILD is "never"; a
+failure is a warning, or with "require" an error.
+"""
 
-setup()
+import importlib.util
+import os
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SETTING = os.environ.get("PLANECYCLE_FAST_BUILD") or "auto"
+
+
+def compiling():
+    """planecycle_fast/compiling.py by itself: importing the package would import all of it."""
+    spec = importlib.util.spec_from_file_location("compiling", ROOT / "planecycle_fast" / "compiling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiles():
+    return SETTING != "never" and importlib.util.find_spec("torch") is not None
+
+
+class Build(build_ext):
+    """One library per CPU capability, beside the package's modules; `planecycle_fast.native` loads what fits."""
+
+    def run(self):
+        tools = compiling()
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        folder = package / "planecycle_fast"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("planecycle_fast_cpu-*.so"):
+            old.unlink()
+        for variant in tools.variants():
+            try:
+                tools.compile_library(ROOT / "csrc", folder / tools.library_name(variant), variant)
+            except tools.BuildError as error:
+                if SETTING == "require":
+                    raise
+                self.warn(f"csrc was not compiled for {variant}: {error}")
+                return
+
+    def get_outputs(self):
+        return [str(path) for path in (Path(self.build_lib) / "planecycle_fast").glob("planecycle_fast_cpu-*.so")]
+
+    get_output_mapping = dict  # of editable installs: nothing is linked, files are where they are used
+
+
+class Wheel(bdist_wheel):
+    """Libraries hold no Python: one wheel serves all versions of Python 3, on one platform."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if compiles() else (python, abi, platform)
+
+
+class WithLibraries(Distribution):
+    def has_ext_modules(self):
+        return compiles()
+
+
+setup(distclass=WithLibraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

@@ -60,9 +60,7 @@ def pick(backend: str = "auto", device: torch.device | None = None, op: str | No
     """
     backend = asked_for(backend)
     if backend == "auto":
-        return next(
-            name for name in BACKENDS if why_not(name, device, op) is None and not _is_slow(name) and _loads(name)
-        )
+        return next(name for name in BACKENDS if _takes(name, device, op))
     reason = why_not(backend, device, op)
     if reason is None and not _loads(backend):
         reason = why_not(backend, device, op)
@@ -95,6 +93,13 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         del _overrides[len(_overrides) - 1 - _overrides[::-1].index(backend)]  # another thread may have added one since
+
+
+def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
+    """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
+    if backend == "cpu" and device is not None and device.type == "cpu" and op in (None, *HAS["cpu"]):
+        return native.ready()
+    return why_not(backend, device, op) is None and not _is_slow(backend) and _loads(backend)
 
 
 def _loads(backend: str) -> bool:  # builds what is built on first use

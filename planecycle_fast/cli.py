@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -135,6 +135,13 @@ def _build():
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
+
+    @app.command()
+    def build() -> None:
+        """Builds the operations of backend "cpu" now; otherwise that happens when they are first used."""
+        from .native import build as build_library
+
+        print(build_library())
 
     @app.command()
     def info() -> None:

@@ -110,6 +110,7 @@ def compile_library(csrc: Path, target: Path, variant: str) -> None:
         raise BuildError(f"{missing} was not found")
     if not sources(csrc):
         raise BuildError(f"there are no sources in {csrc}")
+    target = target.absolute()
     folder = target.parent / f".building-{os.getpid()}"
     folder.mkdir(parents=True)
     try:

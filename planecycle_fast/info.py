@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import native
 from .attentions import attentions
 from .backends import backends
 from .optional import require
@@ -62,8 +63,18 @@ def caches() -> dict[str, Path]:
 
         folders["Hugging Face and timm models"] = Path(HF_HUB_CACHE)
     home = os.environ.get("TRITON_HOME", str(Path.home()))
+    folders["operations of backend cpu"] = native.cache()
     folders["Triton kernels"] = Path(os.environ.get("TRITON_CACHE_DIR", Path(home) / ".triton" / "cache"))
     return folders
+
+
+def library() -> str:
+    """Which library has the operations of backend "cpu", or why none has."""
+    reason = native.why_not_native()
+    if reason is not None:
+        return reason
+    found = native.found()
+    return str(found) if found is not None else "not built yet: on first use, or by planecycle-fast build"
 
 
 def run_info() -> None:
@@ -73,6 +84,7 @@ def run_info() -> None:
         "version": versions(),
         "device": devices(),
         "backend": {name: reason or "usable" for name, reason in backends().items()},
+        "library": {"cpu": library()},
         "attention": {name: reason or "usable" for name, reason in attentions().items()},
         "cache": {name: f"{path}{'' if path.exists() else ' (not there yet)'}" for name, path in caches().items()},
     }

@@ -14,7 +14,7 @@ _found: dict[torch.dtype, bool] = {}
 
 
 class PlainLinears:
-    """How the linear layers of one block run, for inputs of so many rows each; layers that are no plain ones are called.
+    """How the linear layers of one block run, for inputs of so many rows each; those that are not plain are called.
 
     Where several inputs follow, weights are brought into oneDNN's layout once, for as long as this object lives: what
     is kept longer would not follow weights that change.

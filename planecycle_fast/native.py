@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .compiling import BuildError, capability, compile_library, compiler, key, library_name
+from .compiling import BuildError, capability, compile_library, compiler, key, library_name, sources
 
 BUILD = "PLANECYCLE_FAST_BUILD"
 CACHE = "PLANECYCLE_FAST_CACHE"
@@ -63,25 +63,31 @@ def shipped() -> Path | None:
     return path if path.is_file() else None
 
 
+def found() -> Path | None:
+    """The library that is there already, shipped or built before, or None."""
+    return shipped() or (_cached() if _cached().is_file() else None)
+
+
 def why_not_native() -> str | None:
     """The reason why the library is not usable, as far as can be told without building it, or None."""
     if "reason" in _state:
         return _state["reason"]
     try:
-        if shipped() is not None or _cached().is_file():
-            return None
-        return _why_not_built()
+        return _why_not_built() if found() is None else None
     except (BuildError, OSError) as error:
         return str(error)
 
 
 def _why_not_built() -> str | None:
+    """Why nothing is built where there is no library yet, or None: then it will be tried."""
     if build_setting() == "never":
         return f"its library is not built, and {BUILD} is never; build it with: planecycle-fast build"
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"no C++ compiler was found{f' at CXX={named}' if named else ''}, and its library is not built"
-    return None
+    if not sources(csrc()):
+        return f"there are no sources in {csrc()}"
+    return _distrust(cache())
 
 
 def _cached() -> Path:
@@ -96,7 +102,7 @@ def ready() -> bool:
     with _lock:
         if "reason" not in _state:
             _state["reason"] = _load()
-            if _state["reason"] is not None and build_setting() != "require":
+            if _state["reason"] is not None and build_setting() == "auto":
                 log.warning("backend 'cpu' is not usable, the reference runs instead: %s", _state["reason"])
         reason = _state["reason"]
         if reason is not None and build_setting() == "require":
@@ -114,7 +120,8 @@ def _load() -> str | None:
                 return _why_not_built()
         torch.ops.load_library(str(library))
     except (BuildError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split())[:500] or type(error).__name__
+        text = f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
+        return " ".join(text.split())[:500] or type(error).__name__
     _state["library"] = str(library)
     return None
 
@@ -130,7 +137,7 @@ def build(say: bool = False) -> Path:
     if library.is_file():
         _check_private(library.parent)
         return library
-    if (reason := None if compiler() else _why_not_built()) is not None:
+    if compiler() is None and (reason := _why_not_built()) is not None:
         raise BuildError(reason)
     _check_private(library.parent)
     with _locked(library.parent / "lock"):
@@ -149,17 +156,29 @@ def _check_private(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        found = folder.lstat()
     except OSError as error:
         raise BuildError(f"the cache {folder} cannot be made: {error.strerror or error}") from error
+    if (reason := _distrust(folder)) is not None:
+        raise BuildError(reason)
+
+
+def _distrust(folder: Path) -> str | None:
+    """Why a cache is not used, or None, also where it is not there yet but can be made."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"the cache {folder} cannot be made: {error.strerror or error}"
     if not stat.S_ISDIR(found.st_mode):
-        raise BuildError(f"the cache {folder} must be a folder, and no symbolic link; set {CACHE} to another")
+        return f"the cache {folder} must be a folder, and no symbolic link; set {CACHE} to another"
     if hasattr(os, "getuid") and found.st_uid != os.getuid():
-        raise BuildError(f"the cache {folder} belongs to user {found.st_uid}, expected {os.getuid()}")
+        return f"the cache {folder} belongs to user {found.st_uid}, expected {os.getuid()}"
     if found.st_mode & 0o077:
-        raise BuildError(f"the cache {folder} can be used by others: mode {found.st_mode & 0o777:o}, expected 700")
+        return f"the cache {folder} can be used by others: mode {found.st_mode & 0o777:o}, expected 700"
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BuildError(f"the cache {folder} cannot be written to")
+        return f"the cache {folder} cannot be written to"
+    return None
 
 
 @contextlib.contextmanager

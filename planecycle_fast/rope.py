@@ -209,7 +209,7 @@ class PlaneAngles:
     def halves(self) -> tuple[Tensor, Tensor]:
         """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
         if self._halves is None:
-            self._halves = tuple([table[:, : table.shape[1] // 2].contiguous() for table in self.sincos()])
+            self._halves = tuple([table[:, : table.shape[1] // 2] for table in self.sincos()])
         return self._halves
 
     def periods(self) -> list[Tensor]:

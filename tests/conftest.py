@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from planecycle_fast import use_backend
 from planecycle_fast.torchvision_fix import mend_torchvision
 
 from . import peers, standins
@@ -28,6 +29,13 @@ else:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def on_reference():
+    """Where results are compared bit for bit: "auto" is pure PyTorch, which runs a host's own operations."""
+    with use_backend("reference"):
+        yield
 
 
 SOURCES = [  # of models of the authors' code

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from planecycle_fast.ops import Norm, add_norm, add_norm_ref
 
+pytestmark = pytest.mark.usefixtures("on_reference")
+
 N, ROWS, C = 3, 5, 8
 
 
@@ -94,7 +96,7 @@ def test_reference_has_the_same_signature():
         ({"norm": Norm(None, torch.zeros(8, 1), 1e-5)}, ValueError, r"norm.bias must have shape \(8,\), got \(8, 1\)"),
         ({"norm": torch.nn.LayerNorm(8)}, TypeError, "norm must be an ops.Norm, got LayerNorm"),
         ({"norm": None}, TypeError, "norm must be an ops.Norm, got NoneType"),
-        ({"backend": "triton"}, ValueError, "backend 'triton' is not usable: .*; usable: reference"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' is not usable: .*; usable: (cpu, )?reference"),
         ({"backend": "metal"}, ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'metal'"),
     ],
     ids=lambda v: str(v)[:40],

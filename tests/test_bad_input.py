@@ -123,7 +123,7 @@ LIFTS = [
     (dict(globals_at="slice"), ValueError, "globals_at must be one of depth, plane, got 'slice'"),
     (dict(mode="slice2d", pool_method="max"), ValueError, "pool_method must be one of"),
     (dict(backend="cuda"), ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'cuda'"),
-    (dict(backend="cpu"), ValueError, "backend 'cpu' is not usable: not part of this release yet; usable: reference"),
+    (dict(backend="triton"), ValueError, "backend 'triton' is not usable: .*; usable: (cpu, )?reference"),
     (dict(attention="flash9"), ValueError, "attention must be one of auto, flash2, .*, got 'flash9'"),
     (
         dict(attention="flash3"),

@@ -10,6 +10,8 @@ import planecycle_fast as pcf
 from .hosts import BY_NAME, HOSTS
 from .test_lift_parity import globals_of, naive_of_host
 
+pytestmark = pytest.mark.usefixtures("on_reference")
+
 
 def host_features(host, model, volume):
     batch, _, depth = volume.shape[:3]

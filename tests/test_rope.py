@@ -16,6 +16,8 @@ from planecycle_fast.rope import Augmentation, PlaneTables, Rope, coordinates, m
 from . import naive
 from .hosts import BY_NAME
 
+pytestmark = pytest.mark.usefixtures("on_reference")
+
 GRIDS = [(3, 5), (1, 7), (6, 1), (4, 4)]
 
 

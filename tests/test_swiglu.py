@@ -7,6 +7,8 @@ from torch._subclasses import FakeTensorMode
 
 from planecycle_fast.ops import swiglu, swiglu_ref
 
+pytestmark = pytest.mark.usefixtures("on_reference")
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
