@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants traffic bench gpu gpu-sanitize clean
+.PHONY: help demo test test-full lint codegen mutants traffic bench bench-cpu sanitize gpu gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -18,6 +18,8 @@ help:
 	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
 	@echo "make gpu-sanitize  the kernels under compute-sanitizer, on such a machine"
 	@echo "make bench      benchmarks of this machine"
+	@echo "make bench-cpu  whole models on this CPU against others; writes benchmarks/results/cpu.md"
+	@echo "make sanitize   the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint       ruff"
 
 demo: $(VENV)/.pcf-demo
@@ -29,6 +31,8 @@ test: $(VENV)/.pcf-test
 
 test-full: $(VENV)/.pcf-test
 	set -o pipefail; $(RUN) -m pytest -n 2 2>&1 | tee test-full.tmp
+	for capability in avx2 default; do ATEN_CPU_CAPABILITY=$$capability $(RUN) -m pytest -n 2 -m "not full" \
+		tests/test_cpu_ops.py tests/test_cpu_models.py || exit 1; done
 	set -o pipefail; TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 --dist worksteal tests/interpreted 2>&1 | tee interpreted.tmp
 	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp; \
 		echo "kernels in the interpreter:"; tail -n 1 interpreted.tmp ) > benchmarks/results/test-full.txt
@@ -54,6 +58,17 @@ gpu-sanitize:  # kernels on a GPU under NVIDIA's compute-sanitizer, which comes 
 	for tool in memcheck racecheck initcheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_gpu_ops.py \
 			-k "vit_shapes or test_layouts or in_place" || exit 1; done
+
+# Linux and g++. Fuzzing, torch.compile and opcheck are left out: there nothing else of csrc runs.
+SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.pcf-test
+	PLANECYCLE_FAST_BUILD=require PLANECYCLE_FAST_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(RUN) -m pytest tests/test_cpu_ops.py -m "not full" -k "(error_budget and not any_case) or layouts or zero_sizes or \
+			plain or in_place or threads or sanitizer"
+
+bench-cpu: $(VENV)/.pcf-test
+	$(RUN) -m benchmarks.cpu
 
 bench: $(VENV)/.pcf-bench
 	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" --benchmark-columns=min,median,max,rounds
