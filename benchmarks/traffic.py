@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import planecycle_fast as pcf
-from planecycle_fast import stream as stream_module
+from planecycle_fast import branches, stream
 from planecycle_fast.torchvision_fix import mend_torchvision
 from tests import peers
 from tests.kernelcheck.traffic import Traffic
@@ -42,7 +42,8 @@ class Row(NamedTuple):
 @contextmanager
 def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
     """Counts these operations of the package as one pass each, and not what their reference does inside."""
-    kept = {name: getattr(stream_module, name) for name in operations}
+    used = {name: next(m for m in (stream, branches) if hasattr(m, name)) for name in operations}  # where it is called
+    kept = {name: getattr(module, name) for name, module in used.items()}
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -58,12 +59,12 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
         return call
 
     for name, function in kept.items():
-        setattr(stream_module, name, counted(name, function))
+        setattr(used[name], name, counted(name, function))
     try:
         yield
     finally:
         for name, function in kept.items():
-            setattr(stream_module, name, function)
+            setattr(used[name], name, function)
 
 
 def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype, operations=OPERATIONS) -> Row:
@@ -102,8 +103,8 @@ def lifted_rows(
             handle.remove()
         counted = torch.bfloat16 if autocast else dtype
         found = []
-        for block, stream, layer in calls:
-            call = partial(block.forward, stream, layer)
+        for block, tokens, layer in calls:
+            call = partial(block.forward, tokens, layer)
             found.append(of_call(code, f"{layer.old} to {layer.new}", call, rows, counted, operations))
     return [row for i, row in enumerate(found) if row not in found[:i]]
 

@@ -154,13 +154,13 @@ def test_weight_casts_under_autocast_stand_alone():
 
 
 def test_a_copy_between_operations_would_be_seen(monkeypatch):
-    from planecycle_fast import stream
+    from planecycle_fast import branches
 
-    own = stream.attention
-    monkeypatch.setattr(stream, "attention", lambda *args: own(*args))
+    own = branches.attention
+    monkeypatch.setattr(branches, "attention", lambda *args: own(*args))
     with table.fused(Traffic()):
         pass
-    assert stream.attention is not own  # what was there is put back
+    assert branches.attention is not own  # what was there is put back
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: own_linear(self, x.clone()))
     row = table.lifted_rows("ours", torch.bfloat16, mode="slice2d")[0]
     assert row.copies == 4 and row.moved > 48
@@ -180,7 +180,7 @@ def test_the_authors_rows_of_the_table():
 def test_a_volume_enters_and_leaves_without_copies(name):
     """But for its slices, which the convolution wants; class and register tokens are not activations."""
     host = BY_NAME[name]
-    lifted, volume = pcf.lift(host.make()), host.volume(batch=2, depth=4, grid=(4, 4))
+    lifted, volume = pcf.lift(host.make(), backend="reference"), host.volume(batch=2, depth=4, grid=(4, 4))
     traffic = Traffic(smallest=8 * 16 * 64 // 2)
     with torch.no_grad(), table.fused(traffic), traffic:
         lifted(volume)
