@@ -33,8 +33,10 @@ class Build(build_ext):
     """One library per CPU capability, beside the package's modules; `planecycle_fast.native` loads what fits."""
 
     def run(self):
+        if self.editable_mode:  # sources change under it: built on first use, by a key of theirs
+            return
         tools = compiling()
-        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        package = ROOT if self.inplace else Path(self.build_lib)
         folder = package / "planecycle_fast"
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("planecycle_fast_cpu-*.so"):

@@ -49,8 +49,8 @@ class Boundary {
   Boundary(const Tensor& x, const OptionalTensor& branch, const OptionalTensor& scale, const OptionalTensor& weight,
            const OptionalTensor& bias, const Tensor& out, const Tensor& normed, const Tensor& mean, const Tensor& rstd,
            at::ScalarType summed, std::string_view norm, double eps)
-      : channels(x.size(2)), x_(x), branch_(branch), scale_(vector_of<A>(scale)), weight_(vector_of<A>(weight)),
-        bias_(vector_of<A>(bias)), out_(out), normed_(normed), norm_(norm_named(norm)), eps_(eps),
+      : channels(x.size(2)), x_(x), branch_(branch), scale_(vector_of<A>(scale, x.size(2))), weight_(vector_of<A>(weight, x.size(2))),
+        bias_(vector_of<A>(bias, x.size(2))), out_(out), normed_(normed), norm_(norm_named(norm)), eps_(eps),
         mean_(mean.numel() ? mean.mutable_data_ptr<A>() : nullptr), rstd_(rstd.numel() ? rstd.mutable_data_ptr<A>() : nullptr) {
     auto alike = x.scalar_type() == summed && (!branch || branch->scalar_type() == summed);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, summed, "add_norm", [&] {
@@ -140,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(
     std::string_view norm, double eps, std::optional<at::ScalarType> dtype) {
   // -> the sum (B*P2, g + L2, C), its norm, mean and 1 / deviation (B*P2, g + L2); nothing where not computed
   check(x, branch);
-  RowMap map(x.size(0), Plane::named(old), Plane::named(next), sizes, num_globals);
+  RowMap map(x.size(0), x.size(1), Plane::named(old), Plane::named(next), sizes, num_globals);
+  TORCH_CHECK_VALUE(via > 0, "via must be at least 1, got ", via);
   auto kept = branch || old != next || num_globals;  // else the sum is x
   auto summed = promoted(x, {branch, scale});
   auto statistic = summed == at::kDouble ? at::kDouble : at::kFloat;
@@ -175,13 +176,14 @@ void add_norm_(
   TORCH_CHECK_VALUE(normed.is_contiguous() && normed.sizes() == x.sizes(), "normed must be contiguous and of x's shape ",
                     x.sizes(), ", got ", normed.sizes());
   auto nothing = at::empty(0, x.options());
-  std::array<int64_t, 3> sizes{x.size(0), 1, x.size(1)};
-  RowMap map(x.size(0), Plane::named("HW"), Plane::named("HW"), sizes, 0);
-  if (x.numel())
+  if (x.numel()) {
+    std::array<int64_t, 3> sizes{x.size(0), 1, x.size(1)};
+    RowMap map(x.size(0), x.size(1), Plane::named("HW"), Plane::named("HW"), sizes, 0);
     with_accumulator({summed}, [&](auto zero) {
       Boundary<decltype(zero)> boundary(x, branch, scale, weight, bias, x, normed, nothing, nothing, summed, norm, eps);
       run(map, boundary, 1, false);
     });
+  }
   for (auto* written : {&x, &normed})
     if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
 }

@@ -207,8 +207,18 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
     at::ScalarType sums_dtype) {
   // -> gradients of x and branch (B*P1, g + L1, C), and of scale, weight and bias as wanted (wanted, C)
   auto before = Plane::named(old), after = Plane::named(next);
-  auto batch = y.size(0) / after.slices(sizes), channels = y.size(2);
-  RowMap map(batch * before.slices(sizes), before, after, sizes, num_globals);
+  auto channels = y.size(2);
+  RowMap reversed(y.size(0), y.size(1), after, before, sizes, num_globals);  // checks what is given
+  auto batch = reversed.batch;
+  RowMap map(batch * before.slices(sizes), reversed.out_seq, before, after, sizes, num_globals);
+  auto normed = norm != "none";
+  TORCH_CHECK_VALUE(via > 0 && (grad || grad_normed) && (!normed || grad_normed), "via, grad or grad_normed is missing");
+  for (auto& t : {grad, grad_normed, OptionalTensor(y)})
+    TORCH_CHECK_VALUE(!t || (t->is_contiguous() && t->sizes() == y.sizes()), "gradients must be contiguous, of shape ", y.sizes());
+  TORCH_CHECK_VALUE(!normed || (rstd.numel() == y.size(0) * y.size(1) && (norm != "layer" || mean.numel() == rstd.numel())),
+                    "mean and rstd must have an element per row");
+  TORCH_CHECK_VALUE(!wanted[0] || (branch && branch->is_contiguous() && branch->numel() == batch * map.num_in * map.in_seq * channels),
+                    "branch must be contiguous and of the old rows' shape");
   std::vector<int64_t> rows{batch * map.num_in, map.in_seq, channels};
   auto grad_x = at::empty(rows, y.options().dtype(x_dtype));
   auto grad_branch = at::empty(branch_dtype ? rows : std::vector<int64_t>{0}, y.options().dtype(branch_dtype.value_or(x_dtype)));
@@ -221,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward(
     auto average = mean.to(type).contiguous(), inverse = rstd.to(type).contiguous();
     auto pointer = [](const Tensor& t) { return t.numel() ? t.const_data_ptr<A>() : nullptr; };
     Partials<A> partials(wanted, channels);
-    Backward<A> backward{Input<A>(grad), Input<A>(grad_normed), Input<A>(y), Input<A>(branch), vector_of<A>(scale),
-                         vector_of<A>(weight), Output<A>(grad_x), Output<A>(grad_branch), pointer(average), pointer(inverse),
+    Backward<A> backward{Input<A>(grad), Input<A>(grad_normed), Input<A>(y), Input<A>(branch), vector_of<A>(scale, channels),
+                         vector_of<A>(weight, channels), Output<A>(grad_x), Output<A>(grad_branch), pointer(average), pointer(inverse),
                          norm_named(norm), channels};
     if (y.numel()) run(map, backward, partials, y.options(), via, mean_pooled);
     partials.write(sums);

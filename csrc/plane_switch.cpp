@@ -45,7 +45,8 @@ Tensor plane_switch(
     bool transposed_m) {  // -> (B*P2, g + L2, C)
   TORCH_CHECK_VALUE(x.is_contiguous() && x.dim() == 3, "x must be contiguous (B*P, g + L, C), got strides ", x.strides());
   auto before = Plane::named(old), after = Plane::named(next);
-  RowMap map(x.size(0), before, after, sizes, num_globals);
+  RowMap map(x.size(0), x.size(1), before, after, sizes, num_globals);
+  TORCH_CHECK_VALUE(via > 0, "via must be at least 1, got ", via);
   auto out = at::empty({map.batch * map.num_out, map.out_seq, x.size(2)}, x.options());
   auto bytes = x.size(2) * x.element_size();
   if (!x.numel()) return out;

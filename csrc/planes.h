@@ -32,9 +32,15 @@ struct RowMap {
   int64_t in_seq, out_seq;  // rows of a sequence
   std::array<int64_t, 3> n, step;  // sizes of the new plane's axes, slowest first, and old rows from one to the next
 
-  RowMap(int64_t sequences, const Plane& before, const Plane& after, at::IntArrayRef sizes, int64_t g)
-      : num_globals(g), num_in(before.slices(sizes)), num_out(after.slices(sizes)),
-        in_seq(g + before.length(sizes)), out_seq(g + after.length(sizes)), outer_(after.has_batch) {
+  // Of old tensors (sequences, rows, C).
+  RowMap(int64_t sequences, int64_t rows_of_each, const Plane& before, const Plane& after, at::IntArrayRef sizes, int64_t g)
+      : num_globals(g), outer_(after.has_batch) {
+    TORCH_CHECK_VALUE(sizes.size() == 3 && sizes[0] > 0 && sizes[1] > 0 && sizes[2] > 0 && g >= 0,
+                      "sizes must be (D, H, W), at least 1 each, with globals from 0, got ", sizes, " and ", g);
+    num_in = before.slices(sizes), num_out = after.slices(sizes);
+    in_seq = g + before.length(sizes), out_seq = g + after.length(sizes);
+    TORCH_CHECK_VALUE(sequences % num_in == 0 && rows_of_each == in_seq, "rows must be (B*", num_in, ", ", in_seq,
+                      ", C), got (", sequences, ", ", rows_of_each, ", C)");
     batch = sequences / num_in;
     std::array<int64_t, 3> stride;  // of D, H, W in old rows
     int64_t rows = 1;

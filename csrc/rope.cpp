@@ -117,6 +117,14 @@ void turn_into(const Tensor& x, const Tensor& out, bool back, int64_t num_global
   TORCH_CHECK_VALUE(!sin.empty() && sin.size() == cos.size(), "sin and cos must be tables; make them of periods first");
   TORCH_CHECK_VALUE(x.dim() == 4 && (x.size(3) < 2 || x.stride(3) == 1),
                     "x must be (N, g + L, heads, hd) with channels next to each other, got strides ", x.strides());
+  int64_t length = 1, half = 0;
+  for (size_t i = 0; i < sin.size(); ++i) {
+    TORCH_CHECK_VALUE(sin[i].dim() == 2 && sin[i].sizes() == cos[i].sizes(), "sin and cos must be (n, s) alike, got ", sin[i].sizes());
+    length *= sin[i].size(0), half += sin[i].size(1);
+  }
+  TORCH_CHECK_VALUE(num_globals >= 0 && turned >= 0 && turned <= x.size(2) && half == x.size(3) / 2 && x.size(3) % 2 == 0 &&
+                        num_globals + length == x.size(1), "x must be (N, ", num_globals, " + ", length, ", at least ", turned, ", ",
+                    2 * half, ") for these tables, got ", x.sizes());
   if (!x.numel()) return;
   auto table = sin[0].scalar_type(), compute = in_table_dtype ? table : c10::promoteTypes(x.scalar_type(), table);
   Heads h{x.size(0), x.size(1), x.size(2), x.size(3) / 2, num_globals, turned,

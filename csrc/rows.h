@@ -7,6 +7,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -16,10 +20,6 @@ namespace pcf {
 using at::Tensor;
 using at::vec::Vectorized;
 using OptionalTensor = std::optional<Tensor>;
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #define PCF_INLINE inline __attribute__((always_inline))
 
@@ -202,12 +202,11 @@ class Output {
 
 // A vector (C,) as A; empty where there is none.
 template <class A>
-std::vector<A> vector_of(const OptionalTensor& t) {
-  std::vector<A> values;
-  if (t && t->defined()) {
-    values.resize(t->size(0));
-    Input<A>(t->contiguous()).read(values.data(), 0);
-  }
+std::vector<A> vector_of(const OptionalTensor& t, int64_t channels) {
+  if (!t || !t->defined()) return {};
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == channels, "vectors must have shape (", channels, ",), got ", t->sizes());
+  std::vector<A> values(channels);
+  if (channels) Input<A>(t->contiguous()).read(values.data(), 0);
   return values;
 }
 

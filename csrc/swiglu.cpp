@@ -21,10 +21,12 @@ struct Rows {
   void (*read)(A*, const void*, int64_t);
   void (*write)(void*, const A*, int64_t);
 
-  // Columns `first` to `first + hidden` of t (N, more); channels next to each other.
-  Rows(const Tensor& t, int64_t first, int64_t hidden) : hidden(hidden) {
+  // Columns `first` to `first + hidden` of t (rows, more); channels next to each other.
+  Rows(const Tensor& t, int64_t rows, int64_t first, int64_t hidden, bool written = false) : hidden(hidden) {
     TORCH_CHECK_VALUE(t.dim() == 2 && (t.size(1) < 2 || t.stride(1) == 1), "rows must be (N, C), got strides ", t.strides());
-    data = static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + first * t.element_size();
+    TORCH_CHECK_VALUE(t.size(0) == rows && t.size(1) >= first + hidden, "rows must be (", rows, ", ", first + hidden, "), got ", t.sizes());
+    auto begin = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+    data = static_cast<char*>(begin) + first * t.element_size();
     stride = t.stride(0) * t.element_size();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "swiglu", [&] {
       read = read_row<A, scalar_t>, write = write_row<A, scalar_t>;
@@ -42,7 +44,8 @@ void run(const Tensor& gate, const OptionalTensor& value, const Tensor& out) {
   if (!out.numel()) return;
   with_accumulator({out.scalar_type()}, [&](auto zero) {
     using A = decltype(zero);
-    Rows<A> gates(gate, 0, hidden), values(value ? *value : gate, value ? 0 : hidden, hidden), outs(out, 0, hidden);
+    auto n = gate.size(0);
+    Rows<A> gates(gate, n, 0, hidden), values(value ? *value : gate, n, value ? 0 : hidden, hidden), outs(out, n, 0, hidden, true);
     at::parallel_for(0, gate.size(0), grain(hidden), [&](int64_t begin, int64_t end) {
       std::vector<A> g(hidden), v(hidden);
       for (auto row = begin; row < end; ++row) {
@@ -83,8 +86,9 @@ std::vector<Tensor> swiglu_backward(
   if (!grad.numel()) return grads;
   with_accumulator({promoted(grad, {gate, value})}, [&](auto zero) {
     using A = decltype(zero);
-    Rows<A> incoming(grad, 0, hidden), gates(gate, 0, hidden), values(value ? *value : gate, value ? 0 : hidden, hidden);
-    Rows<A> of_gate(grads[0], 0, hidden), of_value(grads.back(), value ? 0 : hidden, hidden);
+    auto n = gate.size(0);
+    Rows<A> incoming(grad, n, 0, hidden), gates(gate, n, 0, hidden), values(value ? *value : gate, n, value ? 0 : hidden, hidden);
+    Rows<A> of_gate(grads[0], n, 0, hidden, true), of_value(grads.back(), n, value ? 0 : hidden, hidden, true);
     at::parallel_for(0, gate.size(0), grain(hidden), [&](int64_t begin, int64_t end) {
       std::vector<A> d(hidden), g(hidden), v(hidden);
       auto one = Lanes<A>::all(1);

@@ -52,8 +52,8 @@ def library_name(variant: str) -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: CXX if set, else the first of c++, g++, clang++ that there is. None without one."""
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+    """The C++ compiler: CXX if set, else c++ or g++. None without one. (On Linux clang's OpenMP is not torch's.)"""
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]:
         if found := shutil.which(name):
             return found
     return None
@@ -86,15 +86,16 @@ def link_flags() -> list[str]:
 
 
 def key(csrc: Path, variant: str) -> str:
-    """A digest of all that a library depends on: sources, torch, compiler, flags, CPU capability."""
+    """A digest of all that a library depends on, sources, torch, flags, CPU capability, then one of the compiler."""
     digest = hashlib.sha256()
     for file in sorted([*csrc.glob("*.cpp"), *csrc.glob("*.h")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     named = compiler()
     version = _output([named, "--version"]).splitlines()[:1] if named else []
-    for part in (torch.__version__, named, *version, *flags(variant), *link_flags(), platform.machine(), sys.platform):
+    for part in (torch.__version__, *flags(variant), *link_flags(), platform.machine(), sys.platform):
         digest.update(f"{part}\0".encode())
-    return digest.hexdigest()[:16]
+    made_by = hashlib.sha256(f"{named}\0{version}".encode())
+    return f"{digest.hexdigest()[:16]}-{made_by.hexdigest()[:8]}"
 
 
 def compile_library(csrc: Path, target: Path, variant: str) -> None:
@@ -104,9 +105,7 @@ def compile_library(csrc: Path, target: Path, variant: str) -> None:
     """
     cxx = compiler()
     if cxx is None:
-        missing = (
-            f"CXX is {os.environ['CXX']}, which" if os.environ.get("CXX") else "a C++ compiler (c++, g++, clang++)"
-        )
+        missing = f"CXX is {os.environ['CXX']}, which" if os.environ.get("CXX") else "a C++ compiler (c++, g++)"
         raise BuildError(f"{missing} was not found")
     if not sources(csrc):
         raise BuildError(f"there are no sources in {csrc}")
@@ -130,7 +129,10 @@ def compile_library(csrc: Path, target: Path, variant: str) -> None:
 
 
 def _jobs() -> int:
-    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not jobs.isdecimal():
+        raise BuildError(f"MAX_JOBS must be a number, got {jobs!r}")
+    return max(1, int(jobs))
 
 
 def _run_ninja(
@@ -158,11 +160,12 @@ def _run_ninja(
 def _output(command: list[str]) -> str:
     """What a command prints. Raises BuildError if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=TIME_LIMIT, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{Path(command[0]).name} could not be run: {error}") from error
+    printed = [text.decode(errors="replace") for text in (done.stdout, done.stderr)]
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = [line for line in "".join(printed).splitlines() if line.strip()]
         telling = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["it printed nothing"]
         raise BuildError(f"{Path(command[0]).name} failed with status {done.returncode}: {telling[0].strip()[:300]}")
-    return done.stdout
+    return printed[0]

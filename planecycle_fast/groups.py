@@ -14,6 +14,7 @@ from torch import Tensor
 from .backends import choose
 from .branches import attention_branch, autocast_dtype, is_plain, mlp_branch
 from .linear_cpu import PlainLinears
+from .ops.add_norm_shapes import promoted
 from .ops.registry import transforms_active
 from .parts import BlockParts, Plan, known_norm
 
@@ -47,13 +48,16 @@ def run_in_groups(
 
     mlp, gamma = parts.mlp(), parts.scale(1).gamma
     norm2 = known_norm(parts.norm(2))[0]
-    dtype = autocast_dtype(parts.norm(2), mlp.first) or x.dtype
+    dtype = autocast_dtype(parts.norm(2), mlp.first)
     sequences = _group(x, max([layer.out_features for layer in mlp.first]))
     linears = PlainLinears(sequences * x.shape[1], several=4 * sequences <= len(x))
     branch = None
     for start in range(0, len(x), sequences):
         group = slice(start, start + sequences)
         attended = attention_branch(parts, todo, normed[group], layer, linears)
+        if start == 0:  # the dtype of the sum, which under autocast may be wider than what came in
+            x = x.to(promoted(x, attended, gamma))
+            dtype = dtype or x.dtype
         normed2 = normed[group] if normed.dtype == dtype else x.new_empty(x[group].shape, dtype=dtype)
         add_norm_in_place(x[group], attended, gamma, norm2, normed2)  # norm1 is not needed any more
         del attended

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)  # not their subclasses
 _found: dict[torch.dtype, bool] = {}
 
 
@@ -54,6 +55,8 @@ def _takes(layer: nn.Module, x: Tensor) -> bool:
     if type(layer) is not nn.Linear or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return False
     weight, bias = layer.weight, layer.bias
+    if type(x) is not Tensor or type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return False  # quantised, sharded or fake ones have their own ways
     if not weight.is_contiguous() or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return False
     return x.dtype in (torch.float32, torch.bfloat16) and _has_onednn(x.dtype)

@@ -73,8 +73,12 @@ def why_not_native() -> str | None:
     if "reason" in _state:
         return _state["reason"]
     try:
-        return _why_not_built() if found() is None else None
-    except (BuildError, OSError) as error:
+        if shipped() is not None:
+            return None
+        if _cached().is_file():
+            return _distrust(cache()) or _distrust(_cached().parent)
+        return _why_not_built()
+    except (BuildError, OSError, RuntimeError) as error:  # Path.home() where there is none
         return str(error)
 
 
@@ -91,7 +95,12 @@ def _why_not_built() -> str | None:
 
 
 def _cached() -> Path:
-    return cache() / key(csrc(), capability()) / library_name(capability())
+    """Where the library is or will be. Without a compiler: one that some compiler has made of the same, if any has."""
+    folder, name = key(csrc(), capability()), library_name(capability())
+    if compiler() is None:
+        made = sorted(cache().glob(f"{folder.split('-')[0]}-*/{name}"))
+        return made[0] if made else cache() / folder / name
+    return cache() / folder / name
 
 
 def ready() -> bool:
@@ -115,9 +124,10 @@ def _load() -> str | None:
     try:
         library = shipped()
         if library is None:
-            library = build(say=True) if build_setting() != "never" else _cached()
-            if not library.is_file():
+            library = _cached()
+            if not library.is_file() and build_setting() == "never":
                 return _why_not_built()
+            library = build(say=True)
         torch.ops.load_library(str(library))
     except (BuildError, OSError, RuntimeError) as error:
         text = f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
@@ -132,14 +142,16 @@ def build(say: bool = False) -> Path:
     Raises BuildError where it cannot be built: no compiler, a cache that cannot be trusted or written to, a lock that
     another process does not give back.
     """
-    _check_private(cache())
     library = _cached()
     if library.is_file():
-        _check_private(library.parent)
+        for folder in (cache(), library.parent):
+            if (reason := _distrust(folder)) is not None:
+                raise BuildError(reason)
         return library
     if compiler() is None and (reason := _why_not_built()) is not None:
         raise BuildError(reason)
-    _check_private(library.parent)
+    for folder in (cache(), library.parent):
+        _make_private(folder)
     with _locked(library.parent / "lock"):
         if not library.is_file():
             for left in library.parent.glob(".building-*"):  # of a build that was killed
@@ -150,8 +162,8 @@ def build(say: bool = False) -> Path:
     return library
 
 
-def _check_private(folder: Path) -> None:
-    """Makes the folder if need be. Raises BuildError unless it is the user's own, private, and no symbolic link."""
+def _make_private(folder: Path) -> None:
+    """Makes the folder if need be. Raises BuildError unless it is the user's own, private, no link, and writable."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -160,10 +172,12 @@ def _check_private(folder: Path) -> None:
         raise BuildError(f"the cache {folder} cannot be made: {error.strerror or error}") from error
     if (reason := _distrust(folder)) is not None:
         raise BuildError(reason)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BuildError(f"the cache {folder} cannot be written to")
 
 
 def _distrust(folder: Path) -> str | None:
-    """Why a cache is not used, or None, also where it is not there yet but can be made."""
+    """Why what is in a cache is not loaded, or None, also where it is not there yet."""
     try:
         found = folder.lstat()
     except FileNotFoundError:
@@ -172,12 +186,12 @@ def _distrust(folder: Path) -> str | None:
         return f"the cache {folder} cannot be made: {error.strerror or error}"
     if not stat.S_ISDIR(found.st_mode):
         return f"the cache {folder} must be a folder, and no symbolic link; set {CACHE} to another"
-    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+    if not hasattr(os, "getuid"):  # a system without owners and modes
+        return None
+    if found.st_uid != os.getuid():
         return f"the cache {folder} belongs to user {found.st_uid}, expected {os.getuid()}"
     if found.st_mode & 0o077:
         return f"the cache {folder} can be used by others: mode {found.st_mode & 0o777:o}, expected 700"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return f"the cache {folder} cannot be written to"
     return None
 
 

@@ -118,7 +118,8 @@ def run_block(
     x, normed = _normed(parts.norm(1), todo.norm1, linears, lambda *norm: layer.switch(stream, *norm))
     scale = parts.scale(1)
     if runs_in_groups(parts, todo, layer, x):
-        x = x.clone() if x is stream.residual else x  # it is written to
+        if x is stream.residual:  # it is written to
+            x = x.clone(memory_format=torch.contiguous_format)
         return Stream(*run_in_groups(parts, todo, x, normed, layer), parts.scale(2).gamma)
     branch = attention_branch(parts, todo, normed, layer)
     branch, gamma = (branch, scale.gamma) if todo.scale1 is None else (scale.own(branch), None)

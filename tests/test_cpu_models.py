@@ -171,3 +171,46 @@ def test_weights_may_change_between_passes():
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
     torch.testing.assert_close(lifted(volume).patches, pcf.lift(model, backend="reference")(volume).patches)
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3-no-globals", "timm-dinov3-s", "hf-dinov3"])
+@torch.no_grad()
+def test_autocast_with_and_without_globals(name):
+    """A stream that comes in in bfloat16 is widened by a float32 LayerScale."""
+    host = BY_NAME[name]
+    model, volume = host.make(), host.volume()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = (pcf.lift(model, backend=backend)(volume).patches for backend in ("reference", "cpu"))
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_stream_of_any_strides():
+    """As a hook may return it, where the next block keeps the plane."""
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume = host.make(), host.volume()
+    expected = pcf.lift(model, mode="slice2d", backend="cpu")(volume).patches
+    lifted = pcf.lift(model, mode="slice2d", backend="cpu")
+    lifted.blocks[0].register_forward_hook(lambda m, args, out: pcf.Stream(out.tokens().mT.contiguous().mT))
+    torch.testing.assert_close(lifted(volume).patches, expected)
+
+
+@torch.no_grad()
+def test_weights_of_other_kinds_are_called():
+    """Quantised or sharded weights are tensors of a subclass."""
+
+    class Quantised(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.calls += func is nn.functional.linear
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    layer = nn.Linear(8, 8).bfloat16()
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
+    linears = linear_cpu.PlainLinears(3, False)
+    linears.linear(layer, torch.zeros(3, 8, dtype=torch.bfloat16))
+    assert Quantised.calls == 1
+    assert linears.linear_gelu(layer, torch.zeros(3, 8, dtype=torch.bfloat16)) is None

@@ -69,11 +69,7 @@ def test_first_use_builds_with_one_line_and_the_second_finds_it(tmp_path, source
 
 @needs_compiler
 def test_without_ninja(tmp_path, sources):
-    (tmp_path / "bin").mkdir()
-    for name in ("c++", "g++", "ld", "as", "cc1plus", "collect2"):
-        if found := shutil.which(name):
-            (tmp_path / "bin" / name).symlink_to(found)
-    out, lines, _ = run(READY, tmp_path, SOURCES=sources, PATH=str(tmp_path / "bin"))
+    out, lines, _ = run(READY, tmp_path, SOURCES=sources, PATH=_path_without_ninja(tmp_path))
     assert out == "True" and len(lines) == 1
 
 
@@ -174,6 +170,18 @@ def _no_sources(tmp_path):
     return {}
 
 
+def _jobs_that_are_no_number(tmp_path):
+    return {"MAX_JOBS": "all", "PATH": _path_without_ninja(tmp_path)}
+
+
+def _path_without_ninja(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("c++", "g++", "ld", "as", "cc1plus", "collect2"):
+        if found := shutil.which(name):
+            (tmp_path / "bin" / name).symlink_to(found)
+    return str(tmp_path / "bin")
+
+
 def _never(tmp_path):
     return {"PLANECYCLE_FAST_BUILD": "never"}
 
@@ -190,6 +198,7 @@ FAULTS = [  # what is broken, what the one line says, whether the build has begu
     (_a_compiler_of_garbage, "(invalid ELF header|file too short)", True),
     (_sources_that_do_not_compile, "failed with status 1: .*error: ", True),
     (_no_sources, "there are no sources in ", False),
+    (_jobs_that_are_no_number, "MAX_JOBS must be a number, got 'all'", True),
     (_never, "its library is not built, and PLANECYCLE_FAST_BUILD is never", False),
 ]
 
@@ -215,6 +224,28 @@ def test_broken_installations(tmp_path, sources, fault, message, begun):
         assert status == 1 and re.search(f"RuntimeError: PLANECYCLE_FAST_BUILD is require.*{message}", lines[-1]), lines
     shown, _, _ = run("from planecycle_fast.info import library; print(library())", tmp_path, **environment)
     assert begun or re.search(message, shown), shown
+
+
+@needs_compiler
+@pytest.mark.parametrize("setting", ["auto", "never", "require"])
+def test_a_library_in_a_cache_of_others_is_not_loaded(tmp_path, sources, setting):
+    assert run(READY, tmp_path, SOURCES=sources)[0] == "True"
+    (tmp_path / "cache").chmod(0o755)
+    by_name = USE.replace("None, n)", "None, n, backend='cpu')")
+    _, lines, status = run(by_name, tmp_path, SOURCES=sources, PLANECYCLE_FAST_BUILD=setting)
+    assert status == 1 and "can be used by others: mode 755, expected 700" in lines[-1]
+
+
+@needs_compiler
+def test_a_library_outlives_its_compiler(tmp_path, sources):
+    """Built in one stage, used in another that has no compiler, and where nothing can be written."""
+    assert run(READY, tmp_path, SOURCES=sources)[0] == "True"
+    [folder] = (tmp_path / "cache").iterdir()
+    for each in (folder, tmp_path / "cache"):
+        each.chmod(0o500)
+    assert run(READY, tmp_path, SOURCES=sources, PATH=str(tmp_path), PLANECYCLE_FAST_BUILD="never") == ("True", [], 0)
+    for each in (tmp_path / "cache", folder):
+        each.chmod(0o700)
 
 
 def test_an_unknown_setting(tmp_path, sources):
@@ -291,5 +322,6 @@ def test_the_command_builds(tmp_path, monkeypatch, capsys):
     assert main(["build"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("PLANECYCLE_FAST_CACHE", str(tmp_path / "another cache"))
     assert main(["build"]) == 1
     assert "planecycle-fast: no C++ compiler was found at CXX=/nowhere/c++" in capsys.readouterr().err

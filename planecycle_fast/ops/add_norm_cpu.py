@@ -11,16 +11,9 @@ from ..planes import HW, PLANES, Plane, Sizes
 from ..pooling import Transition
 from .add_norm import Norm
 from .add_norm_reverse import backward_by, setup_context
-from .add_norm_shapes import Shapes
+from .add_norm_shapes import Shapes, promoted
 from .native_ops import register
 from .registry import refuse_second, refuse_transforms
-
-
-def _summed(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> torch.dtype:
-    dtype = x.dtype
-    for t in (branch, scale):
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    return dtype
 
 
 def _fake(
@@ -39,7 +32,7 @@ def _fake(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes, summed = Shapes.of(x, old, old, new, sizes, num_globals, via, mean), _summed(x, branch, scale)
+    shapes, summed = Shapes.of(x, old, old, new, sizes, num_globals, via, mean), promoted(x, branch, scale)
     rows, nothing = shapes.rows(shapes.new), (0,)
     statistics = torch.float64 if summed == torch.float64 else torch.float32
     return (

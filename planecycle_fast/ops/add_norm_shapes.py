@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..planes import PLANES, Plane, row_map
 from ..pooling import Transition
+
+
+def promoted(
+    x: Tensor,  # (..., C)
+    branch: Tensor | None,  # (..., C)
+    scale: Tensor | None,  # (C,)
+) -> torch.dtype:
+    """The dtype of ``x + scale * branch``."""
+    dtype = x.dtype
+    for t in (branch, scale):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    return dtype
 
 
 class Shapes(NamedTuple):

@@ -17,20 +17,47 @@ SETTINGS = [  # of lifting, by turns
 ]  # fmt: skip
 
 
+SHAPES = [(1, 3, (2, 5)), (2, 1, (3, 1)), (1, 4, (1, 3))]  # batch, depth, (H, W) in tokens
+
+
 def _models():
     for i, host in enumerate(HOSTS):
         settings, dtype = SETTINGS[i % len(SETTINGS)], (torch.float32, torch.bfloat16)[i % 2]
         if settings.get("mode") == "flatten3d" and host.rope and host.head_dim % 16:
             settings = {}
-        yield pytest.param(host, settings, dtype, id=f"{host.name} {dtype} {settings}")
+        yield pytest.param(host, settings, dtype, SHAPES[i % 3], id=f"{host.name} {dtype} {settings}")
 
 
-@pytest.mark.parametrize("host, settings, dtype", list(_models()))
-def test_models_are_within_the_budget(host, settings, dtype):
+@pytest.mark.parametrize("host, settings, dtype, shape", list(_models()))
+def test_models_are_within_the_budget(host, settings, dtype, shape):
     with recording() as record:
-        check_model(host, settings, dtype)
+        check_model(host, settings, dtype, shape=shape)
     assert set(record.launches) >= {"add_norm_kernel", "add_norm_backward_kernel", "column_sums_kernel"}
     assert ("rope_kernel" in record.launches) == host.rope
+
+
+@pytest.mark.parametrize("block_type", ["PlaneCycle", "Slice2D", "Flatten3D"])
+def test_accelerated_models(build, block_type):
+    """Outputs and all gradients of models of the authors' code are what they are without kernels."""
+    model, volume = build(block_type), torch.randn(1, 3, 2, 8, 12)
+    found = []
+    for backend in ("reference", "triton"):
+        pcf.accelerate(model, backend=backend)
+        outputs = model(volume)["x_norm_patchtokens"] if isinstance(model(volume), dict) else model(volume)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(outputs.square().sum(), leaves, allow_unused=True)
+        found.append([outputs, *[g for g in grads if g is not None]])
+        pcf.restore(model)
+    assert len(found[0]) == len(found[1]) > 10
+    for expected, got in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_a_block_without_a_change_of_planes_moves_what_a_2d_block_moves():
+    rows = {row.planes: row for row in traffic.lifted_rows("kernels", torch.bfloat16, backend="triton")}
+    [plain] = traffic.lifted_rows("kernels", torch.bfloat16, backend="triton", mode="slice2d")
+    same = rows["HW to HW"]
+    assert (same.moved, same.launches, same.copies) == (plain.moved, plain.launches, plain.copies)
 
 
 @pytest.mark.parametrize(
