@@ -10,7 +10,7 @@ if triton.knobs.runtime.interpret:
 from planecycle_fast.ops.configs import tile
 from planecycle_fast.planes import DH, DW, HW
 
-from .kernelcheck.codegen import compile_variant
+from .kernelcheck.codegen import ARCHITECTURES, check_binary, compile_variant
 from .kernelcheck.launches import launches_of, variants
 from .specs.add_norm import SPEC, case
 
@@ -29,6 +29,14 @@ def test_forward_takes_rows_in_16_bytes(channels):
     assert accesses["load"][16] >= 2 * each and accesses["store"][16] == 2 * each
     assert sum(accesses["store"].values()) == 2 * each + 2  # and both statistics
     assert sum(accesses["load"].values()) <= 2 * each + 3 * 2 * max(1, each)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1152, 5120])
+def test_backward_of_other_widths_does_not_spill(channels, dtype, arch):
+    check_binary(binary(channels, dtype, 1, 5, arch), arch)
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])

@@ -22,6 +22,13 @@ def test_programs_of_several_tiles(monkeypatch, channels, pool_method):
     checks.error_budget(SPEC, case(HW, DW, (5, 7, 2), 3, channels, 2, pool_method), torch.float32)
 
 
+@pytest.mark.parametrize("channels", [32, 100, 1152, 1280, 4096, 8191, 8192])
+def test_any_width(channels):
+    c = case(HW, DW, (2, 2, 1), 1, channels)
+    checks.plain(SPEC, c)
+    checks.float64(SPEC, c)
+
+
 def test_no_sequences():
     x = torch.zeros(0, 4, 8, requires_grad=True)
     for got, expected in zip(add_norm(x, None, None, NORM, backend="triton"), add_norm_ref(x, None, None, NORM)):

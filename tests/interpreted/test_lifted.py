@@ -62,7 +62,8 @@ def test_a_block_without_a_change_of_planes_moves_what_a_2d_block_moves():
 
 @pytest.mark.parametrize(
     "settings, changes",
-    [({}, 4), ({"pool_method": "PCm"}, 4), ({"mode": "slice2d"}, 1), ({"globals_at": "plane"}, 4)], ids=str,
+    [({}, 4), ({"pool_method": "PCm"}, 4), ({"mode": "slice2d"}, 1), ({"globals_at": "plane"}, 4),
+     ({"mode": "flatten3d"}, 1)], ids=str,
 )  # fmt: skip
 def test_a_block_on_kernels_moves_at_most_40(settings, changes):
     """Elements of C per row, by what operations declare; a change of planes costs no launch and no byte."""
