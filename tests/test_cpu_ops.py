@@ -1,5 +1,6 @@
 """Every operation of csrc through the whole test bed, but for what only Triton's interpreter can record."""
 
+import psutil
 import pytest
 import torch
 
@@ -9,7 +10,20 @@ from planecycle_fast import native
 if not native.ready():
     pytest.skip(f"backend 'cpu' is not usable: {native.why_not_native()}", allow_module_level=True)
 
-from planecycle_fast.ops import Norm, add_norm_cpu, add_norm_ref, custom, native_ops
+from planecycle_fast.ops import (
+    Norm,
+    Tables,
+    add_norm_cpu,
+    add_norm_ref,
+    custom,
+    native_ops,
+    rope,
+    rope_ref,
+    swiglu,
+    swiglu_ref,
+)  # fmt: skip
+from planecycle_fast.planes import DW, HW
+from planecycle_fast.pooling import transition
 
 from .cpu_specs import ADD_NORM, PLANE_SWITCH, ROPE, SPECS, SWIGLU
 from .kernelcheck.budget import check_bits
@@ -158,3 +172,56 @@ def test_operations_called_by_themselves_refuse_what_would_crash(call):
 def test_nothing_in_place():
     empty = torch.empty(0, 3, 8)
     torch.ops.planecycle_fast_cpu.add_norm_(empty, empty.clone(), None, None, None, "layer", 1e-6, empty.clone())
+
+
+SIZES = (2, 1100, 1000)  # with 1,024 channels more than 2^31 elements
+
+
+@pytest.fixture
+def past_2_31():
+    """Rows of zeros and a last one of random values, (2, 1100*1000, 1024) in bfloat16: 4.2 GiB."""
+    if psutil.virtual_memory().available < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    x = torch.zeros(2, 1100 * 1000, 1024, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-1, -1] = torch.randn(1024)
+    return x
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_plane_switch_past_2_31(past_2_31):
+    out = PLANE_SWITCH.fast(past_2_31, HW, DW, SIZES, 0, transition(2, 1100, 2))
+    assert torch.equal(out[-1, -1], past_2_31[-1, -1]) and not out[-1, :-1].any() and not out[0, 0].any()
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_add_norm_past_2_31(past_2_31):
+    norm, branch = Norm(None, None, 1e-6), past_2_31.clone()
+    expected = add_norm_ref(past_2_31[-1:, -1:], branch[-1:, -1:], None, norm)
+    normed = torch.empty_like(past_2_31)
+    add_norm_cpu.add_norm_in_place(past_2_31, branch, None, norm, normed)
+    torch.testing.assert_close((past_2_31[-1:, -1:], normed[-1:, -1:]), expected)
+    assert not normed[0, 0].any()
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_rope_past_2_31(past_2_31):
+    angles = [torch.rand(n, 256) for n in SIZES[1:]]
+    tables = Tables(tuple([a.sin() for a in angles]), tuple([a.cos() for a in angles]))
+    last = Tables(*[tuple([t[-1:] for t in ts]) for ts in tables])
+    expected = rope_ref(past_2_31[-1:, -1:, None].clone(), last, 0)
+    got = rope(past_2_31[:, :, None], tables, 0, inplace=True, backend="cpu")
+    torch.testing.assert_close(got[-1:, -1:], expected)
+    assert not got[0, 0].any()
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_swiglu_past_2_31(past_2_31):
+    expected = swiglu_ref(past_2_31[-1, -1], past_2_31[-1, -1])
+    got = swiglu(past_2_31, past_2_31.clone(), inplace=True, backend="cpu")
+    torch.testing.assert_close(got[-1, -1], expected)
+    assert not got[0, 0].any()

@@ -111,5 +111,5 @@ def test_without_globals_one_kernel_serves_both_directions():
 
 
 def test_auto_does_not_take_the_interpreter():
-    assert pick("auto", torch.device("cpu")) == "reference"
+    assert pick("auto", torch.device("cpu")) in ("cpu", "reference")
     assert pick("triton", torch.device("cpu")) == "triton"
