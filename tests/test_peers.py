@@ -145,6 +145,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("name", SIZES)
 @peers.needs_dinov3
+@pytest.mark.usefixtures("on_reference")
 def test_lift_of_every_size(small, name):
     model, volume = small(name).eval(), torch.randn(2, 3, 3, 48, 80)
     images = volume.transpose(1, 2).flatten(0, 1)
@@ -159,6 +160,7 @@ def test_lift_of_every_size(small, name):
 
 @pytest.mark.parametrize("name", SIZES)
 @peers.needs_dinov3
+@pytest.mark.usefixtures("on_reference")
 def test_training_of_every_size_draws_as_facebook_does(small, name):
     model, volume = small(name, drop_path_rate=0.4).train(), torch.randn(2, 3, 3, 48, 80)
     torch.manual_seed(1)
