@@ -28,7 +28,7 @@ from planecycle_fast.pooling import transition
 from .cpu_specs import ADD_NORM, PLANE_SWITCH, ROPE, SPECS, SWIGLU
 from .kernelcheck.budget import check_bits
 from .kernelcheck.harness import op_tests
-from .kernelcheck.layouts import VARIED, contiguous
+from .kernelcheck.layouts import VARIED
 
 
 def cpu_tests(spec, examples):
@@ -132,7 +132,6 @@ def test_layouts_are_copied_not_misread():
         got = spec.fast(**{name: layout(t) for name, t in tensors.items()}, **spec.typical.settings)
         for a, b in zip(got, expected):
             check_bits(layout.__name__, a, b)
-    assert contiguous in VARIED
 
 
 def _bad_calls():
