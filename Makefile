@@ -64,7 +64,7 @@ SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefine
 sanitize: $(VENV)/.pcf-test
 	PLANECYCLE_FAST_BUILD=require PLANECYCLE_FAST_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(RUN) -m pytest tests/test_cpu_ops.py -m "not full" -k "(error_budget and not any_case) or layouts or zero_sizes or \
+		$(RUN) -m pytest -s tests/test_cpu_ops.py -m "not full" -k "(error_budget and not any_case) or layouts or zero_sizes or \
 			plain or in_place or threads or sanitizer"
 
 bench-cpu: $(VENV)/.pcf-test
