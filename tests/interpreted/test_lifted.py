@@ -1,5 +1,7 @@
 """Whole models on kernels, in the interpreter: outputs and all gradients within the budget of the reference."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -21,11 +23,11 @@ SHAPES = [(1, 3, (2, 5)), (2, 1, (3, 1)), (1, 4, (1, 3))]  # batch, depth, (H, W
 
 
 def _models():
-    for i, host in enumerate(HOSTS):
-        settings, dtype = SETTINGS[i % len(SETTINGS)], (torch.float32, torch.bfloat16)[i % 2]
+    for (i, host), (j, dtype) in product(enumerate(HOSTS), enumerate((torch.float32, torch.bfloat16))):
+        settings = SETTINGS[(i + 3 * j) % len(SETTINGS)]
         if settings.get("mode") == "flatten3d" and host.rope and host.head_dim % 16:
             settings = {}
-        yield pytest.param(host, settings, dtype, SHAPES[i % 3], id=f"{host.name} {dtype} {settings}")
+        yield pytest.param(host, settings, dtype, SHAPES[(i + j) % 3], id=f"{host.name} {dtype} {settings}")
 
 
 @pytest.mark.parametrize("host, settings, dtype, shape", list(_models()))
