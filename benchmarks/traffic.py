@@ -67,12 +67,14 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
             setattr(used[name], name, function)
 
 
-def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype, operations=OPERATIONS) -> Row:
+def of_call(
+    code: str, planes: str, call, rows: int, dtype: torch.dtype, operations=OPERATIONS, training: bool = False
+) -> Row:
     """Counts one call of a block that has `rows` rows; of `operations` as one pass, of others what they declare."""
     unit = rows * CHANNELS * dtype.itemsize
     traffic = Traffic(smallest=rows * CHANNELS // 2, weights=True)
     torch.clear_autocast_cache()  # as at the beginning of a step
-    with torch.no_grad(), fused(traffic, operations), traffic:
+    with torch.set_grad_enabled(training), fused(traffic, operations), traffic:
         call()
     casts = traffic.rows.pop("weight casts", None)
     copies = sum(traffic.copies.values())
@@ -82,9 +84,16 @@ def of_call(code: str, planes: str, call, rows: int, dtype: torch.dtype, operati
 
 
 def lifted_rows(
-    code: str, dtype: torch.dtype, autocast: bool = False, backend: str = "reference", **settings
+    code: str,
+    dtype: torch.dtype,
+    autocast: bool = False,
+    backend: str = "reference",
+    training: bool = False,
+    **settings,
 ) -> list[Row]:
     """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
+
+    Forward, and in `training` with a gradient for everything.
 
     On backend "triton" operations count what they declare, on tensors without data: kernels do not run.
     """
@@ -97,7 +106,7 @@ def lifted_rows(
     volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             lifted(volume)
         for handle in handles:
             handle.remove()
@@ -105,7 +114,7 @@ def lifted_rows(
         found = []
         for block, tokens, layer in calls:
             call = partial(block.forward, tokens, layer)
-            found.append(of_call(code, f"{layer.old} to {layer.new}", call, rows, counted, operations))
+            found.append(of_call(code, f"{layer.old} to {layer.new}", call, rows, counted, operations, training))
     return [row for i, row in enumerate(found) if row not in found[:i]]
 
 

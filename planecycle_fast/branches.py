@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backends import choose
 from .linear_cpu import PlainLinears
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
+from .ops.rope_within import rope_within, turns_within
 from .parts import BlockParts, Plan, watched
 from .rope import PlaneAngles
 
@@ -36,20 +37,42 @@ def attention_branch(
     heads, g = found.heads, layer.num_globals
     apply = _call if linears is None else linears.linear
     projected = [apply(linear, normed) for linear in found.qkv]
-    free = linears is not None or _is_free(projected, found.qkv)
     packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
     made = [t.unflatten(-1, (3 * heads if packed else heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
-    turned, rest = made[:2], made[2:]
-    if packed and not made[0].requires_grad:  # else as a whole, so that its gradient comes as one
-        turned, rest = [made[0][:, :, : 2 * heads]], [made[0][:, :, 2 * heads :]]
-    if layer.angles is not None:
-        how = free, found.in_table_dtype, layer.backend_for("rope", made[0])
-        angles = _angles(layer.angles, choose(layer.backend, made[0].device, "rope", layer.strict))
-        turned = [rope(t, angles, g, min(t.shape[2], 2 * heads), *how) for t in turned]
-    q, k, v = [head for t in (*turned, *rest) for head in t.split(heads, dim=2)]
+    own = linears is not None or _is_ours(found.qkv)
+    if layer.angles is None:
+        turned = made
+    else:
+        backend = choose(layer.backend, normed.device, "rope", layer.strict)
+        angles = _angles(layer.angles, backend)
+        turned = _turned(made, angles, g, heads, own, found.in_table_dtype, backend)
+    q, k, v = [head for t in turned for head in t.split(heads, dim=2)]
     out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
-    del projected, made, turned, rest, q, k, v  # memory that the projection can have
+    del projected, made, turned, q, k, v  # memory that the projection can have
     return apply(found.output, out.flatten(2))
+
+
+def _turned(
+    made: Sequence[Tensor],  # (N, rows, heads, hd) each, or (N, rows, 3*heads, hd)
+    angles: Tables | Axial,
+    num_globals: int,
+    heads: int,
+    own: bool,  # nobody else holds them
+    in_table_dtype: bool,
+    backend: str,
+) -> list[Tensor]:  # (N, rows, any, hd) each, heads of q, k and v in a row
+    """Queries and keys turned, the values as they are."""
+    inplace = own and not any([t.requires_grad for t in made])
+    how = inplace, in_table_dtype, backend
+    if len(made) > 1:
+        return [*[rope(t, angles, num_globals, None, *how) for t in made[:2]], *made[2:]]
+    [qkv] = made
+    if not qkv.requires_grad:
+        queries_keys, values = qkv.split([2 * heads, heads], dim=2)
+        return [rope(queries_keys, angles, num_globals, None, *how), values]
+    if own and turns_within(backend):
+        return [*rope_within(qkv, angles, num_globals, in_table_dtype, backend)]
+    return [rope(qkv, angles, num_globals, 2 * heads, *how)]  # as a whole, so that its gradient comes as one
 
 
 def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
@@ -76,7 +99,7 @@ def mlp_branch(
         if activated is not None:
             return apply(found.last, activated)
     hidden = [apply(linear, normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
-    free = linears is not None or _is_free(hidden, found.first)
+    free = linears is not None or (_is_ours(found.first) and not any([t.requires_grad for t in hidden]))
     backend = layer.backend_for(found.activation, normed)
     if found.activation == "gelu":
         activated = gelu(hidden[0], free, backend)
@@ -85,14 +108,9 @@ def mlp_branch(
     return apply(found.last, activated)
 
 
-def _is_free(
-    made: Sequence[Tensor],  # (N, rows, any)
-    layers: Sequence[object],
-) -> bool:
-    """Whether what these layers made may be written to. A compiler plans memory better without being told to."""
-    if torch.compiler.is_compiling() or any([t.requires_grad for t in made]):
-        return False
-    return all([is_plain(layer) for layer in layers])
+def _is_ours(linears: Sequence[object]) -> bool:
+    """Whether what these layers return may be written to. A compiler plans memory better without being told to."""
+    return not torch.compiler.is_compiling() and all([is_plain(linear) for linear in linears])
 
 
 def is_plain(linear: object) -> bool:

@@ -67,9 +67,10 @@ def test_a_block_without_a_change_of_planes_moves_what_a_2d_block_moves():
     [({}, 4), ({"pool_method": "PCm"}, 4), ({"mode": "slice2d"}, 1), ({"globals_at": "plane"}, 4),
      ({"mode": "flatten3d"}, 1)], ids=str,
 )  # fmt: skip
-def test_a_block_on_kernels_moves_at_most_40(settings, changes):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_on_kernels_moves_at_most_40(settings, changes, training):
     """Elements of C per row, by what operations declare; a change of planes costs no launch and no byte."""
-    rows = traffic.lifted_rows("kernels", torch.bfloat16, backend="triton", **settings)
+    rows = traffic.lifted_rows("kernels", torch.bfloat16, backend="triton", training=training, **settings)
     assert len(rows) == changes
     for row in rows:
         assert row.moved == pytest.approx(rows[-1].moved) and row.moved <= 40
