@@ -157,7 +157,7 @@ class _Calls(TorchDispatchMode):
 
 def dispatch(model: nn.Module, dtype: torch.dtype, rounds: int = 40) -> tuple[float, float]:
     """Seconds of a pass at 1 x 16 x 64^2, and of the operations that it calls by themselves."""
-    lifted, volume = pcf.lift(model, backend="cpu"), torch.randn(1, 3, 16, 64, 64).to(dtype)
+    lifted, volume = pcf.lift(model), torch.randn(1, 3, 16, 64, 64).to(dtype)
     with _Calls() as calls:
         lifted(volume)
 

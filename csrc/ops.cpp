@@ -29,4 +29,9 @@ TORCH_LIBRARY(planecycle_fast_cpu, m) {
   m.def(
       "add_norm_(Tensor(a0!) x, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, str norm, float eps, "
       "Tensor(a1!) normed) -> ()");
+  m.def(
+      "block_(Tensor(a0!) x, Tensor(a1!) normed, Tensor[] qkv, Tensor?[] qkv_bias, int heads, float? scale, int num_globals, "
+      "bool in_table_dtype, Tensor[] sin, Tensor[] cos, Tensor out, Tensor? out_bias, Tensor? gamma, Tensor? weight, "
+      "Tensor? bias, str norm, float eps, bool gate, Tensor[] first, Tensor?[] first_bias, Tensor last, Tensor? last_bias, "
+      "int sequences, bool fused) -> Tensor[]");
 }

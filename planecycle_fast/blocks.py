@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .parts import Plan, plan
+from .parts import Plan, watched
+from .reading import Reading
 from .stream import Layer, Stream, run_block
 
 SHARED = (
@@ -73,20 +74,25 @@ class LiftedBlock(SharedModule):
 
     def __init__(self, adapter: Adapter, block: nn.Module) -> None:
         super().__init__(block)
-        self.__dict__.update(adapter=adapter, parts=adapter.parts(block))
+        self.__dict__.update(adapter=adapter, reading=Reading(adapter.parts(block)))
 
     def plan(self) -> Plan:
         """What of the block runs by operations now, and why the rest does not."""
-        return plan(self.parts)
+        parts = self.reading.now()
+        return Plan(block=parts) if isinstance(parts, str) else parts.plan()
 
     def forward(self, stream: Stream, layer: Layer) -> Stream:
         """Runs the layer.
 
         Raises TypeError for a stream that is none: a hook may have returned something else.
         """
-        if not isinstance(stream, Stream):
+        return self.take([stream], layer)
+
+    def take(self, held: list[Stream], layer: Layer) -> Stream:
+        """`forward` of the stream in a list, which is taken out of it: its memory is free once it has been read."""
+        if not isinstance(held[0], Stream):
             raise TypeError(
-                f"stream must be a planecycle_fast.Stream, got {type(stream).__name__}; hooks must return one"
+                f"stream must be a planecycle_fast.Stream, got {type(held[0]).__name__}; hooks must return one"
             )
 
         def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
@@ -94,13 +100,22 @@ class LiftedBlock(SharedModule):
 
         checkpoint = self.adapter.checkpoint(self.host)
         if checkpoint is None or not torch.is_grad_enabled() or self.plan().block is not None:
-            out = run_block(self.parts, stream, layer, call)
+            out = run_block(self.reading.now(), held, layer, call)
         else:  # tensors one by one: some ways of checkpointing see no others
-            out = Stream(*checkpoint(lambda *s: _own_scale(run_block(self.parts, Stream(*s), layer, call)), *stream))
+            parts = self.reading.parts
+            run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call))  # noqa: E731
+            out = Stream(*checkpoint(run, *held.pop()))
         return _own_scale(out) if self._forward_hooks else out  # FSDP frees the parameter when the block ends
 
     def extra_repr(self) -> str:
         return type(self.host).__name__
+
+
+def run_lifted(block: nn.Module, held: list[Stream], layer: Layer) -> Stream:
+    """Calls a lifted block, or what is around it, with the stream in a list; it is taken out where nobody sees it."""
+    if type(block) is LiftedBlock and watched(block) is None:
+        return block.take(held, layer)
+    return block(held.pop(), layer)
 
 
 def _own_scale(stream: Stream) -> Stream:

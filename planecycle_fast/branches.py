@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .backends import choose
-from .linear_cpu import PlainLinears
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
 from .ops.rope_within import rope_within, turns_within
 from .parts import BlockParts, Plan, watched
@@ -19,27 +18,21 @@ if TYPE_CHECKING:
     from .stream import Layer
 
 
-def _call(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return linear(x)
-
-
 def attention_branch(
     parts: BlockParts,
     todo: Plan,
     normed: Tensor,  # (N, rows, C)
     layer: Layer,
-    linears: PlainLinears | None = None,  # None: they are called
 ) -> Tensor:  # (N, rows, C)
     """Self-attention within each sequence, or the host's own where it is not replaced."""
     found = parts.attention()
     if todo.attention is not None:
         return parts.call_attention(normed, layer.sincos)
     heads, g = found.heads, layer.num_globals
-    apply = _call if linears is None else linears.linear
-    projected = [apply(linear, normed) for linear in found.qkv]
+    projected = [linear(normed) for linear in found.qkv]
     packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
     made = [t.unflatten(-1, (3 * heads if packed else heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
-    own = linears is not None or _is_ours(found.qkv)
+    own = _is_ours(found.qkv)
     if layer.angles is None:
         turned = made
     else:
@@ -49,7 +42,7 @@ def attention_branch(
     q, k, v = [head for t in turned for head in t.split(heads, dim=2)]
     out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
     del projected, made, turned, q, k, v  # memory that the projection can have
-    return apply(found.output, out.flatten(2))
+    return found.output(out.flatten(2))
 
 
 def _turned(
@@ -87,25 +80,19 @@ def mlp_branch(
     todo: Plan,
     normed: Tensor,  # (N, rows, C)
     layer: Layer,
-    linears: PlainLinears | None = None,  # None: they are called
 ) -> Tensor:  # (N, rows, C)
     """The MLP of each row, or the host's own where it is not replaced."""
     found = parts.mlp()
     if todo.mlp is not None:
         return found.module(normed)
-    apply = _call if linears is None else linears.linear
-    if linears is not None and found.activation == "gelu":
-        activated = linears.linear_gelu(found.first[0], normed)
-        if activated is not None:
-            return apply(found.last, activated)
-    hidden = [apply(linear, normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
-    free = linears is not None or (_is_ours(found.first) and not any([t.requires_grad for t in hidden]))
+    hidden = [linear(normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
+    free = _is_ours(found.first) and not any([t.requires_grad for t in hidden])
     backend = layer.backend_for(found.activation, normed)
     if found.activation == "gelu":
         activated = gelu(hidden[0], free, backend)
     else:  # gate and value in one: in place would leave rows with gaps, which the next layer would copy
         activated = swiglu(*hidden, inplace=free and len(hidden) == 2, backend=backend)
-    return apply(found.last, activated)
+    return found.last(activated)
 
 
 def _is_ours(linears: Sequence[object]) -> bool:

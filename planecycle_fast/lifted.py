@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .blocks import LiftedBlock, SharedModule, holds_lifted, list_of, mirrored
+from .blocks import LiftedBlock, SharedModule, holds_lifted, list_of, mirrored, run_lifted
+from .embedding import embed
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
 from .ops.registry import resolve
@@ -172,14 +173,19 @@ class LiftedModel(SharedModule):
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         plane = self.planes[0]
         backend = resolve(self.backend, volume.device)
-        stream = enter(*self.adapter.embed_parts(images), self._layer(backend, HW, plane, sizes))
-        features = []
+        held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, plane, sizes))]
+        features, layers = [], {}
         for i, block in enumerate(islice(self.blocks, max(wanted) + 1)):
-            following = self.planes[i % len(self.planes)]
-            layer = self._layer(backend, plane, following, sizes, tables.for_block(following, sizes), entered=i == 0)
-            stream, plane = block(stream, layer), following
+            following, layer = self.planes[i % len(self.planes)], None
+            if not tables.augments:  # else each block may have angles of its own
+                layer = layers.get((i == 0, plane, following))
+            if layer is None:
+                angles = tables.for_block(following, sizes)
+                layer = self._layer(backend, plane, following, sizes, angles, entered=i == 0)
+                layers[i == 0, plane, following] = layer
+            held, plane = [run_lifted(block, held, layer)], following
             if i in wanted:
-                features.append(self._features(stream, plane, sizes, norm))
+                features.append(self._features(held[0], plane, sizes, norm))
         return features
 
     def _layer(

@@ -4,7 +4,7 @@ A pre-norm block is ``x + ls1 * attn(norm1(x))``, then ``x + ls2 * mlp(norm2(x))
 that LoRA, quantisation and hooks on them work. Everything between them is replaced by operations, part by part, unless
 something would be lost: hooks, dropout, a kind that is not known. Then the host's own part runs (`Parts` says why).
 
-Parts are read from the block anew for every pass: modules and parameters may have been exchanged meanwhile.
+Modules and parameters may be exchanged between passes: `reading.Reading` says how long parts hold.
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ class BlockParts(ABC):
     def scale(self, number: int) -> Scale:
         """Of the attention's branch, 1, or the MLP's, 2."""
 
+    def settings(self) -> Sequence[Any]:
+        """What parts depend on besides modules, their attributes, parameters and hooks; compared by `is`."""
+        return ()
+
 
 class Snapshot(BlockParts):
     """The parts of a block in one pass, each read once."""
@@ -174,6 +178,20 @@ class Snapshot(BlockParts):
 
     def scale(self, number: int) -> Scale:
         return self._read("scale", number)
+
+    def plan(self) -> Plan:
+        """`plan` of these parts."""
+        return self.once("plan", lambda: plan(self))
+
+    def known_norm(self, number: int) -> Norm | None:
+        """norm1 or norm2 as operations take it."""
+        return self.once(f"known norm {number}", lambda: known_norm(self.norm(number))[0])
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes of these parts, made once."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
 
 def known_norm(module: nn.Module, channels: int | None = None) -> tuple[Norm | None, str | None]:

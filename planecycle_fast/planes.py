@@ -72,7 +72,7 @@ DEFAULT_CYCLE = ("HW", "DW", "DH", "HW")  # paper section 2.3
 
 def parse_plane(plane: str | Plane, argument: str = "plane") -> Plane:
     """The plane called `plane`. Raises TypeError or ValueError, naming `argument`."""
-    if isinstance(plane, Plane) and plane in PLANES.values():
+    if isinstance(plane, Plane) and (PLANES.get(plane.name) is plane or plane in PLANES.values()):
         return plane
     if not isinstance(plane, (str, Plane)):
         raise TypeError(f"{argument} must be the name of a plane, got {type(plane).__name__} {plane!r}")

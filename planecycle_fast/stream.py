@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backends import asked_for, choose, pick
 from .branches import attention_branch, autocast_dtype, mlp_branch
-from .groups import run_in_groups, runs_in_groups
+from .groups import run_in_groups
 from .ops import Norm, add_norm, plane_switch
 from .ops.add_norm import add_ref
-from .parts import WHOLE, BlockParts, Plan, Snapshot, known_norm, plan
+from .parts import WHOLE, BlockParts, Plan, Snapshot
 from .planes import Plane, Sizes
 from .pooling import Transition
 from .rope import PlaneAngles
@@ -100,7 +100,7 @@ def enter(
 
 def run_block(
     parts: BlockParts | str,
-    stream: Stream,
+    held: list[Stream],
     layer: Layer,
     call: Callable[[Tensor], Tensor],
 ) -> Stream:
@@ -108,19 +108,21 @@ def run_block(
 
     Args:
         parts: the block taken apart, or the reason why it cannot be.
+        held: the stream; taken out, so that its memory is free once the planes have changed, if nobody else holds it.
         call: the whole block as the host runs it, (B*P, g + L, C) to the same.
     """
-    parts = parts if isinstance(parts, str) else Snapshot(parts)
-    todo = plan(parts)
+    parts = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
+    todo = Plan(block=parts) if isinstance(parts, str) else parts.plan()
     if todo.block is not None:
-        return Stream(call(layer.switch(stream)))
+        return Stream(call(layer.switch(held.pop())))
     linears = parts.attention().qkv if todo.attention is None else ()
-    x, normed = _normed(parts.norm(1), todo.norm1, linears, lambda *norm: layer.switch(stream, *norm))
+    came = held[0].residual
+    x, normed = _normed(parts, 1, todo.norm1, linears, lambda *norm: layer.switch(held.pop(), *norm))
+    shared = x is came
+    del came
     scale = parts.scale(1)
-    if runs_in_groups(parts, todo, layer, x):
-        if x is stream.residual:  # it is written to
-            x = x.clone(memory_format=torch.contiguous_format)
-        return Stream(*run_in_groups(parts, todo, x, normed, layer), parts.scale(2).gamma)
+    if (done := run_in_groups(parts, todo, x, normed, layer, shared)) is not None:
+        return Stream(*done, parts.scale(2).gamma)
     branch = attention_branch(parts, todo, normed, layer)
     branch, gamma = (branch, scale.gamma) if todo.scale1 is None else (scale.own(branch), None)
 
@@ -129,19 +131,24 @@ def run_block(
             return add_ref(x, branch, gamma)
         return add_norm(x, branch, gamma, *norm, backend=layer.backend_for("add_norm", x))
 
-    x, normed = _normed(parts.norm(2), todo.norm2, parts.mlp().first if todo.mlp is None else (), add)
+    x, normed = _normed(parts, 2, todo.norm2, parts.mlp().first if todo.mlp is None else (), add)
     branch, scale = mlp_branch(parts, todo, normed, layer), parts.scale(2)
     return Stream(x, branch, scale.gamma) if todo.scale2 is None else Stream(x, scale.own(branch))
 
 
 def _normed(
-    module: nn.Module, own: str | None, linears: Sequence[object], add: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    parts: Snapshot,
+    number: int,
+    own: str | None,
+    linears: Sequence[object],
+    add: Callable[..., Tensor | tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their norm, for these linear layers: together, ``add(norm, dtype)``, or by the host's norm."""
     if own is None:
-        return add(known_norm(module)[0], autocast_dtype(module, linears))
+        dtype = autocast_dtype(parts.norm(number), linears) if torch._C._is_any_autocast_enabled() else None
+        return add(parts.known_norm(number), dtype)
     x = add()
-    return x, module(x)
+    return x, parts.norm(number)(x)
 
 
 def check_strict(

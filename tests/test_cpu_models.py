@@ -1,15 +1,19 @@
 """Whole models on backend "cpu": outputs and all gradients within the budget of the reference; inference in groups."""
 
 import copy
+import weakref
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import planecycle_fast as pcf
-from planecycle_fast import groups, linear_cpu, native
+from planecycle_fast import embedding, groups, native, stream
 
 from .hosts import BY_NAME, HOSTS
+from .toy import PATCH, ToyAdapter, ToyViT
 
 if not native.ready():
     pytest.skip(f"backend 'cpu' is not usable: {native.why_not_native()}", allow_module_level=True)
@@ -69,11 +73,102 @@ def _patches(host, settings, dtype, context, backend, seeds=6):
 @pytest.mark.parametrize("host, settings, dtype, shape", list(_models([torch.float32, torch.bfloat16])))
 def test_inference_is_within_the_budget(monkeypatch, host, settings, dtype, shape, size):
     monkeypatch.setattr(groups, "GROUP_BYTES", size)
-    runs = []
-    monkeypatch.setattr("planecycle_fast.stream.run_in_groups", lambda *a: runs.append(1) or groups.run_in_groups(*a))
+    runs = in_groups(monkeypatch)
     got, exact, largest = _patches(host, settings, dtype, torch.inference_mode, "cpu")
     check("patches", got, exact, largest)
-    assert runs or not any(not plan.reasons() for plan in pcf.lift(host.make(), backend="cpu", strict=False).plans())
+    assert runs == [not plan.reasons() for plan in pcf.lift(host.make(), backend="cpu", strict=False).plans()]
+
+
+def in_groups(monkeypatch):
+    """Of each block that runs from now on, whether it ran in groups. On backend "cpu" alone."""
+    runs = []
+
+    def counted(parts, todo, x, normed, layer, shared):
+        done = groups.run_in_groups(parts, todo, x, normed, layer, shared)
+        if layer.backend == "cpu":
+            runs.append(done is not None)
+        return done
+
+    monkeypatch.setattr(stream, "run_in_groups", counted)
+    return runs
+
+
+@pytest.mark.parametrize("size", [1, 2**30], ids=["one sequence at a time", "all at once"])
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-g", "hf-dinov3-gated"])
+def test_inference_in_float16(monkeypatch, name, size):
+    monkeypatch.setattr(groups, "GROUP_BYTES", size)
+    runs = in_groups(monkeypatch)
+    got, exact, largest = _patches(BY_NAME[name], {}, torch.float16, torch.inference_mode, "cpu")
+    check("patches", got, exact, largest)
+    assert runs and all(runs)
+
+
+@torch.no_grad()
+def test_a_stream_that_was_read_is_free(monkeypatch):
+    """Its memory is there for what the block makes."""
+    host, kept, alive = BY_NAME["timm-dinov3-s"], [], []
+
+    def watching(parts, todo, x, normed, layer, shared):
+        alive.append([t() is not None for t in kept])
+        found = groups.run_in_groups(parts, todo, x, normed, layer, shared)
+        kept[:] = [weakref.ref(t) for t in found]
+        return found
+
+    monkeypatch.setattr(stream, "run_in_groups", watching)
+    lifted = pcf.lift(host.make(), backend="cpu")
+    lifted(host.volume())
+    assert alive[0] == [] and alive[1:] == [[False, False]] * (len(lifted.blocks) - 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm-dinov3-s", "timm-dinov2-s", "hf-dinov2-registers", "hf-dinov3", "facebook-stand-in"]
+)
+@pytest.mark.parametrize("slices", [1, 2, 7])
+@torch.no_grad()
+def test_embedding_a_few_slices_at_a_time(monkeypatch, name, slices):
+    host, calls = BY_NAME[name], []
+    lifted, volume = pcf.lift(host.make(), backend="cpu"), host.volume(batch=1, depth=7)
+    expected = lifted(volume)
+    length = volume.shape[3] // host.patch * volume.shape[4] // host.patch
+    monkeypatch.setattr(embedding, "ROWS", slices * length)
+    parts = type(lifted.adapter).embed_parts
+    monkeypatch.setattr(type(lifted.adapter), "embed_parts", lambda self, x: calls.append(len(x)) or parts(self, x))
+    for a, b in zip(lifted(volume), expected):
+        assert a is b or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert calls == {1: [1] * 7, 2: [2, 2, 2, 1], 7: [7]}[slices]
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@torch.no_grad()
+def test_globals_that_depend_on_the_slice(monkeypatch, rows):
+    """Of an adapter of one's own."""
+    model, volume = ToyViT().double(), torch.randn(1, 3, 5, 3 * PATCH, 4 * PATCH, dtype=torch.float64)
+
+    class Adapter(ToyAdapter):
+        def embed(self, images):
+            tokens = super().embed(images)
+            tokens[:, :2] += images.mean((1, 2, 3))[:, None, None]
+            return tokens
+
+    expected = pcf.lift(model, adapter=Adapter, backend="reference")(volume)
+    monkeypatch.setattr(embedding, "ROWS", rows)
+    for a, b in zip(pcf.lift(model, adapter=Adapter, backend="cpu")(volume), expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("why", ["a hook", "training", "reference", "gradients"])
+def test_embedding_all_slices_at_once(monkeypatch, why):
+    monkeypatch.setattr(embedding, "ROWS", 1)
+    host, seen = BY_NAME["timm-dinov3-s"], []
+    lifted = pcf.lift(host.make(), backend="reference" if why == "reference" else "cpu")
+    parts = type(lifted.adapter).embed_parts
+    monkeypatch.setattr(type(lifted.adapter), "embed_parts", lambda self, x: seen.append(len(x)) or parts(self, x))
+    lifted.train(why == "training")
+    if why == "a hook":
+        lifted.patch_embed.proj.register_forward_hook(lambda *_: None)
+    with torch.set_grad_enabled(why == "gradients"):
+        lifted(host.volume(batch=1, depth=4))
+    assert seen == [4]
 
 
 def test_groups_of_equal_size(monkeypatch):
@@ -100,8 +195,7 @@ def test_streams_and_embeddings_are_not_written_to():
 
 @pytest.mark.parametrize("why", ["gradients", "a hook on a linear layer", "compiled"])
 def test_blocks_that_do_not_run_in_groups(monkeypatch, why):
-    monkeypatch.setattr("planecycle_fast.stream.run_in_groups", lambda *a: pytest.fail("ran in groups"))
-    host = BY_NAME["timm-dinov3-s"]
+    runs, host = in_groups(monkeypatch), BY_NAME["timm-dinov3-s"]
     lifted, volume = pcf.lift(host.make(), backend="cpu"), host.volume()
     if why == "gradients":
         lifted(volume)
@@ -114,6 +208,7 @@ def test_blocks_that_do_not_run_in_groups(monkeypatch, why):
                 module.register_forward_hook(lambda *_: None)
         with torch.no_grad():
             lifted(volume)
+    assert len(runs) == len(lifted.blocks) and not any(runs)
 
 
 def test_autocast():
@@ -139,24 +234,6 @@ def test_accelerated_models(build, block_type, context):
     for a, b in zip(got.values(), expected.values()) if isinstance(got, dict) else [(got, expected)]:
         if b is not None:
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("several", [True, False])
-@torch.no_grad()
-def test_linear_layers(dtype, bias, several):
-    """As close to float64 as torch's, with GELU too; None where it is not oneDNN's."""
-    layer = nn.Linear(64, 96, bias=bias).to(dtype)
-    x = torch.randn(3, 50, 64).to(dtype)
-    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    linears = linear_cpu.PlainLinears(150, several)
-    check("linear", linears.linear(layer, x), exact, errors("linear", layer(x), exact))
-    activated = linears.linear_gelu(layer, x)
-    assert activated is not None or dtype in (torch.float16, torch.float64)
-    if activated is not None:
-        exact = nn.functional.gelu(exact)
-        check("gelu", activated, exact, errors("gelu", nn.functional.gelu(layer(x)), exact))
 
 
 @torch.no_grad()
@@ -195,7 +272,7 @@ def test_a_stream_of_any_strides():
 
 
 @torch.no_grad()
-def test_weights_of_other_kinds_are_called():
+def test_weights_of_other_kinds_are_called(monkeypatch):
     """Quantised or sharded weights are tensors of a subclass."""
 
     class Quantised(torch.Tensor):
@@ -206,9 +283,50 @@ def test_weights_of_other_kinds_are_called():
             cls.calls += func is nn.functional.linear
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    layer = nn.Linear(8, 8).bfloat16()
+    host, runs = BY_NAME["timm-dinov3-s"], in_groups(monkeypatch)
+    model, volume = host.make(), host.volume()
+    lifted = pcf.lift(model, backend="cpu")
+    expected = lifted(volume).patches
+    layer = model.blocks[1].mlp.fc2
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
-    linears = linear_cpu.PlainLinears(3, False)
-    linears.linear(layer, torch.zeros(3, 8, dtype=torch.bfloat16))
-    assert Quantised.calls == 1
-    assert linears.linear_gelu(layer, torch.zeros(3, 8, dtype=torch.bfloat16)) is None
+    torch.testing.assert_close(lifted(volume).patches, expected)
+    assert Quantised.calls and runs[:7] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("part", ["mlp", "norm2", "attn"])
+@torch.no_grad()
+def test_a_block_of_several_dtypes_runs_as_a_whole(monkeypatch, part):
+    """`to` changes what parameters hold, not the parameters. What happens then is up to the operations."""
+    host, runs = BY_NAME["timm-dinov3-s"], in_groups(monkeypatch)
+    model, volume = host.make(), host.volume()
+    lifted = pcf.lift(model, backend="cpu")
+    lifted(volume)
+    assert runs == [True] * 5
+    getattr(model.blocks[0], part).double()
+    try:
+        torch.testing.assert_close(lifted(volume).patches, pcf.lift(model, backend="reference")(volume).patches)
+    except RuntimeError as error:
+        assert "dtype" in str(error)
+    assert part == "norm2" or runs[5] is False
+
+
+@torch.no_grad()
+def test_what_watches_operations_sees_those_of_a_block():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+
+    host, seen = BY_NAME["timm-dinov3-s"], Counter()
+    lifted = pcf.lift(host.make(), backend="cpu")
+    with Names():
+        lifted(host.volume())
+    blocks = len(lifted.blocks)
+    expected = {
+        "planecycle_fast_cpu::rope_",
+        "planecycle_fast_cpu::add_norm_",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    }
+    assert all(seen[name] == blocks for name in expected)
+    products = seen["aten::addmm"] + seen["aten::mm"] + seen["mkldnn::_linear_pointwise"]
+    assert products == 4 * blocks and not any("block_" in name for name in seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,9 @@ class HuggingFaceBlock(BlockParts):
             return Mlp(found, Part([found, act]), "gelu", (first,), last)
         with_act = "" if act is None else f" with {kind_of(act)}"
         return Mlp(found, Part(unknown=f"{kind_of(found)}{with_act} is of an unknown kind"))
+
+    def settings(self) -> Sequence[Any]:
+        return (getattr(getattr(self.block.attention, "config", None), "_attn_implementation", None),)
 
     def scale(self, number: int) -> Scale:
         found, drop = getattr(self.block, f"layer_scale{number}"), self.block.drop_path

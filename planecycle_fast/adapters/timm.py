@@ -95,9 +95,12 @@ class _BiasedQkv:
         self,
         x: Tensor,  # (N, rows, C)
     ) -> Tensor:  # (N, rows, 3*heads*hd)
+        weight, bias = self.weight_and_bias()
+        return F.linear(x, weight, bias) if self.fresh else self.attention.qkv(x) + bias
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor]:  # (3*heads*hd, C), (3*heads*hd,)
         found = self.attention
-        bias = torch.cat((found.q_bias, found.k_bias, found.v_bias))
-        return F.linear(x, found.qkv.weight, bias) if self.fresh else found.qkv(x) + bias
+        return found.qkv.weight, torch.cat((found.q_bias, found.k_bias, found.v_bias))
 
 
 class _Timm(Adapter):

@@ -10,6 +10,9 @@ plane, then the change of plane, then the next block's norm, of the rounded resi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,8 @@ from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
 from .add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
+
+_loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
 
 def plane_switch_ref(
@@ -126,20 +131,27 @@ def plane_switch(
         x = _switch(add_ref(x, branch, scale), old, old, sizes, num_globals, same, globals_)
         branch = scale = None
     stays = old == new and _keeps_globals(new, num_globals, transition)
-    if chosen == "cpu":
-        from .add_norm_cpu import add_norm_cpu as boundary
-        from .add_norm_cpu import add_rows_cpu as add_rows
-        from .plane_switch_cpu import plane_switch_cpu as switch
-    else:
-        from .add_norm_autograd import add_norm_triton as boundary
-        from .add_norm_autograd import add_rows_triton as add_rows
-        from .plane_switch_triton import plane_switch_triton as switch
-
+    switch, boundary, add_rows = _implementations(chosen)
     if in_full and stays:
         return add_rows(x, branch, scale, norm, norm_dtype)
     if in_full:
         return boundary(x, old, new, sizes, num_globals, transition, branch, scale, norm, norm_dtype)
     return x if stays else switch(x, old, new, sizes, num_globals, transition)
+
+
+def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
+    """Of a change of planes, the same in full, and in full where rows stay."""
+    if backend not in _loaded:
+        if backend == "cpu":
+            from .add_norm_cpu import add_norm_cpu as boundary
+            from .add_norm_cpu import add_rows_cpu as add_rows
+            from .plane_switch_cpu import plane_switch_cpu as switch
+        else:
+            from .add_norm_autograd import add_norm_triton as boundary
+            from .add_norm_autograd import add_rows_triton as add_rows
+            from .plane_switch_triton import plane_switch_triton as switch
+        _loaded[backend] = switch, boundary, add_rows
+    return _loaded[backend]
 
 
 def _check(
