@@ -1,6 +1,6 @@
 """``make traffic``: what one block moves, per change of planes: elements of C per row, launches, copies.
 
-The ledger's rules are those of `tests/kernelcheck/traffic.py`; an operation of this package counts as one pass that
+The ledger's rules are those of `planecycle_fast/traffic.py`; an operation of this package counts as one pass that
 reads each input once and writes each output once, however many of torch's its reference needs. Forward, without
 gradients; nothing is timed. Compared are PlaneCycle and slice2d on the residual stream, and with PLANECYCLE_REPO the
 authors' code.
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 import planecycle_fast as pcf
 from planecycle_fast import branches, stream
 from planecycle_fast.torchvision_fix import mend_torchvision
+from planecycle_fast.traffic import Traffic
 from tests import peers
-from tests.kernelcheck.traffic import Traffic
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "gelu", "swiglu")
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows

@@ -18,8 +18,10 @@ from . import native
 BACKENDS = ("triton", "cpu", "reference")
 HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
+NO_CUDA = "no CUDA device was found"
 
 _found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for
+_planned: list[str] = []  # not empty while tensors without data, on "meta", stand for tensors on an NVIDIA GPU
 _overrides: list[str] = []  # a plain global: torch.compile guards on it, so a compiled model follows it
 
 
@@ -36,6 +38,8 @@ def why_not(backend: str, device: torch.device | None = None, op: str | None = N
         return None
     if backend == "triton":
         reason = _why_not_triton()
+        if _planned and (device is None or device.type == "meta"):
+            return None if reason == NO_CUDA else reason
         if reason is None and device is not None and device.type != "cuda" and not _interpreted():
             reason = f"it needs tensors on a CUDA device, got {device}"
         if reason is None and op is not None and op not in HAS[backend]:
@@ -95,6 +99,16 @@ def use_backend(backend: str) -> Iterator[None]:
         del _overrides[len(_overrides) - 1 - _overrides[::-1].index(backend)]  # another thread may have added one since
 
 
+@contextmanager
+def meta_stands_for_cuda() -> Iterator[None]:
+    """Within the block tensors without data, on device "meta", choose backends like tensors on an NVIDIA GPU."""
+    _planned.append("cuda")
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
 def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
     """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
     if backend == "cpu" and device is not None and device.type == "cpu" and op in (None, *HAS["cpu"]):
@@ -138,7 +152,7 @@ def _look_for_triton() -> str | None:
         return f"this triton has no backend for NVIDIA GPUs; it has {', '.join(compilers) or 'none'}"
     if torch.version.hip:
         return "it runs on NVIDIA GPUs only so far"
-    return None if torch.cuda.is_available() else "no CUDA device was found"
+    return None if torch.cuda.is_available() else NO_CUDA
 
 
 def _interpreted() -> bool:

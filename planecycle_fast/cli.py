@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Optional
@@ -15,7 +16,7 @@ INTERRUPTED = 130  # as shells have it
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is one line on stderr and status 1."""
     try:
-        app = _build()
+        app = _build(arguments)
         result = app(args=arguments, standalone_mode=False, prog_name="planecycle-fast")
         if result == INTERRUPTED:  # typer makes it the result
             return _fail("interrupted", INTERRUPTED)
@@ -39,7 +40,7 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
-def _build():
+def _build(arguments: list[str] | None):
     typer = require("typer", "scans")
     app = typer.Typer(
         add_completion=False,
@@ -135,6 +136,22 @@ def _build():
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
+
+    @app.command()
+    def bench(
+        full: bool = typer.Option(False, "--full/--quick", help="Every combination, or a few: minutes on a laptop."),
+        device: str = typer.Option("auto", help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."),
+        models: Optional[str] = typer.Option(None, help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: see README."),
+        volumes: Optional[str] = typer.Option(None, help="Batch x slices x pixels: 1x32x256,4x64x64."),
+        dtype: Optional[str] = typer.Option(None, help="fp32, bf16, fp16. Default: bf16 on CUDA, fp32 elsewhere."),
+        steps: Optional[str] = typer.Option(None, help="inference, probe, finetune. Default: all."),
+        out: Path = typer.Option(Path("bench"), help="A folder: rows.jsonl, report.md and pictures."),
+    ) -> int:
+        """2D, 3D and PlaneCycle side by side on this machine: a table and plots. Run it again to finish one."""
+        from .benchmark.command import run_bench
+
+        words = shlex.join(["planecycle-fast", *(sys.argv[1:] if arguments is None else arguments)])
+        return run_bench(full, device, models, volumes, dtype, steps, out, words)
 
     @app.command()
     def build() -> None:

@@ -129,7 +129,7 @@ def run_features(
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {settings.fit!r}")
     if settings.axes is not None:
         check_axes(settings.axes)
-    settings, lifted, identity = _model(settings, _device(device), random_weights)
+    settings, lifted, identity = _model(settings, usable_device(device), random_weights)
     complaints = []
     with progress_of(lifted, len(jobs)) as progress:
         for job in jobs:
@@ -147,7 +147,8 @@ def run_features(
     return complaints
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """torch's device of this name, "auto" CUDA where there is one. Raises ValueError for one that cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,6 +9,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -66,6 +68,31 @@ def load_model(name: str) -> tuple[nn.Module, str]:
         return _from_timm(name.removeprefix("timm/"))
     with _without_bars(require("transformers", "hf")):
         return _from_folder(name) if Path(name).is_dir() else _from_hugging_face(name)
+
+
+def model_without_weights(name: str) -> nn.Module:
+    """The architecture of a model by name, in eval mode, on device "meta": nothing is downloaded or allocated.
+
+    Args:
+        name: as `load_model` takes it. Of Hugging Face's, folders and what is in the local cache, facebook/dinov2-* and
+            facebook/dinov3-vit*.
+
+    Raises:
+        MissingPackageError: the library of this model is not installed.
+        ValueError: no such model.
+    """
+    with torch.device("meta"):
+        if not Path(name).is_dir() and ("/" not in name or name.startswith("timm/")) and name != DEMO_MODEL:
+            timm, settings = _timm_settings(name.removeprefix("timm/"))
+            return timm.create_model(name.removeprefix("timm/"), pretrained=False, **settings).eval()
+        transformers = require("transformers", "hf")
+        config = _known_config(transformers, "dinov2-small" if name == DEMO_MODEL else name)
+        if config is None:
+            try:
+                config = transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"model {name} has no configuration that can be read: {_line(error)}") from error
+        return transformers.AutoModel.from_config(config).eval()
 
 
 @contextmanager
@@ -179,7 +206,8 @@ def _known_config(transformers, name: str):
     return None
 
 
-def _from_timm(name: str) -> tuple[nn.Module, str]:
+def _timm_settings(name: str) -> tuple[ModuleType, dict[str, Any]]:
+    """timm, and what it builds a model of this name with."""
     timm = require("timm", "timm")
     if not timm.is_model(name):
         raise ValueError(f"model must be a known timm or Hugging Face name or a local folder, got {name!r}")
@@ -187,6 +215,11 @@ def _from_timm(name: str) -> tuple[nn.Module, str]:
     entry = timm.models.model_entrypoint(name)
     if entry.__module__.endswith(("vision_transformer", "eva")):
         settings["dynamic_img_size"] = True
+    return timm, settings
+
+
+def _from_timm(name: str) -> tuple[nn.Module, str]:
+    timm, settings = _timm_settings(name)
     if hub_reachable():
         try:
             return timm.create_model(name, pretrained=True, **settings).eval(), f"weights of timm {name} from the hub"

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from planecycle_fast import attentions
 from planecycle_fast.ops import attention, attention_ref
-
-from .kernelcheck.traffic import Traffic
+from planecycle_fast.traffic import Traffic
 
 FLASH = ("flash2", "flash3", "flash4")
 

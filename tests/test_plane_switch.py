@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from planecycle_fast.ops import Norm, add_norm, plane_switch, plane_switch_ref
 from planecycle_fast.planes import DH, DHW, DW, HW, PLANES, row_map
 from planecycle_fast.pooling import Transition, transition
-
-from .kernelcheck.traffic import Traffic
+from planecycle_fast.traffic import Traffic
 
 pytestmark = pytest.mark.usefixtures("on_reference")
 

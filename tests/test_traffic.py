@@ -8,10 +8,10 @@ from benchmarks import traffic as table
 from planecycle_fast.ops import plane_switch_ref
 from planecycle_fast.planes import DW, HW
 from planecycle_fast.pooling import transition
+from planecycle_fast.traffic import Traffic
 
 from . import peers
 from .hosts import BY_NAME
-from .kernelcheck.traffic import Traffic
 
 X = torch.randn(3, 4, 8)  # 384 bytes
 SIZE = X.numel() * 4

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from planecycle_fast.ops.registry import Cost
+from planecycle_fast.traffic import Traffic
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import BudgetError
 from ..kernelcheck.harness import op_tests
 from ..kernelcheck.interpreter import Bf16ArithmeticError
 from ..kernelcheck.layouts import contiguous, permuted
-from ..kernelcheck.traffic import Traffic
 from . import faulty
 from .faulty import make
 

@@ -6,6 +6,7 @@ import torch
 from planecycle_fast.ops import swiglu, swiglu_ref
 from planecycle_fast.ops.registry import Cost
 from planecycle_fast.ops.swiglu_triton import BACKWARD, INPLACE, OP
+from planecycle_fast.traffic import Traffic
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import check_bits
@@ -13,7 +14,6 @@ from ..kernelcheck.harness import op_tests
 from ..kernelcheck.layouts import VARIED, contiguous, offset, permuted, sliced
 from ..kernelcheck.observers import Observer, observing
 from ..kernelcheck.overflow import probing
-from ..kernelcheck.traffic import Traffic
 from ..specs.swiglu import SPEC, case
 
 TestSwiglu = op_tests(SPEC, examples=230)

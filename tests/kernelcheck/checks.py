@@ -11,12 +11,13 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
+from planecycle_fast.traffic import Traffic
+
 from .budget import Errors, check, check_bits, check_footprint, errors
 from .interpreter import poisoned
 from .layouts import constant, contiguous
 from .overflow import MANY_SLICES, probing
 from .recorder import recording
-from .traffic import Traffic
 
 VALUES = 256  # different ones that a reference's largest error is taken from, where 32 random inputs have as many
 

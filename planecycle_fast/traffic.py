@@ -7,18 +7,19 @@ torch operation runs in there, beside kernels, is counted too, so that a copy ca
 operation: a lower bound, as torch may need more. Tensors may be on any device, `meta` included.
 """
 
+from __future__ import annotations
+
 import math
+import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-try:
-    from planecycle_fast.ops.custom import OPS
-except ModuleNotFoundError:  # without triton there are no custom operations
-    OPS = {}
 
 COPIES = {
     "_to_copy", "_unsafe_index", "cat", "clone", "copy_", "gather", "index", "index_copy_", "index_put_",
@@ -45,38 +46,44 @@ class Traffic(TorchDispatchMode):
     Args:
         smallest: tensors of fewer elements do not count (the ledger leaves out weights, statistics and tables).
         weights: casts of smaller matrices, as autocast makes them, count in a row "weight casts" of their own.
-        ops: custom operations to look into, by name, and their namespace.
+        ops: custom operations to look into, by name, and their namespace; None: those of this package.
     """
 
-    def __init__(self, smallest=1, ops=OPS, namespace="planecycle_fast", weights=False):
+    def __init__(
+        self,
+        smallest: int = 1,
+        ops: dict[str, Any] | None = None,
+        namespace: str = "planecycle_fast",
+        weights: bool = False,
+    ) -> None:
         super().__init__()
         self.smallest, self.ops, self.namespace, self.weights = smallest, ops, namespace, weights
         self.rows = defaultdict(Row)
         self.inside = ""  # of which custom operation's body
 
     @property
-    def read(self):
+    def read(self) -> int:
         return sum(row.read for row in self.rows.values())
 
     @property
-    def written(self):
+    def written(self) -> int:
         return sum(row.written for row in self.rows.values())
 
     @property
-    def launches(self):
+    def launches(self) -> int:
         return sum(row.launches for row in self.rows.values())
 
     @property
-    def copies(self):
+    def copies(self) -> dict[str, int]:
         """Calls by operation, of those that only move data; an operation in a custom one's body as ``"op in body"``."""
         return {name: row.calls for name, row in self.rows.items() if name.split(" in ")[0] in COPIES}
 
     @staticmethod
-    def tensors(values):
+    def tensors(values: Any) -> list[Tensor]:
         """All tensors in nested containers."""
         return _tensors(values)
 
-    def add(self, name, read, written):
+    def add(self, name: str, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
         """Counts one call of an operation that was not looked into: one launch, tensors read and tensors written."""
         row = self.rows[name]
         row.calls += 1
@@ -84,17 +91,19 @@ class Traffic(TorchDispatchMode):
         row.read += sum(self._bytes(t) for t in read)
         row.written += sum(self._bytes(t) for t in written)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if func.namespace == self.namespace and name in self.ops:
-            return self._custom(self.ops[name], func, args, kwargs)
+        if func.namespace == self.namespace:
+            ops = _registered() if self.ops is None else self.ops
+            if name in ops:
+                return self._custom(ops[name], func, args, kwargs)
         out = func(*args, **kwargs)
         if name not in ALLOCATIONS and torch.Tag.inplace_view not in func.tags:
             self._count(name, func, args, kwargs, out)
         return out
 
-    def _count(self, name, func, args, kwargs, out):
+    def _count(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         arguments = func._schema.arguments
         bound = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
         mutated = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
@@ -118,14 +127,14 @@ class Traffic(TorchDispatchMode):
         row.read += sum(self._bytes(t) for t in reads)
         row.written += sum(self._bytes(t) for t in written)
 
-    def _count_weight(self, weight, cast):
+    def _count_weight(self, weight: Tensor, cast: Tensor) -> None:
         row = self.rows["weight casts"]
         row.calls += 1
         row.launches += 1
         row.read += weight.numel() * weight.element_size()
         row.written += cast.numel() * cast.element_size()
 
-    def _custom(self, op, func, args, kwargs):
+    def _custom(self, op: Any, func: Any, args: tuple, kwargs: dict) -> Any:
         cost = op.cost(*args, **kwargs)
         row = self.rows[op.name]
         row.calls += 1
@@ -141,10 +150,16 @@ class Traffic(TorchDispatchMode):
         finally:
             self.inside = before
 
-    def _bytes(self, t):
+    def _bytes(self, t: Tensor) -> int:
         elements = math.prod([n for n, stride in zip(t.shape, t.stride()) if stride or n == 0])
         return elements * t.element_size() if elements >= self.smallest else 0
 
 
-def _tensors(values):
-    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+def _tensors(values: Any) -> list[Tensor]:
+    return [v for v in tree_leaves(values) if isinstance(v, Tensor)]
+
+
+def _registered() -> dict[str, Any]:
+    """The operations with Triton kernels, once something has imported them."""
+    module = sys.modules.get("planecycle_fast.ops.custom")
+    return {} if module is None else module.OPS

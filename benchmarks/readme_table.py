@@ -1,0 +1,107 @@
+"""The table of results in README.md, from the newest rows under benchmarks/results.
+
+python -m benchmarks.readme_table    writes it, between its two marks; nothing else in README.md changes
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from planecycle_fast.benchmark.cells import AUTHORS, FAST, REFERENCE, VITS
+from planecycle_fast.benchmark.rows import MEASURED, Row, load
+
+PROJECT = Path(__file__).parents[1]
+README, RESULTS = PROJECT / "README.md", PROJECT / "benchmarks" / "results"
+BEGIN = "<!-- results: written by python -m benchmarks.readme_table -->"
+END = "<!-- end of results -->"
+VOLUMES = ("1x64x64", "1x16x256", "1x32x256", "1x32x448")
+NOT_MEASURED = "not measured"
+KINDS = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
+OTHERS = [("slice2d", FAST), ("flatten3d", FAST), ("PCg", REFERENCE), ("PCg", AUTHORS)]
+
+
+def table(results: Path = RESULTS) -> str:
+    """Markdown: inference of PlaneCycle (PCg) on every device that was measured."""
+    lines = [
+        "Time of PlaneCycle (PCg) by this package, inference, and how many times as long the others took, in turns; "
+        "**bold** where they are faster. Volumes: batch x slices x pixels; memory: our peak over the authors' code's.",
+        "",
+        "| device | network | dtype | volume | ms | slice2d | flatten3d | plain PyTorch | authors' code | memory |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    sources = []
+    for path in sorted(results.glob("*/rows.jsonl")):
+        of_file = _of_device(load(path))
+        shown = [row for row in of_file if (row["cell"]["mode"], row["cell"]["code"]) == ("PCg", FAST)]
+        if shown:
+            newest = max(shown, key=lambda row: row["stamp"]["date"])
+            here, commits = newest["environment"], sorted({row["stamp"]["commit"] for row in shown})
+            threads = f", {here['threads']} threads" if here["kind"] == "cpu" else ""
+            link = f"[report](benchmarks/results/{path.parent.name}/report.md)"
+            about = f"{here['device']}{threads}, torch {here['torch version']}, commit {', '.join(commits)}"
+            sources.append(f"{about}, {newest['stamp']['date']}: {link}.")
+            found.setdefault(here["kind"], []).extend(_lines(shown, of_file))
+    for kind, of_kind in found.items():
+        lines += of_kind or [f"| {KINDS.get(kind, kind)} | {NOT_MEASURED} |" + " |" * 8]
+    return "\n".join([*lines, *([""] if sources else []), *sources]) + "\n"
+
+
+def _of_device(rows: list[Row]) -> list[Row]:
+    """The newest row of each cell of inference."""
+    newest: dict[tuple, Row] = {}
+    for row in sorted(rows, key=lambda row: row["stamp"]["date"]):
+        if row["cell"]["step"] == "inference" and row["cell"]["volume"] in VOLUMES:
+            newest[tuple(row["cell"].values())] = row
+    return list(newest.values())
+
+
+def _lines(ours: list[Row], rows: list[Row]) -> list[str]:
+    ours = sorted(ours, key=lambda row: (VITS.index(row["cell"]["model"]), VOLUMES.index(row["cell"]["volume"])))
+    lines = []
+    for row in ours:
+        cell, others = row["cell"], []
+        if row["status"] != MEASURED:
+            others, time = [""] * 5, row["status"]
+        else:
+            time = f"{row['seconds'] * 1e3:.3g}" if row["seconds"] < 1 else f"{row['seconds'] * 1e3:,.0f}"
+            found = [_in_turn(rows, row, mode, code) for mode, code in OTHERS]
+            others = [NOT_MEASURED if one is None else _bold(one["seconds"] / row["seconds"], ".2f") for one in found]
+            theirs = found[-1]
+            others.append(NOT_MEASURED if theirs is None else f"{row['peak_bytes'] / theirs['peak_bytes']:.2f}")
+        kind = KINDS.get(row["environment"]["kind"], row["environment"]["kind"])
+        name = f"{kind}, {row['environment']['device']}"
+        lines.append(
+            f"| {name} | {cell['model']} | {cell['dtype']} | {cell['volume']} | {time} | {' | '.join(others)} |"
+        )
+    return lines
+
+
+def _in_turn(rows: list[Row], ours: Row, mode: str, code: str) -> Row | None:
+    """The row of another contender that was timed in turns with ours."""
+    wanted = ours["cell"] | {"mode": mode, "code": code}
+    return next(
+        (row for row in rows if (row["cell"], row["group"], row["status"]) == (wanted, ours["group"], MEASURED)), None
+    )
+
+
+def _bold(ratio: float, form: str) -> str:
+    return f"{ratio:{form}}" if ratio >= 0.995 else f"**{ratio:{form}}**"
+
+
+def with_table(readme: str, made: str) -> str:
+    """The README with this table in its place. Raises ValueError where the marks are not there, once each."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md must hold {BEGIN!r} and, after it, {END!r}, once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{made}{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    README.write_text(with_table(README.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What is measured: models x volumes x modes x implementations x steps, and which of it a run takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = {  # name: settings of `lift`
+    "slice2d": {"mode": "slice2d"},
+    "PCg": {"mode": "planecycle", "pool_method": "PCg"},
+    "PCm": {"mode": "planecycle", "pool_method": "PCm"},
+    "flatten3d": {"mode": "flatten3d"},
+}
+FAST, REFERENCE, GRAPH, COMPILED = "fast", "reference", "fast, CUDA graph", "fast, compiled"
+AUTHORS, AUTHORS_COMPILED = "authors", "authors, compiled"
+OURS = (FAST, GRAPH, COMPILED)
+CODES = (*OURS, REFERENCE, AUTHORS, AUTHORS_COMPILED)
+STEPS = ("inference", "probe", "finetune")
+VITS = ("ViT-S", "ViT-B", "ViT-L", "ViT-7B")
+PEERS = ("3D ResNet-50", "ACS ResNet-50", "ViViT-B")
+PEER = "peer"  # the code of a cell of one of them
+PATCH = 16  # pixels along the sides of a patch, of all these models
+
+
+class Volume(NamedTuple):
+    """The size of a batch of volumes, in slices and pixels."""
+
+    batch: int
+    depth: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, (B, 3, D, height, width)."""
+        return (self.batch, 3, self.depth, self.height, self.width)
+
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """Patches of one volume along D, H, W."""
+        return (self.depth, self.height // PATCH, self.width // PATCH)
+
+    @property
+    def patches(self) -> int:
+        """Of one volume."""
+        return self.depth * (self.height // PATCH) * (self.width // PATCH)
+
+    def __str__(self) -> str:
+        sides = (self.height,) if self.height == self.width else (self.height, self.width)
+        return "x".join(map(str, (self.batch, self.depth, *sides)))
+
+
+def parse_volume(text: str) -> Volume:
+    """Volume of "BxDxS" (slices of S x S pixels) or "BxDxHxW". ValueError for anything else."""
+    if not re.fullmatch(r"\d+(x\d+){2,3}", text):
+        raise ValueError(f"volumes must be like 1x32x256 (batch x slices x pixels) or 1x32x256x192, got {text!r}")
+    numbers = [int(part) for part in text.split("x")]
+    volume = Volume(*numbers[:3], numbers[-1])
+    if 0 in numbers or volume.height % PATCH or volume.width % PATCH:
+        raise ValueError(f"volumes must have no side of 0 and pictures in multiples of {PATCH} pixels, got {text!r}")
+    return volume
+
+
+class Cell(NamedTuple):
+    """One thing that is measured."""
+
+    model: str
+    dtype: str
+    volume: str  # of Volume
+    step: str
+    mode: str  # "" for peers
+    code: str
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
+        """What it shares with those that it is measured with, in turns."""
+        return self[:4]
+
+
+QUICK_CUBES = ("1x6x96", "1x10x160", "1x16x256")  # as many tokens along D as along H and W
+QUICK_VOLUME = "1x64x64"  # what small 3D data sets have
+FULL_VOLUMES = (
+    *(f"{batch}x64x64" for batch in (1, 2, 4, 8, 16, 32)),
+    "1x32x256", "1x64x256", "4x32x160", "1x32x448", "1x8x128", "1x16x256", "1x24x384", "1x32x512",
+)  # fmt: skip
+
+
+def full(
+    device: torch.device,
+    models: Sequence[str] | None = None,
+    volumes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    steps: Sequence[str] | None = None,
+) -> list[Cell]:
+    """Every combination; None takes the whole of that axis, and the device's usual dtype."""
+    models = VITS + PEERS if models is None else models
+    dtypes = dtypes or (("bf16",) if device.type == "cuda" else ("fp32",))
+    cells = []
+    for dtype in dtypes:
+        for model in models:
+            for volume in volumes or FULL_VOLUMES:
+                for step in steps or STEPS:
+                    cells += _of_group(device, model, dtype, volume, step)
+    return cells
+
+
+def _of_group(device: torch.device, model: str, dtype: str, volume: str, step: str) -> list[Cell]:
+    if model in PEERS:
+        return [Cell(model, dtype, volume, step, "", PEER)]
+    codes = [code for code in CODES if code != GRAPH or (device.type == "cuda" and step == "inference")]
+    return [Cell(model, dtype, volume, step, mode, code) for mode in MODES for code in codes]
+
+
+def quick(
+    device: torch.device,
+    models: Sequence[str] | None = None,
+    volumes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    steps: Sequence[str] | None = None,
+) -> list[Cell]:
+    """A few cells that show each mode, each implementation but the compiled ones, and each step."""
+    cells = []
+    for dtype in dtypes or (("bf16",) if device.type == "cuda" else ("fp32",)):
+        for model in models or ("ViT-S", *PEERS):
+            for volume in volumes or (QUICK_VOLUME, *QUICK_CUBES):
+                for step in steps or STEPS:
+                    cells += _of_quick_group(device, model, dtype, volume, step, chosen=bool(volumes or steps))
+    return cells
+
+
+def _of_quick_group(
+    device: torch.device, model: str, dtype: str, volume: str, step: str, chosen: bool
+) -> list[Cell]:  # chosen: the user has, so that nothing is left out for its time
+    if step != "inference" and volume != QUICK_CUBES[0] and not chosen:
+        return []
+    if model in PEERS:
+        wanted = step == "inference" and volume == QUICK_VOLUME
+        return [Cell(model, dtype, volume, step, "", PEER)] if wanted or chosen else []
+    modes = [mode for mode in MODES if mode != "PCm" or volume not in QUICK_CUBES or chosen]
+    cells = [Cell(model, dtype, volume, step, mode, FAST) for mode in modes]
+    others = [REFERENCE, AUTHORS] + ([GRAPH] if device.type == "cuda" and step == "inference" else [])
+    return cells + [Cell(model, dtype, volume, step, "PCg", code) for code in others]
+
+
+def groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that are measured together, in the order in which they come first."""
+    found: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.group, []).append(cell)
+    return list(found.values())
+
+
+def choices(text: str | None, known: Sequence[str], name: str) -> list[str] | None:
+    """Names separated by commas, each of `known`; None for None. ValueError, naming the argument, for others."""
+    if text is None:
+        return None
+    lower = {each.lower(): each for each in known}
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if not chosen or any([part.lower() not in lower for part in chosen]):
+        raise ValueError(f"{name} must be some of {', '.join(known)}, separated by commas, got {text!r}")
+    return list(dict.fromkeys([lower[part.lower()] for part in chosen]))
