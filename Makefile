@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants traffic bench bench-cpu bench-quick sanitize gpu gpu-sanitize clean
+.PHONY: help demo test test-full lint codegen mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -17,7 +17,8 @@ help:
 	@echo "make traffic    what one block moves, per change of planes; PLANECYCLE_REPO=... adds the authors' code"
 	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
 	@echo "make gpu-sanitize  the kernels under compute-sanitizer, on such a machine"
-	@echo "make bench      benchmarks of this machine"
+	@echo "make bench      benchmarks of this machine: operations and models against others; stores the run"
+	@echo "make bench-compare  fails where we lost over 10% against others since the run before; OLD=... NEW=... picks two"
 	@echo "make bench-quick  2D, 3D and PlaneCycle side by side, under 3 minutes; writes benchmarks/results/<device>/ and README's table"
 	@echo "make bench-cpu  whole models on this CPU against others; writes benchmarks/results/cpu.md"
 	@echo "make sanitize   the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -72,7 +73,11 @@ bench-cpu: $(VENV)/.pcf-test
 	$(RUN) -m benchmarks.cpu
 
 bench: $(VENV)/.pcf-bench
-	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" --benchmark-columns=min,median,max,rounds
+	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" -rs -W ignore::DeprecationWarning \
+		--benchmark-columns=min,median,max,rounds --benchmark-autosave --benchmark-storage=file://.benchmarks
+
+bench-compare:  # of runs that are there: nothing is installed or measured
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.compare $(OLD) $(NEW)
 
 # The quick sweep of whole models on this machine, into its folder of benchmarks/results; README's table follows.
 bench-quick: $(VENV)/.pcf-bench

@@ -34,6 +34,7 @@ def models():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(benchmark, models, shape, dtype, code):
     model, volume = models[code].to(dtype), torch.randn(shape, dtype=dtype)
-    benchmark.group = f"ViT-S/16, volume {shape}, {dtype}, inference"
+    benchmark.group = f"accelerate: ViT-S/16, volume {shape}, {dtype}, inference"
+    benchmark.extra_info |= {"contender": code, "ours": code == "accelerated"}
     with torch.inference_mode():
         benchmark.pedantic(model, (volume,), rounds=3, warmup_rounds=1)

@@ -1,39 +1,74 @@
-"""plane_switch against the transposes and concatenations that it replaces, one volume of ViT-S tokens.
+"""plane_switch: rows alone, and the whole boundary of two blocks, with the sum before and the norm after.
 
 make bench
 """
 
-import pytest
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from planecycle_fast.ops import plane_switch
-from planecycle_fast.planes import DH, DW, HW
+from planecycle_fast.ops import Norm, plane_switch, plane_switch_ref
+from planecycle_fast.planes import DH, DW, HW, Plane
 from planecycle_fast.pooling import transition
 
-SIZES, G, C = (32, 28, 28), 5, 384
-MOVED = {"DW": 2, "DH": 3}  # axis of (B, D, H, W, C) that becomes the batch
+from . import op_peers as peers
+from .op_benchmark import benchmark_of
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+
+EPS = 1e-5
+CHANGES = [(HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")]
 
 
-def separate_passes(x, plane):
-    """HW order to `plane` as the authors' operator does it: split, movedim, reshape, pool, cat."""
-    depth, height, width = SIZES
-    patches = x[:, G:].reshape(-1, depth, height, width, C).movedim(MOVED[plane.name], 1)
-    slices = patches.shape[1]
-    g = x[:, :G].reshape(-1, depth, G * C).transpose(1, 2)
-    g = F.adaptive_avg_pool1d(g, slices).transpose(1, 2).reshape(-1, G, C)
-    return torch.cat([g, patches.reshape(len(g), -1, C)], dim=1)
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+    for shape in shapes:
+        for change in CHANGES if device == "cuda" else CHANGES[:2]:
+            for step in (INFERENCE, TRAINING):
+                yield cell(shape, change, True, step, device, dtype)
+        yield cell(shape, CHANGES[1], False, INFERENCE, device, dtype)
 
 
-@pytest.mark.parametrize("plane", [DW, DH], ids=str)
-@pytest.mark.parametrize("how", ["plane_switch", "separate_passes"])
-@torch.inference_mode()
-def test_from_hw(benchmark, how, plane):
-    x = torch.randn(SIZES[0], G + SIZES[1] * SIZES[2], C)
-    m = transition(SIZES[0], plane.slices(SIZES), SIZES[0])
-    benchmark.group = f"HW -> {plane}, {SIZES} tokens, C = {C}, fp32"
-    benchmark.extra_info["bytes"] = 2 * x.numel() * x.element_size()
-    if how == "plane_switch":
-        benchmark(lambda: plane_switch(x, HW, plane, SIZES, G, m))
-    else:
-        benchmark(lambda: separate_passes(x, plane))
+def cell(
+    shape: Shape, change: tuple[Plane, Plane, str], whole: bool, step: str, device: str, dtype: torch.dtype
+) -> Cell:
+    old, new, pool_method = change
+    sizes, channels = shape.sizes, shape.channels
+    m = transition(old.slices(sizes), new.slices(sizes), sizes[0], pool_method)
+    rows = [shape.batch * p.slices(sizes) * (GLOBALS + p.length(sizes)) for p in (old, new)]
+    where = (old, new, sizes, GLOBALS)
+
+    def ours():
+        backend = backend_of(device, "plane_switch")
+
+        def call(x: Tensor, branch=None, scale=None, weight=None, bias=None):
+            norm = Norm(weight, bias, EPS) if whole else None
+            return plane_switch(x, *where, m, branch, scale, norm, backend=backend)
+
+        return call
+
+    def reference(x: Tensor, branch=None, scale=None, weight=None, bias=None):
+        return plane_switch_ref(x, *where, m, branch, scale, Norm(weight, bias, EPS) if whole else None)
+
+    def separate(x: Tensor, branch=None, scale=None, weight=None, bias=None):
+        if not whole:
+            return peers.separate_passes(x, *where, pool_method)
+        changed = peers.separate_passes(x + branch * scale, *where, pool_method)
+        return changed, F.layer_norm(changed, (channels,), weight, bias, EPS)
+
+    tensors = {"x": (shape.batch * old.slices(sizes), GLOBALS + old.length(sizes), channels)}
+    if whole:
+        tensors |= {"branch": tensors["x"]} | {name: (channels,) for name in ("scale", "weight", "bias")}
+    forward = rows[0] + rows[1]
+    backward = 3 * rows[1] + 3 * rows[0]  # two gradients and the sum; branch to two gradients
+    moved = forward if not whole else 2 * forward + (backward if step == TRAINING else 0)
+    label = f"{shape.label}, {old} to {new}, {pool_method}, {'sum and norm' if whole else 'rows alone'}"
+    return Cell(
+        "plane_switch", label, step, dtype, tensors,
+        {OURS: ours, REFERENCE: fixed(reference), peers.SEPARATE: fixed(separate)}, moved=moved * channels,
+    )  # fmt: skip
+
+
+test_plane_switch = benchmark_of(cells)

@@ -1,43 +1,56 @@
-"""``make gpu``: on a machine with an NVIDIA GPU, the GPU tests, and each operation's time against a measured copy.
+"""``make gpu``: what a machine with an NVIDIA GPU has to show, in under nine minutes.
 
-Needs torch, triton and pytest, nothing else. Writes ``benchmarks/results/<gpu>/``: `tests.txt`, and `ops.md` with the
-bytes that an operation declares, its time (median of many runs, caches flushed), its bandwidth, and that of a
-`copy_` of as many bytes in the same run. Every file says which GPU, versions, commit and command it is of.
+Needs torch, triton and pytest, nothing else. Writes ``benchmarks/results/<gpu>/``: `tests.txt`, the GPU tests; `ops.md`
+and `ops.json`, every operation against its reference and what others offer, and the ceilings of this GPU (`bench_*.py`
+with pytest-benchmark measure the same on all shapes); `kernels.md`, each kernel against a copy of as many bytes, and
+what the host needs per block; `models.md`, a quick sweep over whole models. Each part has its time: what it leaves over
+goes to the next, and what did not fit is named. Files say which GPU, versions, commit and command they are of.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib
+import json
 import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from . import gpu_kernels, op_measure, op_report
+from .budget import Budget, Part
+from .op_cells import DTYPES, SHAPES, Cell
+from .time_limit import REASON
+
+PROJECT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-HOST_BAR = 600  # microseconds of the host per block
-BAR = {True: 0.75, False: 0.85}  # of a copy's bandwidth, at up to 1024 channels and above
+SECONDS = {"tests": 200, "ops": 140, "kernels": 80, "models": 90}  # 8.5 minutes; the rest is for starting up
+OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "swiglu", "gelu")
+QUICK_SHAPES = (0, 2, 3)  # of SHAPES: short sequences, ViT-B, ViT-L
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip-tests", action="store_true", help="time operations only")
+    parser.add_argument("--skip-tests", action="store_true", help="no tests: their time goes to the other parts")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS), help="these parts")
     parser.add_argument("--tiles", action="store_true", help="also other tiles of add_norm than the shipped ones")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no CUDA device was found: nothing to run", file=sys.stderr)
         return 1
-    folder = results_folder()
-    status = 0 if arguments.skip_tests else run_tests(folder)
-    text = table([time_call(*call) for call in calls()]) + "\n" + host_time()
-    if arguments.tiles:
-        faster = [
-            f"- {kernel}, C = {channels}: {tile}, {ratio:.2f} times" for kernel, channels, tile, ratio in faster_tiles()
-        ]
-        text += "\nTiles of add_norm that are faster than `configs.tile`:\n\n" + ("\n".join(faster) or "none") + "\n"
-    (folder / "ops.md").write_text(text)
-    print(text)
+    folder, budget, status = results_folder(), Budget(SECONDS), 0
+    run = {"tests": tests, "ops": ops, "kernels": lambda *where: kernels(*where, tiles=given.tiles), "models": models}
+    for name in SECONDS:
+        if name in given.only and not (name == "tests" and given.skip_tests):
+            part = budget.begin(name)
+            print(f"{name}: {part.seconds:.0f} s at most", flush=True)
+            status = max(status, run[name](folder, part))
+            print(part.note(), end="", flush=True)
     return status
 
 
@@ -66,151 +79,80 @@ def header() -> str:
     )
 
 
-def run_tests(folder: Path) -> int:
-    """Runs the tests marked gpu; writes what they printed. Returns pytest's status."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", *map(str, gpu_test_files())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (folder / "tests.txt").write_text(header() + "\n" + done.stdout[-20_000:])
-    print("\n".join(done.stdout.splitlines()[-15:]))
-    return done.returncode
+def tests(folder: Path, part: Part) -> int:
+    """Runs the tests marked gpu; writes what they printed. Returns 1 if one failed or was cut off."""
+    status, text = run_tests(gpu_test_files(), part)
+    (folder / "tests.txt").write_text(f"{header()}\n{text[-20_000:]}\n{part.note()}")
+    print("\n".join(text.splitlines()[-15:]))
+    return status
+
+
+def run_tests(files: list[Path], part: Part, grace: float = 60.0) -> tuple[int, str]:
+    """Status and output of pytest. No test begins when the part is over; after `grace` more seconds all is killed."""
+    limit = part.left()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--durations=5", "-p", "benchmarks.time_limit",
+               "--time-limit", str(limit), *map(str, files)]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=limit + grace)  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        part.left_out.append("the rest of the tests, killed")
+        return 1, (expired.stdout or b"").decode(errors="replace") + "\nkilled: a test did not end in time\n"
+    skipped = sum([int(n) for n in re.findall(rf"SKIPPED \[(\d+)\][^\n]*{REASON}", done.stdout)])
+    if skipped:
+        part.left_out.append(f"{skipped} tests")
+    return min(done.returncode, 1), done.stdout
 
 
 def gpu_test_files() -> list[Path]:
-    """Test files that need nothing but torch, triton and pytest, besides optional hosts."""
-    return sorted((Path(__file__).parents[1] / "tests").glob("test_gpu*.py"))
+    """Test files that need nothing but torch, triton and pytest, besides optional hosts; what matters most first."""
+    order = ["test_gpu_ops.py", "test_gpu_models.py", "test_gpu_attention.py"]
+    found = sorted((PROJECT / "tests").glob("test_gpu*.py"))
+    return sorted(found, key=lambda path: order.index(path.name) if path.name in order else len(order))
 
 
-SHAPES = [  # label, tokens (D, H, W), channels, heads, volumes
-    ("ViT-S, 8 volumes of 64^3", (64, 4, 4), 384, 6, 8),
-    ("ViT-S, 32 x 448^2", (32, 28, 28), 384, 6, 8),
-    ("ViT-B, 32 x 448^2", (32, 28, 28), 768, 12, 8),
-    ("ViT-L, 32 x 512^2", (32, 32, 32), 1024, 16, 8),
-    ("ViT-H, 32 x 512^2", (32, 32, 32), 1280, 20, 8),
-    ("ViT-7B, 32 x 512^2", (32, 32, 32), 4096, 32, 4),
-]
+def quick_cells() -> Iterator[Cell]:
+    """What the operations' benchmarks measure, on some of their shapes, one shape after another."""
+    for index in QUICK_SHAPES:
+        for op in OPERATIONS:
+            bench = importlib.import_module(f"benchmarks.bench_{op}")
+            yield from bench.cells([SHAPES["cuda"][index]], "cuda", DTYPES["cuda"])
 
 
-def calls():
-    """(operation, label, channels, arguments): each operation on shapes of real models, forward and backward."""
-    from planecycle_fast.planes import DH, DW, HW
-    from tests.specs import add_norm, plane_switch, rope, swiglu
-
-    def tensors(c):
-        return {name: t.cuda() for name, t in c.make(torch.bfloat16).items()}
-
-    def both(spec, c, label, channels):
-        for (op, arguments), direction in zip(spec.op_arguments(tensors(c), c.settings), ("forward", "backward")):
-            yield op, f"{label}, {direction}", channels, arguments
-
-    for label, sizes, channels, heads, batch in SHAPES:
-        for old, new, pool_method in ((HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")):
-            where, args = f"{label}, {old} to {new}, {pool_method}", (old, new, sizes, 5, channels, batch, pool_method)
-            yield from both(plane_switch.SPEC, plane_switch.case(*args), where, channels)
-            yield from both(add_norm.SPEC, add_norm.case(*args), where, channels)
-        rows = (batch * sizes[0], 5 + sizes[1] * sizes[2], 1)
-        c = add_norm.case(HW, HW, rows, 0, channels, 1)
-        yield from both(add_norm.SPEC, c, f"{label}, in place", channels)
-        c = rope.case("axial", sizes[1:], 5, 3 * heads, channels // heads, batch * sizes[0], 2 * heads, device="cuda")
-        for op, arguments in rope.SPEC.op_arguments(tensors(c), c.settings):
-            yield op, f"{label}, packed", channels, arguments
-        for packed in (False, True):
-            c = swiglu.case(rows[:2], 4 * channels, packed)
-            yield from both(swiglu.SPEC, c, f"{label}, {'packed' if packed else 'separate'}", channels)
+def ops(folder: Path, part: Part) -> int:
+    """Measures operations against others and ceilings. Returns 1 if one of ours failed or something was refused."""
+    results = {}
+    for cell in part.within([(cell.group, cell) for cell in quick_cells()]):
+        results[cell.group] = op_measure.measure(cell, "cuda")
+        torch.cuda.empty_cache()
+    write_ops(folder, results, part)
+    print(f"{len(results)} groups of contenders measured: {folder / 'ops.md'}")
+    return int(any([result.refused is not None for of_group in results.values() for result in of_group.values()]))
 
 
-def faster_tiles():
-    """(kernel, channels, tile, how much faster): other tiles of add_norm that are at least 3 % faster than its own."""
-    from triton.testing import do_bench
-
-    from planecycle_fast.ops import configs
-    from planecycle_fast.planes import DW, HW
-    from tests.specs import add_norm
-
-    for _, sizes, channels, _, batch in SHAPES[1:]:
-        c = add_norm.case(HW, DW, sizes, 5, channels, batch)
-        tensors = {name: t.cuda() for name, t in c.make(torch.bfloat16).items()}
-        for (op, arguments), kernel in zip(add_norm.SPEC.op_arguments(tensors, c.settings), ("forward", "backward")):
-            times, kept = {}, configs.tile(kernel, channels)
-            for tile in configs.candidates(kernel, channels):
-                configs.TABLE[kernel, channels] = tile
-                times[tile] = do_bench(lambda: op.body(*arguments), quantiles=[0.5])  # noqa: B023
-            configs.TABLE[kernel, channels] = kept
-            best = min(times, key=times.get)
-            if times[kept] > 1.03 * times[best]:
-                yield kernel, channels, best, times[kept] / times[best]
+def write_ops(folder: Path, results: dict[str, dict[str, op_measure.Result]], part: Part) -> None:
+    """`ops.md` for people, `ops.json` for programs."""
+    text = "Medians of calls by turns on inputs that change; training is forward and backward.\n\n"
+    (folder / "ops.md").write_text(f"{header()}\n{text}{op_report.markdown(results.items())}\n{part.note()}")
+    stored = {"about": header().strip(), "left_out": part.left_out, "rows": op_report.records(results.items())}
+    (folder / "ops.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def host_time() -> str:
-    """What the host needs per block, of a model too small to keep the GPU busy, against a replayed CUDA graph."""
-    try:
-        import timm
-    except ImportError:
-        return "Time of the host per block: not measured, timm is not installed\n"
-    from time import perf_counter
-
-    import planecycle_fast as pcf
-
-    model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0).eval().cuda().bfloat16()
-    lifted, volume = pcf.lift(model), torch.randn(1, 3, 16, 64, 64, device="cuda", dtype=torch.bfloat16)
-    graph, found = pcf.cuda_graph(lifted, volume), []
-    for function in (lifted, graph):
-        times = []
-        for _ in range(30):
-            torch.cuda.synchronize()
-            began = perf_counter()
-            with torch.no_grad():
-                function(volume)
-            torch.cuda.synchronize()
-            times.append(perf_counter() - began)
-        found.append(sorted(times)[len(times) // 2] / len(lifted.blocks) * 1e6)
-    return (
-        f"ViT-S, 1 x 16 x 64^2, bf16, per block: {_bold(found[0], found[0] <= HOST_BAR)} us from the host "
-        f"(bar {HOST_BAR}), {found[1]:.0f} us as a CUDA graph ({found[0] / found[1]:.1f} times)\n"
-    )
+def kernels(folder: Path, part: Part, tiles: bool = False) -> int:
+    """Times each kernel against a copy, and the host. Returns 0: bars are shown, they do not fail."""
+    rows = [gpu_kernels.time_call(*make()) for make in part.within(gpu_kernels.calls())]
+    text = f"{header()}\n{gpu_kernels.table(rows)}\n{gpu_kernels.host_time()}"
+    if tiles:
+        faster = list(gpu_kernels.faster_tiles(part))
+        text += "\nTiles of add_norm that are faster than `configs.tile`:\n\n" + ("\n".join(faster) or "none") + "\n"
+    (folder / "kernels.md").write_text(f"{text}\n{part.note()}")
+    print(text)
+    return 0
 
 
-def _bold(value: float, within: bool) -> str:
-    return f"{value:.0f}" if within else f"**{value:.0f}**"
-
-
-def time_call(op, label: str, channels: int, arguments: tuple) -> dict:
-    """Times one call of an operation and a copy that moves as many bytes."""
-    from triton.testing import do_bench
-
-    cost = op.cost(*arguments)
-    moved = cost.read + cost.written
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    milliseconds = do_bench(lambda: op.body(*arguments), quantiles=[0.5])
-    copy = do_bench(lambda: target.copy_(source), quantiles=[0.5])
-    return {
-        "label": f"{op.name}: {label}",
-        "channels": channels,
-        "megabytes": moved / 1e6,
-        "microseconds": milliseconds * 1e3,
-        "bandwidth": moved / milliseconds / 1e9,
-        "copy": moved / copy / 1e9,
-        "ratio": copy / milliseconds,
-    }
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown; a ratio below its bar stands in bold."""
-    lines = [
-        header(),
-        "bf16, median of many runs with caches flushed. Bar: 75 % of the copy at up to 1024 channels, 85 % above;",
-        "**bold** is below its bar. Bytes are those the operation declares.\n",
-        "| call | C | MB | us | TB/s | copy, TB/s | of the copy |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        below = row["ratio"] < BAR[row["channels"] <= 1024]
-        ratio = f"**{row['ratio']:.0%}**" if below else f"{row['ratio']:.0%}"
-        lines.append(
-            f"| {row['label']} | {row['channels']} | {row['megabytes']:.1f} | {row['microseconds']:.1f} "
-            f"| {row['bandwidth']:.2f} | {row['copy']:.2f} | {ratio} |"
-        )
-    return "\n".join(lines) + "\n"
+def models(folder: Path, part: Part) -> int:
+    """A quick sweep over whole models."""
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Each kernel on shapes of real models against a copy that moves as many bytes, and what the host needs per block.
+
+A part of ``make gpu`` (`gpu.py`); times are medians by triton's `do_bench`, caches flushed. The bytes are those that
+the operation declares, which tests hold against what its kernels load and store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+
+from .budget import Part
+from .op_cells import GLOBALS, SHAPES
+
+HOST_BAR = 600  # microseconds of the host per block
+BAR = {True: 0.75, False: 0.85}  # of a copy's bandwidth, at up to 1024 channels and above
+
+
+def calls() -> Iterator[tuple[str, Callable[[], tuple]]]:
+    """(name, what makes it) of every call: (operation, label, channels, arguments), forward and backward."""
+    from planecycle_fast.planes import DH, DW, HW
+    from tests.specs import add_norm, plane_switch, rope, swiglu
+
+    def each(spec, c, label, channels, directions=("forward", "backward")):
+        for i, direction in enumerate(directions):
+            name = f"{label}, {direction}"
+
+            def make(i=i, name=name):
+                op, arguments = spec.op_arguments(_tensors(c), c.settings)[i]
+                return op, name, channels, arguments
+
+            yield f"{spec.op.name}: {name}", make
+
+    for label, sizes, channels, heads, batch in SHAPES["cuda"]:
+        for old, new, pool_method in ((HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")):
+            where, args = f"{label}, {old} to {new}, {pool_method}", (old, new, sizes, 5, channels, batch, pool_method)
+            yield from each(plane_switch.SPEC, plane_switch.case(*args), where, channels)
+            yield from each(add_norm.SPEC, add_norm.case(*args), where, channels)
+        rows = (batch * sizes[0], GLOBALS + sizes[1] * sizes[2], 1)
+        yield from each(add_norm.SPEC, add_norm.case(HW, HW, rows, 0, channels, 1), f"{label}, in place", channels)
+        c = rope.case("axial", sizes[1:], 5, 3 * heads, channels // heads, batch * sizes[0], 2 * heads, device="cuda")
+        yield from each(rope.SPEC, c, f"{label}, packed", channels, ("forward", "backward", "in place"))
+        for packed in (False, True):
+            c = swiglu.case(rows[:2], 4 * channels, packed)
+            yield from each(swiglu.SPEC, c, f"{label}, {'packed' if packed else 'separate'}", channels)
+
+
+def _tensors(c) -> dict[str, torch.Tensor]:
+    """Random tensors of a case, made on the GPU: a gigabyte takes the CPU many seconds."""
+    return {name: torch.randn(shape, dtype=torch.bfloat16, device="cuda") for name, shape in c.tensors.items()}
+
+
+def faster_tiles(part: Part) -> Iterator[str]:
+    """Other tiles of add_norm that are at least 3 % faster than its own, each as a line."""
+    from triton.testing import do_bench
+
+    from planecycle_fast.ops import configs
+    from planecycle_fast.planes import DW, HW
+    from tests.specs import add_norm
+
+    named = [(f"tiles at C = {shape.channels}", shape) for shape in SHAPES["cuda"][1:]]
+    for _, sizes, channels, _, batch in part.within(named):
+        c = add_norm.case(HW, DW, sizes, GLOBALS, channels, batch)
+        made = add_norm.SPEC.op_arguments(_tensors(c), c.settings)
+        for (op, arguments), kernel in zip(made, ("forward", "backward")):
+            times, kept = {}, configs.tile(kernel, channels)
+            try:
+                for tile in configs.candidates(kernel, channels):
+                    configs.TABLE[kernel, channels] = tile
+                    times[tile] = do_bench(lambda: op.body(*arguments), quantiles=[0.5])  # noqa: B023
+            finally:
+                configs.TABLE[kernel, channels] = kept
+            best = min(times, key=times.get)
+            if times[kept] > 1.03 * times[best]:
+                yield f"- {kernel}, C = {channels}: {best}, {times[kept] / times[best]:.2f} times"
+
+
+def host_time() -> str:
+    """What the host needs per block, of a model too small to keep the GPU busy, against a replayed CUDA graph."""
+    try:
+        import timm
+    except ImportError:
+        return "Time of the host per block: not measured, timm is not installed\n"
+    from time import perf_counter
+
+    import planecycle_fast as pcf
+
+    model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0).eval().cuda().bfloat16()
+    lifted, volume = pcf.lift(model), torch.randn(1, 3, 16, 64, 64, device="cuda", dtype=torch.bfloat16)
+    graph, found = pcf.cuda_graph(lifted, volume), []
+    for function in (lifted, graph):
+        times = []
+        for _ in range(30):
+            torch.cuda.synchronize()
+            began = perf_counter()
+            with torch.no_grad():
+                function(volume)
+            torch.cuda.synchronize()
+            times.append(perf_counter() - began)
+        found.append(sorted(times)[len(times) // 2] / len(lifted.blocks) * 1e6)
+    return (
+        f"ViT-S, 1 x 16 x 64^2, bf16, per block: {_bold(found[0], found[0] <= HOST_BAR)} us from the host "
+        f"(bar {HOST_BAR}), {found[1]:.0f} us as a CUDA graph ({found[0] / found[1]:.1f} times)\n"
+    )
+
+
+def _bold(value: float, within: bool) -> str:
+    return f"{value:.0f}" if within else f"**{value:.0f}**"
+
+
+def time_call(op, label: str, channels: int, arguments: tuple) -> dict:
+    """Times one call of an operation, beside a copy that moves as many bytes."""
+    from triton.testing import do_bench
+
+    cost = op.cost(*arguments)
+    moved = cost.read + cost.written
+    milliseconds = do_bench(lambda: op.body(*arguments), quantiles=[0.5])
+    copy = time_copy(moved)
+    return {
+        "label": f"{op.name}: {label}",
+        "channels": channels,
+        "megabytes": moved / 1e6,
+        "microseconds": milliseconds * 1e3,
+        "bandwidth": moved / milliseconds / 1e9,
+        "copy": moved / copy / 1e9,
+        "ratio": copy / milliseconds,
+    }
+
+
+@cache
+def time_copy(moved: int) -> float:
+    """Milliseconds of a copy that reads and writes so many bytes together."""
+    from triton.testing import do_bench
+
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return do_bench(lambda: target.copy_(source), quantiles=[0.5])
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; a ratio below its bar stands in bold."""
+    lines = [
+        "bf16, median of many runs with caches flushed. Bar: 75 % of the copy at up to 1024 channels, 85 % above;",
+        "**bold** is below its bar. Bytes are those the operation declares.\n",
+        "| call | C | MB | us | TB/s | copy, TB/s | of the copy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        below = row["ratio"] < BAR[row["channels"] <= 1024]
+        ratio = f"**{row['ratio']:.0%}**" if below else f"{row['ratio']:.0%}"
+        lines.append(
+            f"| {row['label']} | {row['channels']} | {row['megabytes']:.1f} | {row['microseconds']:.1f} "
+            f"| {row['bandwidth']:.2f} | {row['copy']:.2f} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,220 @@
+"""What others offer for the same: FlashAttention and its Triton kernels, Liger, and plain torch as models write it.
+
+Each maker raises `Missing` with the reason where its package is not installed or there is no GPU for it. Packages are
+imported when a contender is made, and called as their users do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from planecycle_fast.attentions import flash_function, why_not_attention, why_not_for
+from planecycle_fast.ops import Tables
+from planecycle_fast.planes import HW, Plane, Sizes, permutation
+
+from .op_cells import Maker, Missing
+
+FLASH = {"flash2": "FlashAttention 2", "flash3": "FlashAttention 3", "flash4": "FlashAttention 4"}
+FLASH_TRITON, FLASH_JIT = "FlashAttention's Triton kernel", "FlashAttention's SwiGLU"
+LIGER, SDPA, SEPARATE = "Liger", "SDPA", "separate passes"
+
+
+def load(module: str, name: str, device: str) -> Any:
+    """An attribute of a module that runs on GPUs. Raises `Missing`."""
+    package = module.split(".")[0]
+    if device != "cuda":
+        raise Missing(f"{package} needs a CUDA device")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        missing = error.name or package
+        raise Missing(f"{missing} is not installed") from None
+    except Exception as error:  # a broken installation raises anything
+        raise Missing(f"importing {module} failed: {type(error).__name__}: {error}") from None
+
+
+def flash_attention(name: str) -> Maker:
+    """`flash_attn_func` of an installed FlashAttention, on (N, rows, heads, hd)."""
+
+    def make() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        reason = why_not_attention(name)
+        if reason is not None:
+            raise Missing(reason)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            reason = why_not_for(name, q, k, v)
+            if reason is not None:
+                raise Missing(reason)
+            out = flash_function(name)(q, k, v)
+            return out[0] if isinstance(out, tuple) else out
+
+        return call
+
+    return make
+
+
+def sdpa(
+    q: Tensor,  # (N, rows, heads, hd)
+    k: Tensor,  # like q
+    v: Tensor,  # like q
+) -> Tensor:  # (N, rows, heads, hd)
+    """torch's own, whichever of its kernels it picks."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def separate_passes(
+    x: Tensor,  # (B*P1, g + L1, C)
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,
+    num_globals: int,  # g
+    pool_method: str = "PCg",
+) -> Tensor:  # (B*P2, g + L2, C)
+    """A change of planes by permuting, copying, pooling and concatenating, through HW as the authors' operator goes."""
+    if old != HW:
+        x = _one_change(x, old, HW, sizes, num_globals, "PCg")
+    return x if new == HW and pool_method == "PCg" else _one_change(x, HW, new, sizes, num_globals, pool_method)
+
+
+def _one_change(
+    x: Tensor,  # (B*P1, g + L1, C)
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,
+    g: int,
+    pool_method: str,
+) -> Tensor:  # (B*P2, g + L2, C)
+    slices, channels = old.slices(sizes), x.shape[2]
+    batch = x.shape[0] // slices
+    patches = x[:, g:].reshape(batch, *old.ordered(sizes), channels).permute(permutation(old, new))
+    patches = patches.reshape(batch * new.slices(sizes), new.length(sizes), channels)
+    pooled = x[:, :g].reshape(batch, slices, g * channels).transpose(1, 2)  # (B, g*C, P1)
+    if pool_method == "PCm":
+        pooled = pooled.mean(2, keepdim=True).expand(-1, -1, new.slices(sizes))
+    else:
+        pooled = F.adaptive_avg_pool1d(pooled, new.slices(sizes))
+    return torch.cat([pooled.transpose(1, 2).reshape(len(patches), g, channels), patches], 1)
+
+
+def dense(
+    tables: Tables,  # per axis (n_i, hd/4)
+    num_globals: int,  # g
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # sine and cosine, (g + L, hd/2)
+    """One table of all rows, as others want it; globals turn by nothing."""
+    found = []
+    for (first, second), still in ((tables.sin, 0.0), (tables.cos, 1.0)):
+        n0, n1 = len(first), len(second)
+        rows = torch.cat([first[:, None].expand(-1, n1, -1), second[None].expand(n0, -1, -1)], -1).flatten(0, 1)
+        found.append(torch.cat([rows.new_full((num_globals, rows.shape[1]), still), rows]).to(dtype))
+    return found[0], found[1]
+
+
+def rotate_half(
+    x: Tensor,  # (N, rows, heads, hd)
+    sin: Tensor,  # (rows, hd/2)
+    cos: Tensor,  # like sin
+) -> Tensor:  # like x
+    """RoPE as models write it in torch."""
+    a, b = x.chunk(2, -1)
+    wide = [torch.cat([t, t], -1)[:, None] for t in (sin, cos)]
+    return (x * wide[1] + torch.cat([-b, a], -1) * wide[0]).to(x.dtype)
+
+
+def flash_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Maker:
+    """FlashAttention's Triton rotary, in place on a packed qkv (N, rows, 3*heads, hd)."""
+
+    def make() -> Callable[[Tensor], tuple[Tensor, ...]]:
+        turn = load("flash_attn.layers.rotary", "apply_rotary_emb_qkv_", device)
+        sin, cos = dense(tables, num_globals, dtype)
+        return lambda qkv: turn(qkv.unflatten(2, (3, -1)), cos, sin).unbind(2)
+
+    return make
+
+
+def liger_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Maker:
+    """Liger's rotary; it copies queries and keys out of a packed qkv (N, rows, 3*heads, hd)."""
+
+    def make() -> Callable[[Tensor], tuple[Tensor, ...]]:
+        turn = load("liger_kernel.transformers.rope", "liger_rotary_pos_emb", device)
+        sin, cos = (torch.cat([t, t], -1)[None] for t in dense(tables, num_globals, dtype))  # (1, rows, hd)
+
+        def call(qkv: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = qkv.chunk(3, 2)
+            q, k = turn(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+            return q.transpose(1, 2), k.transpose(1, 2), v
+
+        return call
+
+    return make
+
+
+def flash_add_norm(eps: float, device: str) -> Maker:
+    """FlashAttention's Triton layer norm, which adds the residual; LayerScale takes a pass of its own."""
+
+    def make() -> Callable[..., tuple[Tensor, Tensor]]:
+        layer_norm = load("flash_attn.ops.triton.layer_norm", "layer_norm_fn", device)
+
+        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            normed, total = layer_norm(branch * scale, weight, bias, residual=x, eps=eps, prenorm=True)
+            return total, normed
+
+        return call
+
+    return make
+
+
+def liger_add_norm(eps: float, device: str) -> Maker:
+    """Liger's layer norm, after the sum."""
+
+    def make() -> Callable[..., tuple[Tensor, Tensor]]:
+        norm = load("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
+
+        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + branch * scale
+            return total, norm.apply(total, weight, bias, eps)
+
+        return call
+
+    return make
+
+
+def liger_add_rms_norm(eps: float, device: str) -> Maker:
+    """Liger's RMSNorm that adds the residual; LayerScale takes a pass of its own."""
+
+    def make() -> Callable[..., tuple[Tensor, Tensor]]:
+        norm = load("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)
+
+        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            normed, total = norm.apply(branch * scale, x, weight, eps)
+            return total, normed
+
+        return call
+
+    return make
+
+
+def liger_swiglu(device: str, packed: bool) -> Maker:
+    """Liger's SwiGLU, of gate and value in one tensor (newer versions) or in two."""
+
+    def make() -> Callable[..., Tensor]:
+        name = "LigerFusedGateUpSiLUMulFunction" if packed else "LigerSiLUMulFunction"
+        return load("liger_kernel.ops.swiglu", name, device).apply
+
+    return make
+
+
+def flash_swiglu(device: str, packed: bool) -> Maker:
+    """FlashAttention's SwiGLU, by torch's jiterator."""
+
+    def make() -> Callable[..., Tensor]:
+        swiglu = load("flash_attn.ops.activations", "swiglu", device)
+        return (lambda joined: swiglu(*joined.chunk(2, -1))) if packed else swiglu
+
+    return make
