@@ -3,8 +3,9 @@
 Needs torch, triton and pytest, nothing else. Writes ``benchmarks/results/<gpu>/``: `tests.txt`, the GPU tests; `ops.md`
 and `ops.json`, every operation against its reference and what others offer, and the ceilings of this GPU (`bench_*.py`
 with pytest-benchmark measure the same on all shapes); `kernels.md`, each kernel against a copy of as many bytes, and
-what the host needs per block; `models.md`, a quick sweep over whole models. Each part has its time: what it leaves over
-goes to the next, and what did not fit is named. Files say which GPU, versions, commit and command they are of.
+what the host needs per block; `report.md`, `rows.jsonl` and pictures, a quick sweep over whole models. Each part has
+its time: what it leaves over goes to the next, and what did not fit is named. Files say which GPU, versions, commit and
+command they are of.
 """
 
 from __future__ import annotations
@@ -151,8 +152,10 @@ def kernels(folder: Path, part: Part, tiles: bool = False) -> int:
 
 
 def models(folder: Path, part: Part) -> int:
-    """A quick sweep over whole models."""
-    return 0
+    """`planecycle-fast bench`; its report names what did not fit. Returns 1 if a contender failed or was wrong."""
+    from planecycle_fast.benchmark.command import run_bench
+
+    return run_bench(device="cuda", out=folder, seconds=part.left(), command="make gpu")
 
 
 if __name__ == "__main__":
