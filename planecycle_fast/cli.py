@@ -113,7 +113,8 @@ def _build(arguments: list[str] | None):
         ),
     ) -> int:
         """Features of scans, with the affine that places them. Run it again to finish what was interrupted."""
-        from .extract import Settings, plan, run_features
+        from .extract import Settings, run_features
+        from .extract import plan as plan_files
         from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
         from .torchvision_fix import mend_torchvision
@@ -132,7 +133,7 @@ def _build(arguments: list[str] | None):
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
         )
-        complaints = run_features(plan(scans, out, format), settings, device, picture, overwrite, random_weights)
+        complaints = run_features(plan_files(scans, out, format), settings, device, picture, overwrite, random_weights)
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
@@ -152,6 +153,20 @@ def _build(arguments: list[str] | None):
 
         words = shlex.join(["planecycle-fast", *(sys.argv[1:] if arguments is None else arguments)])
         return run_bench(full, device, models, volumes, dtype, steps, out, words)
+
+    @app.command()
+    def plan(
+        model: str = typer.Argument(help="A timm or Hugging Face name; weights are not needed."),
+        volume: str = typer.Option(..., help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),
+        gpu: Optional[str] = typer.Option(None, help="h100, h200, a100, ...; it need not be there. Default: this CPU."),
+        dtype: Optional[str] = typer.Option(None, help="fp32, bf16, fp16. Default: bf16 on GPUs, fp32 on the CPU."),
+        step: str = typer.Option("inference", help="inference, probe (a linear head is trained) or finetune."),
+        modes: Optional[str] = typer.Option(None, help="slice2d,PCg,PCm,flatten3d. Default: all."),
+    ) -> int:
+        """What a volume will cost before anything runs: FLOPs, traffic, time, memory, and the largest that fits."""
+        from .plan_table import run_plan
+
+        return run_plan(model, volume, gpu, dtype, step, modes)
 
     @app.command()
     def build() -> None:

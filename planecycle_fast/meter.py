@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from .traffic import Traffic
+from .workspaces import workspace
 
 aten = torch.ops.aten
 
@@ -44,8 +45,7 @@ class Meter(Traffic):
             before = {t.untyped_storage()._cdata for t in self.tensors([args, kwargs])}
             for t in made:
                 self._follow(t, before)
-        extra = _WORKSPACES.get(func._overloadpacket)
-        self.peak = max(self.peak, self.live + (0 if extra is None else extra(*args, **kwargs)))
+        self.peak = max(self.peak, self.live + workspace(func, args, kwargs))
         return out
 
     def _follow(self, t: Tensor, before: set[int]) -> None:
@@ -74,4 +74,3 @@ _FORMULAS = {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-_WORKSPACES: dict[Any, Any] = {}
