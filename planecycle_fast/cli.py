@@ -155,6 +155,21 @@ def _build(arguments: list[str] | None):
         return run_bench(full, device, models, volumes, dtype, steps, out, words)
 
     @app.command()
+    def verify(
+        model: str = typer.Argument(help="A timm or Hugging Face name; without a hub its weights are random."),
+        volume: str = typer.Option("1x8x64", help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),
+        dtype: str = typer.Option("fp32", help="fp32, bf16, fp16."),
+        device: str = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one."),
+        backend: str = typer.Option("auto", help="auto, triton, cpu."),
+        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
+        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
+    ) -> int:
+        """The fast path against the reference on this machine: outputs and gradients, block by block."""
+        from .verify import run_verify
+
+        return run_verify(model, volume, dtype, device, backend, mode, pool_method)
+
+    @app.command()
     def plan(
         model: str = typer.Argument(help="A timm or Hugging Face name; weights are not needed."),
         volume: str = typer.Option(..., help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),

@@ -1,0 +1,216 @@
+"""`planecycle-fast verify`: the fast path against the reference on this machine, block by block, outputs and gradients.
+
+An element may be off by twice the largest error that the reference makes in the same dtype, over several random inputs,
+plus one rounding of its own; errors are distances from float64. Each block gets the very stream that the reference's
+block gets, so that an error shows where it is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .lift import lift
+from .lifted import LiftedModel
+from .stream import Layer, Stream
+
+FACTOR = 2.0  # times the reference's largest error
+Groups = dict[str, list[Tensor]]  # what is compared: tensors by name
+
+
+class Row(NamedTuple):
+    """One comparison."""
+
+    what: str  # "block 3", "features", "gradients of block 3", "gradient of the volume", ...
+    error: float  # the largest distance from float64 of the fast path
+    reference: float  # and of the reference, over all inputs
+    share: float  # of what is allowed, at most, in any element
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is within the budget."""
+        return self.share <= 1.0
+
+
+def verify(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    seeds: int = 4,
+    done: Callable[[], Any] = lambda: None,
+    **settings: Any,
+) -> list[Row]:
+    """Compares one volume's features, every block's output, and all gradients.
+
+    Args:
+        model: a 2D vision transformer; it stays as it is.
+        shape: of the volume, (B, 3, D, height, width) in pixels.
+        backend: of the fast path. The reference runs on "reference".
+        seeds: random volumes whose errors tell how large the reference's are.
+        done: called after each of `seeds`.
+        settings: as `lift` takes them.
+
+    Raises ValueError for what `lift` or the model refuses, and for fewer than one seed.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    host = copy.deepcopy(model).to(device, dtype).eval()
+    fast = lift(host, backend=backend, **settings)
+    plain = lift(host, backend="reference", **settings)
+    exact = lift(copy.deepcopy(host).double(), backend="reference", **settings)
+    first, largest = {}, {}
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        volume = torch.randn(shape, generator=generator).to(device, dtype)
+        _, streams = _watched(plain, volume)
+        models = {"plain": plain, "exact": exact} | ({"fast": fast} if seed == 0 else {})
+        found = {name: _everything(lifted, volume, streams) for name, lifted in models.items()}
+        for what, tensors in found["plain"].items():
+            errors = [_error(t, e) for t, e in zip(tensors, found["exact"][what])]
+            largest[what] = [max(pair) for pair in zip(errors, largest.get(what, errors))]
+        first = first or found
+        done()
+    return [
+        Row(
+            what,
+            max([_error(t, e) for t, e in zip(tensors, first["exact"][what])]),
+            max(largest[what]),
+            max([_share(t, e, most) for t, e, most in zip(tensors, first["exact"][what], largest[what])]),
+        )
+        for what, tensors in first["fast"].items()
+    ]
+
+
+def _watched(
+    lifted: LiftedModel,
+    volume: Tensor,  # (B, 3, D, height, width)
+) -> tuple[list[Layer], list[Stream]]:
+    """What each block is called with in a pass without gradients."""
+    calls, handles = [], []
+    for block in lifted.blocks:
+        handles.append(block.register_forward_pre_hook(lambda module, args: calls.append(args)))
+    try:
+        with torch.no_grad():
+            lifted(volume)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer for _, layer in calls], [Stream(*[None if t is None else t.clone() for t in s]) for s, _ in calls]
+
+
+def _everything(
+    lifted: LiftedModel,
+    volume: Tensor,  # (B, 3, D, height, width)
+    streams: list[Stream],  # of the reference
+) -> Groups:
+    """All that is compared of a model; blocks on these streams."""
+    dtype = next(p.dtype for p in lifted.parameters() if p.is_floating_point())
+    volume, found = volume.to(dtype), {}
+    own, _ = _watched(lifted, volume)
+    with torch.no_grad():
+        found["features"] = [t for t in lifted(volume) if t is not None]
+        for i, (block, layer, stream) in enumerate(zip(lifted.blocks, own, streams)):
+            out = block(Stream(*[None if t is None else t.to(dtype) for t in stream]), layer)
+            tokens, g = _tokens(out), layer.num_globals
+            found[f"block {i}"] = [tokens[:, :g], tokens[:, g:]]
+    return found | _gradients(lifted, volume)
+
+
+def _tokens(stream: Stream) -> Tensor:  # (B*P, g + L, C), float64
+    """The sum without another rounding."""
+    total = stream.residual.double()
+    if stream.branch is None:
+        return total
+    branch = stream.branch.double()
+    return total + (branch if stream.scale is None else branch * stream.scale.double())
+
+
+def _gradients(
+    lifted: LiftedModel,
+    volume: Tensor,  # (B, 3, D, height, width)
+) -> Groups:
+    """Of the features, each weighted at random, for the volume and every parameter."""
+    volume = volume.detach().requires_grad_()
+    outputs = [t for t in lifted(volume) if t is not None]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+    hosts = list(lifted.adapter.blocks)
+    blocks = {id(p): f"gradients of block {i}" for i, block in enumerate(hosts) for p in block.parameters()}
+    leaves = [p for p in lifted.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(outputs, [volume, *leaves], weights, allow_unused=True)
+    found: Groups = {"gradient of the volume": [grads[0]]}
+    for leaf, grad in zip(leaves, grads[1:]):
+        if grad is not None:
+            found.setdefault(blocks.get(id(leaf), "gradients of the rest"), []).append(grad)
+    return dict(sorted(found.items(), key=lambda item: item[0] in ("gradient of the volume", "gradients of the rest")))
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """The largest distance; infinite where one is finite and the other is not."""
+    if exact.numel() == 0:
+        return 0.0
+    distance = (got.double() - exact.double()).abs().max().item()
+    return math.inf if math.isnan(distance) else distance
+
+
+def _share(got: Tensor, exact: Tensor, largest: float) -> float:
+    """Of its allowance, what the worst element takes."""
+    if exact.numel() == 0:
+        return 0.0
+    eps = torch.finfo(got.dtype).eps
+    allowed = FACTOR * largest + exact.double().abs() * eps / 2 + torch.finfo(got.dtype).smallest_normal
+    share = ((got.double() - exact.double()).abs() / allowed).max().item()
+    return math.inf if math.isnan(share) else share
+
+
+def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, mode: str, pool_method: str) -> int:
+    """Prints a table; returns 1 where something is out of its budget.
+
+    Args:
+        model: a name, as `models.load_model` takes it; weights that are random are made to show every part.
+        volume: as `plan_table.parse_shape` takes it.
+        dtype: one of `plan_table.DTYPES`.
+        device: "auto" (CUDA where there is one), or torch's name for one.
+        backend, mode, pool_method: as `lift` takes them.
+
+    Raises ValueError, naming the argument.
+    """
+    from .backends import pick
+    from .benchmark.contenders import randomise
+    from .extract import usable_device
+    from .models import load_model
+    from .optional import require
+    from .plan_table import DTYPES, parse_shape
+    from .torchvision_fix import mend_torchvision
+
+    shape = parse_shape(volume)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    on = usable_device(device)
+    named = pick(backend, on, "add_norm")
+    table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
+    mend_torchvision()
+    loaded, source = load_model(model)
+    if "random" in source.lower():
+        loaded, source = randomise(loaded), "random weights that show every part"
+    rows = verify(loaded, shape, dtype=DTYPES[dtype], device=on, backend=backend, mode=mode, pool_method=pool_method)
+    print(f"{model}, {source}\nvolume {volume}, {dtype}, {mode}, backend {named} on {on}")
+    for name in ("", "error", "reference's", "of its budget", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in rows:
+        verdict = "ok" if row.within else "TOO LARGE"
+        table.add_row(row.what, f"{row.error:.2e}", f"{row.reference:.2e}", f"{row.share:.0%}", verdict)
+    require("rich.console", "bench").Console().print(table)
+    wrong = [row.what for row in rows if not row.within]
+    print(
+        f"out of the budget: {', '.join(wrong)}" if wrong else "within the budget: at most twice the reference's error"
+    )
+    return int(bool(wrong))
