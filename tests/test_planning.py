@@ -1,6 +1,7 @@
 """What a volume will cost, before anything runs: memory as torch records it, and the table. FLOPs: test_bench_costs."""
 
 import pytest
+import timm
 import torch
 
 import planecycle_fast as pcf
@@ -127,3 +128,31 @@ def test_bad_arguments_of_the_command(capsys):
     ):
         assert main(["plan", "vit_small_patch16_dinov3", "--volume", "1x4x64", *change]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not native.ready(), reason="plans what backend 'cpu' does")
+@pytest.mark.parametrize("step", ["inference", "finetune"])
+@pytest.mark.parametrize("patch, shape", [(14, (1, 3, 8, 224, 224)), (16, (4, 3, 16, 64, 64))], ids=str)
+def test_bfloat16_where_onednn_changes_its_ways(patch, shape, step):
+    """Convolutions of three images and more take a hundred times the memory, linear layers copy their weight."""
+    name = {14: "vit_small_patch14_dinov2", 16: "vit_small_patch16_dinov3"}[patch]
+    host = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=3).to(torch.bfloat16)
+    planned = plan(host, shape, step=step, dtype=torch.bfloat16)
+    lifted, volume = pcf.lift(host).train(step == "finetune"), torch.randn(shape).to(torch.bfloat16)
+    head, target = make_head(lifted, volume), torch.zeros(shape[0], dtype=torch.long)
+
+    def run(volume):
+        take_step(lifted, volume, step, head, target)
+        lifted.zero_grad()
+        head.zero_grad()
+
+    run(volume)
+    assert planned.peak_bytes == pytest.approx(peak_bytes(run, volume), rel=0.1)
+
+
+@pytest.mark.parametrize("step", ["inference", "finetune"])
+def test_hugging_face_trains_on_kernels(step):
+    """Where RoPE draws a part of its augmentation, whose gradients torch wants otherwise than of whole lists."""
+    pytest.importorskip("triton", reason="plans Triton kernels")
+    planned = plan("facebook/dinov3-vits16-pretrain-lvd1689m", (1, 3, 2, 32, 32), device="cuda", step=step)
+    assert planned.path == "triton" and planned.flops > 0

@@ -28,7 +28,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _is_tensors(argument: object) -> bool:
-    return isinstance(argument, list) and all([item is None or isinstance(item, Tensor) for item in argument])
+    return isinstance(argument, list) and all([isinstance(item, Tensor) for item in argument])  # [None, t] is none
 
 
 def _more_sequences(
