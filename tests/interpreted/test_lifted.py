@@ -85,3 +85,20 @@ def test_operations_of_a_model_are_those_of_the_backend():
         lifted(host.volume(batch=1, depth=2, grid=(2, 3)))
     ours = [row for name, row in counted.rows.items() if name in custom.OPS]
     assert sum(row.launches for row in ours) == sum(record.launches.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["hf-dinov3", "timm-dinov3-s", "facebook-stand-in"])
+def test_gradients_in_training(name):
+    """With coordinates drawn as the host draws them, of which some draw a part alone."""
+    host = next(host for host in HOSTS if host.name == name)
+    model, volume, found = host.make().train(), host.volume(batch=1, depth=2, grid=(2, 3)), []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        outputs = pcf.lift(model, backend=backend)(volume).patches
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(outputs.square().sum(), leaves, allow_unused=True))
+    assert sum(g is not None for g in found[0]) > 10
+    for expected, got in zip(*found):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
