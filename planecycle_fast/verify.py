@@ -44,7 +44,7 @@ def verify(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
-    seeds: int = 4,
+    seeds: int = 8,
     done: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> list[Row]:
