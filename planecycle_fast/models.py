@@ -178,7 +178,7 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
             "expected a local folder, a timm name, or facebook/dinov2-* or facebook/dinov3-vit*"
         )
     torch.manual_seed(0)
-    return transformers.AutoModel.from_config(config).eval(), _random_note(name)
+    return transformers.AutoModel.from_config(config).eval(), random_note(name)
 
 
 def _known_config(transformers, name: str):
@@ -229,7 +229,7 @@ def _from_timm(name: str) -> tuple[nn.Module, str]:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file}, **settings)
         return model.eval(), f"weights of timm {name} from the local cache"
     torch.manual_seed(0)
-    return timm.create_model(name, pretrained=False, **settings).eval(), _random_note(name)
+    return timm.create_model(name, pretrained=False, **settings).eval(), random_note(name)
 
 
 def _cached_by_timm(timm, name: str) -> str | None:
@@ -243,7 +243,7 @@ def _cached_by_timm(timm, name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _random_note(name: str) -> str:
+def random_note(name: str) -> str:
     return f"RANDOM weights for {name}: no hub can be reached, so the features mean nothing"
 
 

@@ -2,7 +2,8 @@
 
 An element may be off by twice the largest error that the reference makes in the same dtype, over several random inputs,
 plus one rounding of its own; errors are distances from float64. Each block gets the very stream that the reference's
-block gets, so that an error shows where it is made.
+block gets, so that an error shows where it is made. What is missing, of another shape or dtype, or not finite is out of
+the budget. Casts that truncate instead of rounding fit into it; the tests of the operations look for those.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .lifted import LiftedModel
 from .stream import Layer, Stream
 
 FACTOR = 2.0  # times the reference's largest error
-Groups = dict[str, list[Tensor]]  # what is compared: tensors by name
+Groups = dict[str, dict[str, Tensor]]  # what is compared: tensors by name, in groups by name
 
 
 class Row(NamedTuple):
@@ -58,7 +59,8 @@ def verify(
         done: called after each of `seeds`.
         settings: as `lift` takes them.
 
-    Raises ValueError for what `lift` or the model refuses, and for fewer than one seed.
+    Raises ValueError for what `lift` or the model refuses, for fewer than one seed, and where the reference is not
+    finite or has no gradient where float64 has one: it measures nothing then.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -73,20 +75,34 @@ def verify(
         _, streams = _watched(plain, volume)
         models = {"plain": plain, "exact": exact} | ({"fast": fast} if seed == 0 else {})
         found = {name: _everything(lifted, volume, streams) for name, lifted in models.items()}
-        for what, tensors in found["plain"].items():
-            errors = [_error(t, e) for t, e in zip(tensors, found["exact"][what])]
-            largest[what] = [max(pair) for pair in zip(errors, largest.get(what, errors))]
+        for key, error in _reference_errors(found["plain"], found["exact"]).items():
+            largest[key] = max(error, largest.get(key, 0.0))
         first = first or found
         done()
-    return [
-        Row(
-            what,
-            max([_error(t, e) for t, e in zip(tensors, first["exact"][what])]),
-            max(largest[what]),
-            max([_share(t, e, most) for t, e, most in zip(tensors, first["exact"][what], largest[what])]),
-        )
-        for what, tensors in first["fast"].items()
-    ]
+    return [_row(what, first, largest) for what in first["exact"]]
+
+
+def _reference_errors(plain: Groups, exact: Groups) -> dict[tuple[str, str], float]:
+    """The reference's errors by group and name. Raises ValueError where it measures nothing."""
+    ours, theirs = [[(what, name) for what in groups for name in groups[what]] for groups in (plain, exact)]
+    if ours != theirs:
+        raise ValueError(f"the reference and float64 do not have the same gradients: {set(ours) ^ set(theirs)}")
+    found = {(what, name): _error(plain[what][name], exact[what][name]) for what, name in ours}
+    for (what, name), error in found.items():
+        if not math.isfinite(error):
+            raise ValueError(f"the reference is not finite in {what} ({name}); take another dtype or other weights")
+    return found
+
+
+def _row(what: str, first: dict[str, Groups], largest: dict[tuple[str, str], float]) -> Row:
+    got, plain, exact = [first[name].get(what, {}) for name in ("fast", "plain", "exact")]
+    errors, shares = [], []
+    for name in plain.keys() | got.keys():
+        a, b = got.get(name), plain.get(name)
+        comparable = a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+        errors.append(_error(a, exact[name]) if comparable else math.inf)
+        shares.append(_share(a, exact[name], largest[what, name]) if comparable else math.inf)
+    return Row(what, max(errors), max([largest[what, name] for name in plain]), max(shares))
 
 
 def _watched(
@@ -116,11 +132,11 @@ def _everything(
     volume, found = volume.to(dtype), {}
     own, _ = _watched(lifted, volume)
     with torch.no_grad():
-        found["features"] = [t for t in lifted(volume) if t is not None]
+        found["features"] = {name: t for name, t in lifted(volume)._asdict().items() if t is not None}
         for i, (block, layer, stream) in enumerate(zip(lifted.blocks, own, streams)):
             out = block(Stream(*[None if t is None else t.to(dtype) for t in stream]), layer)
             tokens, g = _tokens(out), layer.num_globals
-            found[f"block {i}"] = [tokens[:, :g], tokens[:, g:]]
+            found[f"block {i}"] = {"globals": tokens[:, :g], "patches": tokens[:, g:]}
     return found | _gradients(lifted, volume)
 
 
@@ -144,17 +160,17 @@ def _gradients(
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     hosts = list(lifted.adapter.blocks)
     blocks = {id(p): f"gradients of block {i}" for i, block in enumerate(hosts) for p in block.parameters()}
-    leaves = [p for p in lifted.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(outputs, [volume, *leaves], weights, allow_unused=True)
-    found: Groups = {"gradient of the volume": [grads[0]]}
-    for leaf, grad in zip(leaves, grads[1:]):
+    leaves = {name: p for name, p in lifted.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(outputs, [volume, *leaves.values()], weights, allow_unused=True)
+    found: Groups = {"gradient of the volume": {} if grads[0] is None else {"volume": grads[0]}}
+    for (name, leaf), grad in zip(leaves.items(), grads[1:]):
         if grad is not None:
-            found.setdefault(blocks.get(id(leaf), "gradients of the rest"), []).append(grad)
+            found.setdefault(blocks.get(id(leaf), "gradients of the rest"), {})[name] = grad
     return dict(sorted(found.items(), key=lambda item: item[0] in ("gradient of the volume", "gradients of the rest")))
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
-    """The largest distance; infinite where one is finite and the other is not."""
+    """The largest distance; infinite where either is not finite."""
     if exact.numel() == 0:
         return 0.0
     distance = (got.double() - exact.double()).abs().max().item()
@@ -186,7 +202,7 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     from .backends import pick
     from .benchmark.contenders import randomise
     from .extract import usable_device
-    from .models import load_model
+    from .models import load_model, random_note
     from .optional import require
     from .plan_table import DTYPES, parse_shape
     from .torchvision_fix import mend_torchvision
@@ -199,7 +215,7 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
     mend_torchvision()
     loaded, source = load_model(model)
-    if "random" in source.lower():
+    if source in (random_note(model), random_note(model.removeprefix("timm/"))):
         loaded, source = randomise(loaded), "random weights that show every part"
     rows = verify(loaded, shape, dtype=DTYPES[dtype], device=on, backend=backend, mode=mode, pool_method=pool_method)
     print(f"{model}, {source}\nvolume {volume}, {dtype}, {mode}, backend {named} on {on}")

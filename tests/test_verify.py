@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from planecycle_fast import native, stream
+from planecycle_fast import verify as module
 from planecycle_fast.cli import main
+from planecycle_fast.models import random_note
 from planecycle_fast.verify import verify
 
 from .hosts import BY_NAME
@@ -91,6 +93,66 @@ def test_what_is_not_finite_is_found(model, monkeypatch):
 
     monkeypatch.setattr(stream, "run_in_groups", faulty)
     assert f"block {FAULTY}" in wrong(verify(model, shape(), backend="cpu", seeds=1))
+
+
+@pytest.mark.parametrize("lost", ["a group", "the last", "the volume's"])
+def test_gradients_that_are_lost(model, monkeypatch, lost):
+    real, group = module._gradients, "gradients of block 1"
+
+    def losing(lifted, volume):
+        found = real(lifted, volume)
+        if lifted.backend != "cpu":
+            return found
+        if lost == "a group":
+            del found[group]
+        elif lost == "the last":
+            found[group].popitem()
+        else:
+            found["gradient of the volume"].clear()
+        return found
+
+    monkeypatch.setattr(module, "_gradients", losing)
+    expected = "gradient of the volume" if lost == "the volume's" else group
+    assert wrong(verify(model, shape(), backend="cpu", seeds=2)) == [expected]
+
+
+def test_another_shape_or_dtype(model, monkeypatch):
+    real = module._everything
+    changes = {"shape": lambda t: t[:1], "dtype": lambda t: t.double()}
+    for change in changes.values():
+
+        def faulty(lifted, *rest, change=change):
+            found = real(lifted, *rest)
+            if lifted.backend == "cpu":
+                found["features"]["patches"] = change(found["features"]["patches"][None])
+                found["features"]["cls"] = change(found["features"]["cls"][:, :1])
+            return found
+
+        monkeypatch.setattr(module, "_everything", faulty)
+        assert "features" in wrong(verify(model, shape(), backend="cpu", seeds=1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reference_that_is_not_finite_measures_nothing(model, value):
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] = value
+    with pytest.raises(ValueError, match="the reference is not finite in"):
+        verify(model, shape(), backend="cpu", seeds=1)
+
+
+def test_weights_of_ones_own_are_not_replaced(capsys, monkeypatch, tmp_path):
+    """Whatever the folder is called."""
+    seen, folder = [], str(tmp_path / "random_crops")
+    monkeypatch.setattr("planecycle_fast.models.load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), name))
+    monkeypatch.setattr("planecycle_fast.benchmark.contenders.randomise", lambda model: seen.append(model) or model)
+    command = ["--volume", "1x2x32", "--device", "cpu"]
+    assert main(["verify", folder, *command]) == 0
+    assert not seen and folder in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(
+        "planecycle_fast.models.load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), random_note(name))
+    )
+    assert main(["verify", "a-model", *command]) == 0
+    assert len(seen) == 1
 
 
 def test_the_command(capsys, monkeypatch):
