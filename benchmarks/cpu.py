@@ -24,11 +24,11 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import planecycle_fast as pcf
 from planecycle_fast import native
+from planecycle_fast.benchmark.costs import peak_bytes
 from planecycle_fast.planes import DH, DW, HW
 
 RESULT = Path(__file__).parent / "results" / "cpu.md"
@@ -132,15 +132,8 @@ def interleaved(found: dict[str, Callable], volumes: list[Tensor], rounds: int) 
 
 def peak(run: Callable, volume: Tensor) -> int:
     """Bytes that live at once above what does before; of the second pass, as the first fills caches of libraries."""
-    for _ in range(2):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            run(volume)
-        alive = highest = 0
-        for event in record.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                highest = max(highest, alive)
-    return highest
+    run(volume)
+    return peak_bytes(run, volume)
 
 
 class _Calls(TorchDispatchMode):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ def verify(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     seeds: int = 8,
-    done: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> list[Row]:
     """Compares one volume's features, every block's output, and all gradients.
@@ -56,7 +54,6 @@ def verify(
         shape: of the volume, (B, 3, D, height, width) in pixels.
         backend: of the fast path. The reference runs on "reference".
         seeds: random volumes whose errors tell how large the reference's are.
-        done: called after each of `seeds`.
         settings: as `lift` takes them.
 
     Raises ValueError for what `lift` or the model refuses, for fewer than one seed, and where the reference is not
@@ -78,7 +75,6 @@ def verify(
         for key, error in _reference_errors(found["plain"], found["exact"]).items():
             largest[key] = max(error, largest.get(key, 0.0))
         first = first or found
-        done()
     return [_row(what, first, largest) for what in first["exact"]]
 
 
