@@ -137,15 +137,21 @@ def peak(run: Callable, volume: Tensor) -> int:
 
 
 class _Calls(TorchDispatchMode):
-    """All operations that run, with their arguments."""
+    """All operations that run, with their arguments as they were."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made.append((func, args, kwargs or {}))
+        self.made.append((func, own(func, args), kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def own(func: torch._ops.OpOverload, args: tuple) -> tuple:
+    """Arguments with copies of those that are written to."""
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments]
+    return tuple([arg.clone() if write else arg for arg, write in zip(args, written)])
 
 
 def dispatch(model: nn.Module, dtype: torch.dtype, rounds: int = 40) -> tuple[float, float]:
@@ -154,8 +160,10 @@ def dispatch(model: nn.Module, dtype: torch.dtype, rounds: int = 40) -> tuple[fl
     with _Calls() as calls:
         lifted(volume)
 
+    prepared = [[(func, own(func, args), kwargs) for func, args, kwargs in calls.made] for _ in range(rounds + 1)]
+
     def again(_: Tensor) -> None:
-        for func, args, kwargs in calls.made:
+        for func, args, kwargs in prepared.pop():
             func(*args, **kwargs)
 
     found = interleaved({"pass": lifted, "operations": again}, [volume], rounds)

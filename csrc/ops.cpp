@@ -25,13 +25,12 @@ TORCH_LIBRARY(planecycle_fast_cpu, m) {
   m.def("swiglu(Tensor gate, Tensor? value) -> Tensor");
   m.def("swiglu_(Tensor(a0!) gate, Tensor value) -> ()");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor? value) -> Tensor[]");
-  // Of this backend alone, for inference: the sum in place, the norm into memory that is there.
+  // Of this backend alone, for inference: the sum in place, the norm into memory that is there; consecutive blocks.
   m.def(
       "add_norm_(Tensor(a0!) x, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, str norm, float eps, "
       "Tensor(a1!) normed) -> ()");
   m.def(
-      "block_(Tensor(a0!) x, Tensor(a1!) normed, Tensor[] qkv, Tensor?[] qkv_bias, int heads, float? scale, int num_globals, "
-      "bool in_table_dtype, Tensor[] sin, Tensor[] cos, Tensor out, Tensor? out_bias, Tensor? gamma, Tensor? weight, "
-      "Tensor? bias, str norm, float eps, bool gate, Tensor[] first, Tensor?[] first_bias, Tensor last, Tensor? last_bias, "
-      "int sequences, bool fused) -> Tensor[]");
+      "blocks_(Tensor(a0!) x, Tensor(a1!) normed, Tensor?[] tensors, int num_qkv, int num_first, str[] norms, float[] eps, "
+      "int heads, float? scale, bool in_table_dtype, bool gated, bool fused, str[] planes, int[] sizes, int num_globals, "
+      "int[] vias, bool mean, Tensor[] sin, Tensor[] cos, int group_bytes) -> (Tensor, Tensor)");
 }

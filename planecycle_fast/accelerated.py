@@ -99,11 +99,11 @@ class Method:
             layer = self._layer(old, plane, sizes, m, None if sincos is None else PlaneAngles(None, sincos=sincos))
             if plain:
                 call = partial(_call, block.blk2d, sincos, False)
-                stream = run_block(block_parts(block.blk2d), [stream], layer, call)
+                stream, _ = run_block(block_parts(block.blk2d), [stream], layer, call)
             elif self._converted:
                 stream = Stream(block(layer.switch(stream), shape))
             else:
-                stream = run_block(block_parts(block), [stream], layer, partial(_call, block, sincos, as_list))
+                stream, _ = run_block(block_parts(block), [stream], layer, partial(_call, block, sincos, as_list))
             if i in wanted:
                 back = self._layer(plane, start, sizes, Transition(plane.slices(sizes), start.slices(sizes)))
                 outputs.append(back.switch(stream, norm))

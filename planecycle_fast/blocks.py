@@ -7,14 +7,15 @@ its blocks, such that walking through a lifted model meets lifted blocks instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .parts import Plan, watched
+from .parts import Plan, Snapshot, watched
 from .reading import Reading
 from .stream import Layer, Stream, run_block
 
@@ -86,10 +87,15 @@ class LiftedBlock(SharedModule):
 
         Raises TypeError for a stream that is none: a hook may have returned something else.
         """
-        return self.take([stream], layer)
+        return self.take([stream], layer)[0]
 
-    def take(self, held: list[Stream], layer: Layer) -> Stream:
-        """`forward` of the stream in a list, which is taken out of it: its memory is free once it has been read."""
+    def take(
+        self, held: list[Stream], layer: Layer, following: Iterable[tuple[Snapshot | str, Layer]] = ()
+    ) -> tuple[Stream, int]:
+        """`forward` of the stream in a list, which is taken out of it: its memory is free once it has been read.
+
+        With it those of the blocks that are `following` that can run in the same call; and how many ran.
+        """
         if not isinstance(held[0], Stream):
             raise TypeError(
                 f"stream must be a planecycle_fast.Stream, got {type(held[0]).__name__}; hooks must return one"
@@ -100,22 +106,42 @@ class LiftedBlock(SharedModule):
 
         checkpoint = self.adapter.checkpoint(self.host)
         if checkpoint is None or not torch.is_grad_enabled() or self.plan().block is not None:
-            out = run_block(self.reading.now(), held, layer, call)
+            out, ran = run_block(self.reading.now(), held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
             parts = self.reading.parts
-            run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call))  # noqa: E731
-            out = Stream(*checkpoint(run, *held.pop()))
-        return _own_scale(out) if self._forward_hooks else out  # FSDP frees the parameter when the block ends
+            run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call)[0])  # noqa: E731
+            out, ran = Stream(*checkpoint(run, *held.pop())), 1
+        return (_own_scale(out) if self._forward_hooks else out), ran  # FSDP frees the parameter when the block ends
 
     def extra_repr(self) -> str:
         return type(self.host).__name__
 
 
-def run_lifted(block: nn.Module, held: list[Stream], layer: Layer) -> Stream:
-    """Calls a lifted block, or what is around it, with the stream in a list; it is taken out where nobody sees it."""
-    if type(block) is LiftedBlock and watched(block) is None:
-        return block.take(held, layer)
-    return block(held.pop(), layer)
+Step = tuple[nn.Module, Layer]  # a lifted block, or what is around it, and where it stands
+
+
+def run_lifted(steps: list[Step], held: list[Stream]) -> Stream:
+    """Calls the next block, or several at once, and takes them off `steps`; the stream is taken out of its list."""
+    block, layer = steps[0]
+    if _is_plain(block):
+        stream, ran = block.take(held, layer, _following(steps))
+    else:
+        stream, ran = block(held.pop(), layer), 1
+    del steps[:ran]
+    return stream
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether nobody can tell that a block is not called as a module."""
+    return type(block) is LiftedBlock and watched(block) is None
+
+
+def _following(steps: Sequence[Step]) -> Iterator[tuple[Snapshot | str, Layer]]:
+    """The parts of the blocks after the first, as long as nobody sees what comes between."""
+    for block, layer in islice(steps, 1, None):
+        if not _is_plain(block):
+            return
+        yield block.reading.now(), layer
 
 
 def _own_scale(stream: Stream) -> Stream:

@@ -1,14 +1,15 @@
-"""On a CPU a block runs group by group of sequences, so that what passes between its layers stays in the caches.
+"""On a CPU blocks run group by group of sequences, so that what passes between their layers stays in the caches.
 
 After the change of planes a sequence needs nothing of the others: attention, residual and MLP of some of them run
 before those of the next. Only the residual stream is ever held as a whole, and memory that was just used is used again.
-All of it is one operation, csrc/block.cpp, made of those that run elsewhere too: where a linear layer is more than its
-weight and bias, and for training, blocks run as a whole.
+All of it is one operation, csrc/blocks.cpp, made of those that run elsewhere too, and as many blocks as come next are
+one call. Where a linear layer is more than its weight and bias, and for training, blocks run one by one and as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,89 +18,138 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import choose
 from .branches import is_plain
-from .ops import Norm
 from .ops.registry import transforms_active
 from .parts import Plan, Snapshot
 
 if TYPE_CHECKING:
-    from .stream import Layer
+    from .stream import Layer, Stream
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
+CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # other subclasses, quantised or sharded, have their own ways
 Linear = tuple[Tensor, "Tensor | None"]  # weight (out, in), bias (out,)
 _onednn: dict[torch.dtype, bool] = {}
-_loaded: list[Callable[..., Tensor]] = []  # `block_in_place`: an import costs time in every call
+_loaded: list[Callable[..., Any]] = []  # `blocks_in_place`: an import costs time in every call
+
+
+class Settings(NamedTuple):
+    """What blocks have to agree in to run in one call."""
+
+    num_qkv: int  # one packed layer, or three
+    num_first: int  # one layer; gated two, or one that is twice as wide
+    norms: tuple[str, str]  # "layer" or "rms", norm1 and norm2
+    eps: tuple[float, float]
+    heads: int
+    scale: float | None  # of scores
+    in_table_dtype: bool  # see `ops.rope`
+    gated: bool  # SwiGLU instead of GELU
 
 
 class _Block(NamedTuple):
     """What a block that runs in groups is made of."""
 
-    qkv: Sequence[Callable[[], Linear]]
-    heads: int
-    scale: float | None
-    in_table_dtype: bool
-    out: Callable[[], Linear]
-    gamma: Tensor | None  # (C,)
-    norm: Norm  # norm2
-    gated: bool
-    first: Sequence[Callable[[], Linear]]
-    last: Callable[[], Linear]
+    settings: Settings
+    linears: Sequence[Tensor | None]  # weights (out, in) and biases (out,): qkv, out, first, last
+    made: Sequence[tuple[int, Callable[[], Linear]]]  # of these, by position: weight and bias that are made when needed
+    vectors: Sequence[Tensor | None]  # (C,): norm1's weight and bias, gamma, norm2's weight and bias, gamma
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor | None] | None:
+        """All of them as they are now, or None where they are not of a stream's dtype.
+
+        A LayerScale may be of another that does not widen the sum.
+        """
+        linears = [*self.linears]
+        for position, make in self.made:
+            linears[position : position + 2] = make()
+        if not all([t is None or (t.dtype is dtype and type(t) in PLAIN) for t in linears]):
+            return None
+        for gamma in self.vectors[2::3]:
+            if gamma is not None and gamma.dtype is not dtype and torch.promote_types(dtype, gamma.dtype) != dtype:
+                return None
+        return [*linears, *self.vectors]
 
 
 def run_in_groups(
     parts: Snapshot,
     todo: Plan,
-    x: Tensor,  # (N, rows, C)
-    normed: Tensor,  # (N, rows, C), its norm; written to
+    held: list[Stream],
     layer: Layer,
-    shared: bool,
-) -> tuple[Tensor, Tensor] | None:  # the residual and the MLP's branch, (N, rows, C) each
-    """What follows norm1, as many sequences at a time as caches hold; None where the block has to run as a whole.
+    following: Iterable[tuple[Snapshot | str, Layer]] = (),
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], int] | None:
+    """This block and those of the following ones that are like it, as many sequences at a time as caches hold.
 
-    x is written to, unless it is `shared` with others.
+    Args:
+        parts, todo: of the block.
+        held: the stream that comes in; taken out.
+        following: the blocks after it in the same pass, which nobody watches.
+
+    Returns: the stream that goes out, residual and branch (B*P, g + L, C) and scale (C,), and how many blocks ran; None
+        where this block has to run as a whole.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or held[0].residual.device.type != "cpu":
         return None
-    if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu"):
+    if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu") or transforms_active():
         return None
-    found = parts.once("groups", lambda: _read(parts, todo))
-    if found is None or (layer.backend != "cpu" and choose(layer.backend, x.device, "add_norm", layer.strict) != "cpu"):
+    found, came = parts.once("groups", lambda: _read(parts, todo)), held[0].residual
+    if found is None or (
+        layer.backend != "cpu" and choose(layer.backend, came.device, "add_norm", layer.strict) != "cpu"
+    ):
         return None
-    qkv, first = [linear() for linear in found.qkv], [linear() for linear in found.first]
-    out, last = found.out(), found.last()
-    if not _are_alike(x, normed, (*qkv, out, *first, last), found.gamma):
+    dtype = _dtype_of(*held[0])
+    tensors = None if dtype is None or came.numel() == 0 else found.tensors(dtype)
+    if tensors is None:
         return None
+    blocks, layers, dimensions = [tensors], [layer], came.numel() * came.shape[-1]
+    for after, next_layer in islice(following, max(0, int(CALL / (12 * dimensions)) - 1)):
+        more = None if isinstance(after, str) else after.once("groups", lambda of=after: _read(of, of.plan()))
+        if more is None or more.settings != found.settings or (tensors := more.tensors(dtype)) is None:
+            break
+        blocks.append(tensors)
+        layers.append(next_layer)
     if not _loaded:
-        from .ops.block_cpu import block_in_place  # it needs the library
+        from .ops.blocks_cpu import blocks_in_place  # it needs the library
 
-        _loaded.append(block_in_place)
-    if shared:
+        _loaded.append(blocks_in_place)
+    x, normed = layer.switch(held.pop(), parts.known_norm(1))
+    if x is came:  # others may hold it
         x = x.clone(memory_format=torch.contiguous_format)
-    angles = None if layer.angles is None else layer.angles.halves()
-    heads = found.heads, found.scale, layer.num_globals, found.in_table_dtype
-    more = found.gated, first, last, _group(x, first[0][0].shape[0]), _has_onednn(x.dtype)
-    return x, _loaded[0](x, normed, qkv, heads, angles, out, found.gamma, found.norm, *more)
+    del came
+    angles = [] if layer.angles is None else [each.angles.halves() for each in layers]
+    planes, vias = [each.new.name for each in layers], [each.via for each in layers[1:]]
+    where = planes, layer.sizes, layer.num_globals, vias, layers[-1].transition.mean
+    residual, branch = _loaded[0](x, normed, blocks, found.settings, _has_onednn(dtype), *where, angles, GROUP_BYTES)
+    return (residual, branch, blocks[-1][-1]), len(blocks)
 
 
 def _read(parts: Snapshot, todo: Plan) -> _Block | None:
     """None where somebody could tell that a block runs in groups."""
-    if any([getattr(todo, part) is not None for part in ("norm1", "attention", "scale1", "norm2", "mlp", "scale2")]):
+    if todo.reasons():
         return None
-    attention, mlp = parts.attention(), parts.mlp()
-    if not all([is_plain(linear) for linear in (*attention.qkv, attention.output, *mlp.first, mlp.last)]):
+    attention, mlp, norms = parts.attention(), parts.mlp(), [parts.known_norm(1), parts.known_norm(2)]
+    layers = (*attention.qkv, attention.output, *mlp.first, mlp.last)
+    if not all([is_plain(linear) for linear in layers]):
         return None
-    return _Block(
-        [weight_and_bias(linear) for linear in attention.qkv],
+    linears, made = [], []
+    for i, linear in enumerate(layers):
+        if type(linear) is nn.Linear:
+            linears += [linear.weight, linear.bias]
+        else:
+            linears += [None, None]
+            made.append((2 * i, weight_and_bias(linear)))
+    vectors = [t for i, norm in enumerate(norms, 1) for t in (norm.weight, norm.bias, parts.scale(i).gamma)]
+    if not all([t is None or type(t) in PLAIN for t in vectors]):
+        return None
+    settings = Settings(
+        len(attention.qkv),
+        len(mlp.first),
+        tuple(["rms" if norm.rms else "layer" for norm in norms]),
+        tuple([norm.eps for norm in norms]),
         attention.heads,
         attention.scale,
         attention.in_table_dtype,
-        weight_and_bias(attention.output),
-        parts.scale(1).gamma,
-        parts.known_norm(2),
         mlp.activation == "swiglu",
-        [weight_and_bias(linear) for linear in mlp.first],
-        weight_and_bias(mlp.last),
     )
+    return _Block(settings, linears, made, vectors)
 
 
 def weight_and_bias(linear: Any) -> Callable[[], Linear]:
@@ -113,29 +163,21 @@ def weight_and_bias(linear: Any) -> Callable[[], Linear]:
     return lambda: (weight, bias * mask.to(bias.dtype))
 
 
-def _are_alike(
-    x: Tensor,  # (N, rows, C)
-    normed: Tensor,  # like x
-    linears: Sequence[Linear],
-    gamma: Tensor | None,  # (C,)
-) -> bool:
-    """Whether all are plain tensors of one dtype; a LayerScale may be of another that does not widen the sum."""
-    dtype = x.dtype
-    if normed.dtype != dtype or x.numel() == 0 or type(x) not in PLAIN or type(normed) not in PLAIN:
-        return False
-    if gamma is not None and (type(gamma) not in PLAIN or torch.promote_types(dtype, gamma.dtype) != dtype):
-        return False
-    tensors = [t for linear in linears for t in linear if t is not None]
-    return all([t.dtype == dtype and type(t) in PLAIN for t in tensors])
-
-
-def _group(
-    x: Tensor,  # (N, rows, C)
-    hidden: int,
-) -> int:
-    """How many sequences at a time, groups being of equal size."""
-    at_once = max(1, GROUP_BYTES // (x.shape[1] * hidden * x.element_size()))
-    return max(1, -(-len(x) // -(-len(x) // at_once)))
+def _dtype_of(
+    residual: Tensor,  # (N, rows, C)
+    branch: Tensor | None,  # (N, rows, C)
+    scale: Tensor | None,  # (C,)
+) -> torch.dtype | None:
+    """Of their sum; None where they are not all plain tensors."""
+    dtype = residual.dtype
+    for t in (residual, branch, scale):
+        if t is None:
+            continue
+        if type(t) not in PLAIN:
+            return None
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .blocks import LiftedBlock, SharedModule, holds_lifted, list_of, mirrored, run_lifted
+from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirrored, run_lifted
 from .embedding import embed
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
@@ -174,18 +174,24 @@ class LiftedModel(SharedModule):
         plane = self.planes[0]
         backend = resolve(self.backend, volume.device)
         held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, plane, sizes))]
-        features, layers = [], {}
-        for i, block in enumerate(islice(self.blocks, max(wanted) + 1)):
-            following, layer = self.planes[i % len(self.planes)], None
-            if not tables.augments:  # else each block may have angles of its own
-                layer = layers.get((i == 0, plane, following))
-            if layer is None:
-                angles = tables.for_block(following, sizes)
-                layer = self._layer(backend, plane, following, sizes, angles, entered=i == 0)
-                layers[i == 0, plane, following] = layer
-            held, plane = [run_lifted(block, held, layer)], following
-            if i in wanted:
-                features.append(self._features(held[0], plane, sizes, norm))
+        blocks, features, layers = list(islice(self.blocks, max(wanted) + 1)), [], {}
+
+        def step(i: int) -> Step:
+            count = len(self.planes)
+            key = (i == 0, i % count)  # of the planes before and after
+            if tables.augments or key not in layers:  # each block may have angles of its own
+                old, new = self.planes[(i - 1) % count if i else 0], self.planes[i % count]
+                layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
+            return blocks[i], layers[key]
+
+        done = 0
+        for end in range(len(blocks)) if tables.augments else sorted(wanted):  # what is drawn is drawn block by block
+            steps = [step(i) for i in range(done, end + 1)]
+            while steps:
+                held = [run_lifted(steps, held)]
+            if end in wanted:
+                features.append(self._features(held[0], self.planes[end % len(self.planes)], sizes, norm, backend))
+            done = end + 1
         return features
 
     def _layer(
@@ -204,11 +210,11 @@ class LiftedModel(SharedModule):
         g = self.adapter.num_globals
         return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
-    def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool) -> VolumeFeatures:
+    def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool, backend: str) -> VolumeFeatures:
         """Canonical features of a stream in the order of `plane`."""
         g, target = self.adapter.num_globals, HW if self.globals_at == "depth" else plane
         pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
-        layer = Layer(plane, target, sizes, g, pooling, backend=self.backend, strict=self.strict)
+        layer = Layer(plane, target, sizes, g, pooling, backend=backend, strict=self.strict)
         final = known_norm(self.adapter.final_norm())[0] if norm else None
         tokens, plane = layer.switch(stream, final), target
         if final is not None:
@@ -226,7 +232,7 @@ class LiftedModel(SharedModule):
 
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
-        check_volume(volume, self.adapter.in_channels, self)
+        check_volume(volume, self.adapter.in_channels, self.host)
         self.adapter.check_image_size(*volume.shape[3:])
         patch_h, patch_w = self.adapter.patch_size
         return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w

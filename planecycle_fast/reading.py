@@ -46,8 +46,10 @@ class Reading:
         attributes = [m.__dict__ for m in modules]
         self._modules, self._attributes = modules, attributes
         self._values = [itemgetter(*[name for name in found if name not in _UNREAD]) for found in attributes]
-        self._children = [found[name] for found in attributes for name in ("_modules", "_parameters")]
-        self._hooks = [found[name] for found in attributes for name in _HOOKS]
+        children = [found[name] for found in attributes for name in ("_modules", "_parameters")]
+        self._children = [some for some in children if some]
+        self._empty = [none for none in children if not none]
+        self._empty += [found[name] for found in attributes for name in _HOOKS]  # most of them
 
     def _look(self) -> list[Any]:
         """Everything that parts are read from, as objects."""
@@ -60,7 +62,7 @@ class Reading:
             *map(len, self._attributes),
             *chain.from_iterable(values),
             *chain.from_iterable(map(dict.values, self._children)),
-            any(self._hooks),
+            *(map(bool, self._empty) if any(self._empty) else ()),
             _has_any_global_hook(),
             *self.parts.settings(),
         ]

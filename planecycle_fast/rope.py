@@ -175,6 +175,11 @@ class Rope:
 
     def sincos(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:
         """Dense sine and cosine tables of one sequence of patches, (L, hd) each, L = n0*n1[*n2]."""
+        sin, cos = self.halves(grid, augmentation)
+        return sin.repeat(1, 2), cos.repeat(1, 2)
+
+    def halves(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:
+        """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
         tables = self.angles(grid, augmentation)
         angles = torch.cat(
             [
@@ -183,7 +188,7 @@ class Rope:
             ],
             dim=-1,
         ).flatten(0, len(grid) - 1)  # (L, hd/2)
-        sin, cos = angles.sin().repeat(1, 2), angles.cos().repeat(1, 2)
+        sin, cos = angles.sin(), angles.cos()
         return sin.to(self.table_dtype or sin.dtype), cos.to(self.table_dtype or cos.dtype)
 
 
@@ -208,8 +213,10 @@ class PlaneAngles:
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
-        if self._halves is None:
-            self._halves = tuple([table[:, : table.shape[1] // 2] for table in self.sincos()])
+        if self._halves is None and self._sincos is None:
+            self._halves = self.rope.halves(self.grid, self.augmentation)
+        elif self._halves is None:
+            self._halves = tuple([table[:, : table.shape[1] // 2] for table in self._sincos])
         return self._halves
 
     def periods(self) -> list[Tensor]:
@@ -226,7 +233,7 @@ class PlaneTables:
         self.rope = rope
         self.augments = rope is not None and training and rope.augments
         self._draws: dict[int, Augmentation] = {}  # by number of axes, where one draw serves the forward
-        self._tables: dict[Plane, PlaneAngles] = {}  # by plane: torch.compile would fix sizes as keys
+        self._tables: dict[Plane | tuple[int, ...], PlaneAngles] = {}  # by grid, or where it is compiled by plane
         if self.augments and not rope.draw_per_block:
             self._draw(num_axes)  # of the first plane, before anything else of this forward draws
 
@@ -240,9 +247,10 @@ class PlaneTables:
         grid = plane.grid(sizes)
         if self.augments and self.rope.draw_per_block:
             return PlaneAngles(self.rope, grid, self.rope.draw(len(grid)))
-        if plane not in self._tables:
-            self._tables[plane] = PlaneAngles(self.rope, grid, self._draw(len(grid)))
-        return self._tables[plane]
+        key = plane if torch.compiler.is_compiling() else grid  # sizes as keys would be fixed by torch.compile
+        if key not in self._tables:
+            self._tables[key] = PlaneAngles(self.rope, grid, self._draw(len(grid)))
+        return self._tables[key]
 
     def _draw(self, num_axes: int) -> Augmentation | None:
         if self.augments and num_axes not in self._draws:

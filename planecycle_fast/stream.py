@@ -16,8 +16,9 @@ plane's order and writes them in the new one's. Everything else in a block is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,14 @@ class Layer:
         """RoPE tables of the new plane, (L, hd) each."""
         return None if self.angles is None else self.angles.sincos()
 
+    @cached_property
+    def via(self) -> int:
+        """Slices between the two steps of the transition, as operations take it; 0 where rows and globals stay."""
+        m = self.transition
+        if self.old == self.new and (self.num_globals == 0 or m.is_identity):
+            return 0
+        return m.num_prev if m.via is None else m.via
+
     def switch(
         self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,9 +91,9 @@ class Layer:
         return plane_switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
 
     def backend_for(self, op: str, x: Tensor) -> str:
-        """What to ask an operation for, on tensors like x: "auto", which it understands best itself, or a name."""
+        """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""
         named = asked_for(self.backend)
-        return named if named == "auto" else choose(named, x.device, op, self.strict)
+        return named if named == "auto" or self.strict else choose(named, x.device, op, False)
 
 
 def enter(
@@ -103,26 +112,27 @@ def run_block(
     held: list[Stream],
     layer: Layer,
     call: Callable[[Tensor], Tensor],
-) -> Stream:
+    following: Iterable[tuple[Snapshot | str, Layer]] = (),
+) -> tuple[Stream, int]:
     """A block on the stream: part by part, what `plan` allows by operations, the rest by the host.
 
     Args:
         parts: the block taken apart, or the reason why it cannot be.
         held: the stream; taken out, so that its memory is free once the planes have changed, if nobody else holds it.
         call: the whole block as the host runs it, (B*P, g + L, C) to the same.
+        following: blocks that may run in the same call, see `groups`.
+
+    Returns: the stream, and how many blocks ran.
     """
     parts = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
     todo = Plan(block=parts) if isinstance(parts, str) else parts.plan()
     if todo.block is not None:
-        return Stream(call(layer.switch(held.pop())))
+        return Stream(call(layer.switch(held.pop()))), 1
+    if (done := run_in_groups(parts, todo, held, layer, following)) is not None:
+        return Stream(*done[0]), done[1]
     linears = parts.attention().qkv if todo.attention is None else ()
-    came = held[0].residual
     x, normed = _normed(parts, 1, todo.norm1, linears, lambda *norm: layer.switch(held.pop(), *norm))
-    shared = x is came
-    del came
     scale = parts.scale(1)
-    if (done := run_in_groups(parts, todo, x, normed, layer, shared)) is not None:
-        return Stream(*done, parts.scale(2).gamma)
     branch = attention_branch(parts, todo, normed, layer)
     branch, gamma = (branch, scale.gamma) if todo.scale1 is None else (scale.own(branch), None)
 
@@ -133,7 +143,7 @@ def run_block(
 
     x, normed = _normed(parts, 2, todo.norm2, parts.mlp().first if todo.mlp is None else (), add)
     branch, scale = mlp_branch(parts, todo, normed, layer), parts.scale(2)
-    return Stream(x, branch, scale.gamma) if todo.scale2 is None else Stream(x, scale.own(branch))
+    return (Stream(x, branch, scale.gamma) if todo.scale2 is None else Stream(x, scale.own(branch))), 1
 
 
 def _normed(

@@ -44,9 +44,17 @@ def remove_hook(block):
     handle.remove()
 
 
+def move_hook(block):
+    handle = hook(block)
+    yield
+    handle.remove()
+    block.mlp.act.register_forward_hook(lambda *_: None)
+
+
 CHANGES = {  # of a timm block: what is done to it before it was read, and after
     "a hook": hook,
     "a hook goes": remove_hook,
+    "a hook moves": move_hook,
     "a hook on the block": lambda block: block.register_forward_pre_hook(lambda *_: None),
     "a backward hook": lambda block: block.attn.register_full_backward_hook(lambda *_: None),
     "another layer": lambda block: setattr(block.attn, "proj", nn.Linear(64, 64)),
@@ -73,7 +81,7 @@ def test_changed_blocks_are_read_again(change):
     found = lifted()
     block = found.lifted_blocks[1]
     done = CHANGES[change]
-    steps = done(block.host) if change == "a hook goes" else None
+    steps = done(block.host) if change in ("a hook goes", "a hook moves") else None
     if steps is not None:
         next(steps)
     others, before = [b.reading.now() for b in found.lifted_blocks if b is not block], block.reading.now()

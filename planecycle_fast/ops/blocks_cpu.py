@@ -1,0 +1,42 @@
+"""blocks_ on backend "cpu": csrc/blocks.cpp, consecutive blocks for inference. `groups` says when.
+
+It is made of other operations, which whatever watches operations sees: it needs no fake and no derivative of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .native_ops import NAMESPACE
+from .rope_cpu import OP as ROPE  # noqa: F401  so that the operations it is made of are complete
+
+if TYPE_CHECKING:
+    from ..groups import Settings
+
+OP = getattr(torch.ops, NAMESPACE).blocks_.default
+
+
+def blocks_in_place(
+    x: Tensor,  # (B*P, g + L, C), the residual in the order of the first block's plane; taken, an empty tensor is left
+    normed: Tensor,  # like x, its norm1; taken
+    tensors: Sequence[Sequence[Tensor | None]],  # of each block: qkv, out, first, last, norm1, gamma, norm2, gamma
+    settings: Settings,
+    fused: bool,  # whether oneDNN takes the linear layers
+    planes: Sequence[str],  # of each block
+    sizes: Sequence[int],  # (D, H, W) in tokens
+    num_globals: int,  # g
+    vias: Sequence[int],  # of each change of planes, see `pooling.Transition`; 0 where rows and globals stay
+    mean: bool,
+    angles: Sequence[tuple[Tensor, Tensor]],  # of each block, sine and cosine (L, hd/2); or nothing
+    group_bytes: int,  # of the widest activations of a group
+) -> tuple[Tensor, Tensor]:  # the residual and the last MLP's branch, (B*P, g + L, C) each
+    """Blocks of plain linear layers, all of x's dtype; in bfloat16 with fewer roundings than one by one."""
+    return OP(
+        x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, mean,
+        [table[0] for table in angles], [table[1] for table in angles], group_bytes,
+    )  # fmt: skip
