@@ -86,13 +86,14 @@ def contenders(model: nn.Module, compiled: bool) -> dict[str, Callable[[Tensor],
     return found
 
 
-def floor(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[Tensor], None]:
+def floor(dtype: torch.dtype, shape: tuple[int, ...], qkv_bias: bool) -> Callable[[Tensor], None]:
     """Patch embedding, linear layers and attention of all layers, on tensors of their own."""
     batch, _, depth, height, width = shape
     sizes = (depth, height // PATCH, width // PATCH)
     embed = nn.Conv2d(3, CHANNELS, PATCH, PATCH).to(dtype)
     qkv, out, wide, narrow = [
-        nn.Linear(i * CHANNELS, o * CHANNELS).to(dtype) for i, o in ((1, 3), (1, 1), (1, 4), (4, 1))
+        nn.Linear(i * CHANNELS, o * CHANNELS, bias).to(dtype)
+        for i, o, bias in ((1, 3, qkv_bias), (1, 1, True), (1, 4, True), (4, 1, True))
     ]
     made = {}
     for plane in (HW, DW, DH):
@@ -145,6 +146,8 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.made.append((func, own(func, args), kwargs or {}))
+        if func._schema.name.endswith("::blocks_"):  # takes its arguments, which others that were recorded need
+            args = own(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -181,7 +184,7 @@ def cells(arguments: argparse.Namespace) -> list[dict]:
             exact = pcf.lift(model.float(), backend="reference")(volumes[0].float()).patches.flatten(1, 3)
             found = contenders(model.to(dtype), arguments.compile)
             check(found, exact, volumes[0])
-            found[FLOOR] = floor(dtype, VOLUMES[name])
+            found[FLOOR] = floor(dtype, VOLUMES[name], model.blocks[0].attn.qkv.bias is not None)
             row = {"dtype": dtype_name, "volume": name, "times": interleaved(found, volumes, arguments.rounds)}
             row["memory"] = {who: peak(found[who], volumes[0]) for who in (OURS, EAGER) if who in found}
             rows.append(row)

@@ -17,10 +17,10 @@ from .converter import PlaneCycleConverter
 from .feature_files import load_features
 from .features import VolumeFeatures
 from .graphs import cuda_graph
+from .layer import Stream
 from .lift import lift, unlift
 from .lifted import LiftedModel
 from .operator import plane_cycle
-from .stream import Stream
 from .version import __version__
 
 __all__ = [

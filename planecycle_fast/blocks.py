@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .layer import Layer, Stream
 from .parts import Plan, Snapshot, watched
 from .reading import Reading
-from .stream import Layer, Stream, run_block
+from .stream import run_block
 
 SHARED = (
     "_parameters",
@@ -87,7 +88,7 @@ class LiftedBlock(SharedModule):
 
         Raises TypeError for a stream that is none: a hook may have returned something else.
         """
-        return self.take([stream], layer)[0]
+        return Stream(*self.take([stream], layer)[0])
 
     def take(
         self, held: list[Stream], layer: Layer, following: Iterable[tuple[Snapshot | str, Layer]] = ()

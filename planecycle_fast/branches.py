@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .backends import choose
+from .layer import Layer
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
 from .ops.rope_within import rope_within, turns_within
 from .parts import BlockParts, Plan, watched
 from .rope import PlaneAngles
-
-if TYPE_CHECKING:
-    from .stream import Layer
 
 
 def attention_branch(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import choose
 from .branches import is_plain
+from .layer import Layer, Own, Stream
 from .ops.registry import transforms_active
 from .parts import Plan, Snapshot
-
-if TYPE_CHECKING:
-    from .stream import Layer, Stream
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
 CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end
@@ -110,8 +108,9 @@ def run_in_groups(
         from .ops.blocks_cpu import blocks_in_place  # it needs the library
 
         _loaded.append(blocks_in_place)
+    own = type(held[0]) is Own
     x, normed = layer.switch(held.pop(), parts.known_norm(1))
-    if x is came:  # others may hold it
+    if x is came and not own:
         x = x.clone(memory_format=torch.contiguous_format)
     del came
     angles = [] if layer.angles is None else [each.angles.halves() for each in layers]

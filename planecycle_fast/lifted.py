@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirr
 from .embedding import embed
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
+from .layer import Layer, Stream
 from .ops.registry import resolve
 from .parts import Plan, known_norm
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles, PlaneTables
-from .stream import Layer, Stream, check_strict, enter
+from .stream import check_strict, enter
 
 
 class LiftedModel(SharedModule):
@@ -146,7 +146,7 @@ class LiftedModel(SharedModule):
                 the model's.
         """
         sizes = self._check(volume)
-        return self._run(volume, sizes, {len(self.blocks) - 1}, norm=True)[0]
+        return self._run(volume, sizes, 1, norm=True)[0]
 
     def intermediate(
         self,
@@ -164,33 +164,33 @@ class LiftedModel(SharedModule):
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
         sizes = self._check(volume)
-        return self._run(volume, sizes, wanted_layers(n, len(self.blocks)), norm)
+        return self._run(volume, sizes, n, norm)
 
-    def _run(self, volume: Tensor, sizes: Sizes, wanted: set[int], norm: bool) -> list[VolumeFeatures]:
+    def _run(self, volume: Tensor, sizes: Sizes, n: int | Sequence[int], norm: bool) -> list[VolumeFeatures]:
         """Runs the layers up to the last one wanted; the features after each one wanted."""
+        blocks, features, layers = list(self.blocks), [], {}
+        wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
         images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        plane = self.planes[0]
-        backend = resolve(self.backend, volume.device)
-        held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, plane, sizes))]
-        blocks, features, layers = list(islice(self.blocks, max(wanted) + 1)), [], {}
+        backend, planes = resolve(self.backend, volume.device), self.planes
+        held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, planes[0], sizes))]
 
         def step(i: int) -> Step:
-            count = len(self.planes)
-            key = (i == 0, i % count)  # of the planes before and after
+            key = (i == 0, i % len(planes))  # of the planes before and after
             if tables.augments or key not in layers:  # each block may have angles of its own
-                old, new = self.planes[(i - 1) % count if i else 0], self.planes[i % count]
+                old, new = planes[(i - 1) % len(planes) if i else 0], planes[i % len(planes)]
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
             return blocks[i], layers[key]
 
         done = 0
-        for end in range(len(blocks)) if tables.augments else sorted(wanted):  # what is drawn is drawn block by block
+        for end in range(max(wanted) + 1) if tables.augments else sorted(wanted):  # draws are made block by block
             steps = [step(i) for i in range(done, end + 1)]
             while steps:
                 held = [run_lifted(steps, held)]
             if end in wanted:
-                features.append(self._features(held[0], self.planes[end % len(self.planes)], sizes, norm, backend))
+                features.append(self._features(held[0], planes[end % len(planes)], sizes, norm, backend))
+                held = [Stream(*held[0])]  # seen: features may be views of it
             done = end + 1
         return features
 

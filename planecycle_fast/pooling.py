@@ -41,8 +41,7 @@ class Transition:
 
     def __post_init__(self) -> None:
         """Raises ValueError for fewer than one slice."""
-        for name in ("num_prev", "num_next", "via"):
-            slices = getattr(self, name)
+        for name, slices in (("num_prev", self.num_prev), ("num_next", self.num_next), ("via", self.via)):
             if slices is not None and slices < 1:
                 raise ValueError(f"{name} must be at least 1, got {slices}")
 

@@ -17,83 +17,20 @@ plane's order and writes them in the new one's. Everything else in a block is an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import asked_for, choose, pick
+from .backends import asked_for, pick
 from .branches import attention_branch, autocast_dtype, mlp_branch
 from .groups import run_in_groups
-from .ops import Norm, add_norm, plane_switch
+from .layer import Layer, Own, Stream
+from .ops import add_norm, plane_switch
 from .ops.add_norm import add_ref
 from .parts import WHOLE, BlockParts, Plan, Snapshot
-from .planes import Plane, Sizes
-from .pooling import Transition
-from .rope import PlaneAngles
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "gelu", "swiglu")  # of a block
-SinCos = tuple[Tensor, Tensor]  # (L, hd) each
-
-
-class Stream(NamedTuple):
-    """Tokens between two blocks: ``residual + scale * branch``, rows in the order of one plane."""
-
-    residual: Tensor  # (B*P, g + L, C)
-    branch: Tensor | None = None  # (B*P, g + L, C)
-    scale: Tensor | None = None  # (C,)
-
-    def tokens(self) -> Tensor:  # (B*P, g + L, C)
-        """The sum."""
-        return add_ref(*self)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where a block stands: what it needs to know besides the stream."""
-
-    old: Plane  # of the stream that comes in
-    new: Plane  # of the stream that goes out
-    sizes: Sizes  # (D, H, W) in tokens
-    num_globals: int
-    transition: Transition  # of the globals from old to new
-    angles: PlaneAngles | None = None  # RoPE of the new plane
-    backend: str = "auto"
-    attention: str = "auto"
-    strict: bool = True
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Sizes of the new plane's axes."""
-        return self.new.grid(self.sizes)
-
-    @property
-    def sincos(self) -> SinCos | None:
-        """RoPE tables of the new plane, (L, hd) each."""
-        return None if self.angles is None else self.angles.sincos()
-
-    @cached_property
-    def via(self) -> int:
-        """Slices between the two steps of the transition, as operations take it; 0 where rows and globals stay."""
-        m = self.transition
-        if self.old == self.new and (self.num_globals == 0 or m.is_identity):
-            return 0
-        return m.num_prev if m.via is None else m.via
-
-    def switch(
-        self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
-        args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm)
-        backend = self.backend_for("plane_switch", stream.residual)
-        return plane_switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
-
-    def backend_for(self, op: str, x: Tensor) -> str:
-        """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""
-        named = asked_for(self.backend)
-        return named if named == "auto" or self.strict else choose(named, x.device, op, False)
 
 
 def enter(
@@ -104,7 +41,8 @@ def enter(
     """The stream of embedded slices, in the first block's plane order."""
     backend = layer.backend_for("plane_switch", patches)
     args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
-    return Stream(plane_switch(patches, *args, globals_=globals_, backend=backend))
+    entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
+    return Stream(entered) if entered is patches or torch.compiler.is_compiling() else Own(entered)
 
 
 def run_block(
@@ -129,7 +67,7 @@ def run_block(
     if todo.block is not None:
         return Stream(call(layer.switch(held.pop()))), 1
     if (done := run_in_groups(parts, todo, held, layer, following)) is not None:
-        return Stream(*done[0]), done[1]
+        return Own(*done[0]), done[1]
     linears = parts.attention().qkv if todo.attention is None else ()
     x, normed = _normed(parts, 1, todo.norm1, linears, lambda *norm: layer.switch(held.pop(), *norm))
     scale = parts.scale(1)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .layer import Layer, Stream
 from .lift import lift
 from .lifted import LiftedModel
-from .stream import Layer, Stream
 
 FACTOR = 2.0  # times the reference's largest error
 Groups = dict[str, dict[str, Tensor]]  # what is compared: tensors by name, in groups by name

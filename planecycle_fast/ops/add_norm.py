@@ -132,8 +132,8 @@ def check_stream(
         raise TypeError(f"norm must be an ops.Norm, got {type(norm).__name__}")
     if norm is not None and norm.rms and norm.bias is not None:
         raise ValueError("norm.bias must be None for an RMSNorm, got a tensor")
-    vectors = {"scale": scale} | ({"norm.weight": norm.weight, "norm.bias": norm.bias} if norm is not None else {})
-    for name, vector in vectors.items():
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    for name, vector in (("scale", scale), ("norm.weight", weight), ("norm.bias", bias)):
         if vector is None:
             continue
         if not isinstance(vector, Tensor) or not vector.is_floating_point():

@@ -121,6 +121,25 @@ def plane_switch(
     old, new = parse_plane(old, "old"), parse_plane(new, "new")
     check_stream(x, branch, scale, norm, norm_dtype)
     _check(x, old, new, sizes, num_globals, transition, globals_)
+    more = (branch, scale, norm, globals_, norm_dtype)
+    return switch_unchecked(x, old, new, sizes, num_globals, transition, *more, backend)
+
+
+def switch_unchecked(
+    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`; (B*P1, L1, C) where globals come in `globals_`
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,  # (D, H, W) in tokens
+    num_globals: int,  # g
+    transition: Transition,  # M, (P2, P1)
+    branch: Tensor | None = None,  # like x
+    scale: Tensor | None = None,  # (C,)
+    norm: Norm | None = None,
+    globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
+    norm_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
+    """`plane_switch` of what is known to belong together."""
     in_full = branch is not None or norm is not None
     chosen = pick_rows(backend, x) if in_full else pick(backend, x.device, op="plane_switch")
     if chosen == "reference":
