@@ -194,16 +194,19 @@ Tensor take(Tensor& t) {
   return taken;
 }
 
-std::tuple<Tensor, Tensor> blocks_(  // -> the residual and the branch that are to be added, (B*P, g + L, C) of the last plane
+// -> (B*P, g + L, C) each: the residual and the last MLP's branch; with a last norm their sum and its norm
+std::tuple<Tensor, Tensor> blocks_(
     Tensor x_,       // (B*P, g + L, C), the residual in the order of the first block's plane; taken
     Tensor normed_,  // like x: norm1 of the first block; taken
     const OptionalTensors& tensors, int64_t num_qkv, int64_t num_first,                // see block_of
     const c10::List<std::string>& norms, at::ArrayRef<double> eps,                     // of norm1 and norm2
     int64_t heads, std::optional<double> scale, bool in_table_dtype, bool is_gated, bool fused,  // see Settings
-    const c10::List<std::string>& planes,  // of each block
+    const c10::List<std::string>& planes,  // of each block, and that of the last norm
     at::IntArrayRef sizes, int64_t num_globals,
-    at::IntArrayRef vias,  // of each change of planes; 0: rows stay where they are, and globals are rows like others
-    bool mean,
+    at::IntArrayRef vias,          // of each change of planes; 0: rows stay where they are, and globals are rows like others
+    const c10::List<bool>& means,  // like vias
+    const OptionalTensor& weight, const OptionalTensor& bias,  // (C,) each, of the last norm
+    std::string_view last, double last_eps,                    // "none": there is no last norm
     at::TensorList sin,  // of each block (L, hd/2), see rope; none: nothing turns
     at::TensorList cos,  // like sin
     int64_t group_bytes) {
@@ -211,20 +214,24 @@ std::tuple<Tensor, Tensor> blocks_(  // -> the residual and the branch that are 
   auto x = take(x_), normed = take(normed_);
   Tensor branch;
   OptionalTensor gamma;
-  for (size_t i = 0; i < planes.size(); ++i) {
+  auto change = [&](size_t i, const Norm& norm) {  // to plane i
+    Change to{planes.get(i - 1), planes.get(i), {sizes[0], sizes[1], sizes[2]}, num_globals, vias[i - 1], means.get(i - 1)};
+    if (!to.via) to = {"HW", "HW", {x.size(0), 1, x.size(1)}, 0, 1, false};
+    normed = Tensor();
+    std::tie(x, normed) = to(x, branch, gamma, norm);
+    branch = Tensor();
+  };
+  auto count = planes.size() - (last == "none" ? 0 : 1);
+  for (size_t i = 0; i < count; ++i) {
     auto block = block_of(tensors, i, num_qkv, num_first, norms, eps);
-    if (i) {
-      Change change{planes.get(i - 1), planes.get(i), {sizes[0], sizes[1], sizes[2]}, num_globals, vias[i - 1], mean};
-      if (!change.via) change = {"HW", "HW", {x.size(0), 1, x.size(1)}, 0, 1, false};
-      normed = Tensor();
-      std::tie(x, normed) = change(x, branch, gamma, block.norm1);
-      branch = Tensor();
-    }
+    if (i) change(i, block.norm1);
     auto angles = [&](at::TensorList tables) { return tables.empty() ? OptionalTensor() : tables[i]; };
     branch = run(x, normed, block, settings, angles(sin), angles(cos), group_bytes);
     gamma = block.gamma2;
   }
-  return {x, branch};
+  if (last == "none") return {x, branch};
+  change(count, Norm{weight, bias, std::string(last), last_eps});
+  return {x, normed};
 }
 
 }  // namespace

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .groups import Following
 from .layer import Layer, Stream
-from .parts import Plan, Snapshot, watched
+from .ops import Norm
+from .parts import Plan, watched
 from .reading import Reading
 from .stream import run_block
 
@@ -91,11 +93,11 @@ class LiftedBlock(SharedModule):
         return Stream(*self.take([stream], layer)[0])
 
     def take(
-        self, held: list[Stream], layer: Layer, following: Iterable[tuple[Snapshot | str, Layer]] = ()
-    ) -> tuple[Stream, int]:
+        self, held: list[Stream], layer: Layer, following: Iterable[Following] = ()
+    ) -> tuple[Stream | tuple[Tensor, Tensor], int]:
         """`forward` of the stream in a list, which is taken out of it: its memory is free once it has been read.
 
-        With it those of the blocks that are `following` that can run in the same call; and how many ran.
+        With it the steps that are `following` which can run in the same call; and how many steps that were.
         """
         if not isinstance(held[0], Stream):
             raise TypeError(
@@ -118,18 +120,23 @@ class LiftedBlock(SharedModule):
         return type(self.host).__name__
 
 
-Step = tuple[nn.Module, Layer]  # a lifted block, or what is around it, and where it stands
+Step = tuple["nn.Module | Norm", Layer]  # a lifted block or what is around it, or the last norm; and where it stands
 
 
-def run_lifted(steps: list[Step], held: list[Stream]) -> Stream:
-    """Calls the next block, or several at once, and takes them off `steps`; the stream is taken out of its list."""
-    block, layer = steps[0]
-    if _is_plain(block):
-        stream, ran = block.take(held, layer, _following(steps))
+def run_lifted(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, Tensor]:
+    """The next step, or several at once, which are taken off `steps`; the stream is taken out of its list.
+
+    Returns the stream, or after a last norm the tokens and their norm, (B*P, g + L, C) each.
+    """
+    step, layer = steps[0]
+    if isinstance(step, Norm):
+        out, ran = layer.switch(held.pop(), step), 1
+    elif _is_plain(step):
+        out, ran = step.take(held, layer, _following(steps))
     else:
-        stream, ran = block(held.pop(), layer), 1
+        out, ran = step(held.pop(), layer), 1
     del steps[:ran]
-    return stream
+    return out
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -137,12 +144,15 @@ def _is_plain(block: nn.Module) -> bool:
     return type(block) is LiftedBlock and watched(block) is None
 
 
-def _following(steps: Sequence[Step]) -> Iterator[tuple[Snapshot | str, Layer]]:
-    """The parts of the blocks after the first, as long as nobody sees what comes between."""
-    for block, layer in islice(steps, 1, None):
-        if not _is_plain(block):
+def _following(steps: Sequence[Step]) -> Iterator[Following]:
+    """What comes after the first, as long as nobody sees what is between."""
+    for step, layer in islice(steps, 1, None):
+        if isinstance(step, Norm):
+            yield step, layer
+        elif _is_plain(step):
+            yield step.reading.now(), layer
+        else:
             return
-        yield block.reading.now(), layer
 
 
 def _own_scale(stream: Stream) -> Stream:

@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .backends import choose
 from .branches import is_plain
 from .layer import Layer, Own, Stream
+from .ops.add_norm import Norm
 from .ops.registry import transforms_active
 from .parts import Plan, Snapshot
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
 CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # other subclasses, quantised or sharded, have their own ways
+Following = tuple["Snapshot | str | Norm", Layer]  # a block's parts, or the last norm; and where it stands
 Linear = tuple[Tensor, "Tensor | None"]  # weight (out, in), bias (out,)
 _onednn: dict[torch.dtype, bool] = {}
 _loaded: list[Callable[..., Any]] = []  # `blocks_in_place`: an import costs time in every call
@@ -72,17 +74,17 @@ def run_in_groups(
     todo: Plan,
     held: list[Stream],
     layer: Layer,
-    following: Iterable[tuple[Snapshot | str, Layer]] = (),
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], int] | None:
+    following: Iterable[Following] = (),
+) -> tuple[Stream | tuple[Tensor, Tensor], int] | None:
     """This block and those of the following ones that are like it, as many sequences at a time as caches hold.
 
     Args:
         parts, todo: of the block.
         held: the stream that comes in; taken out.
-        following: the blocks after it in the same pass, which nobody watches.
+        following: what comes after it in the same pass, which nobody watches.
 
-    Returns: the stream that goes out, residual and branch (B*P, g + L, C) and scale (C,), and how many blocks ran; None
-        where this block has to run as a whole.
+    Returns: the stream that goes out, or after a last norm the tokens and their norm, (B*P, g + L, C) each; and how
+        many steps that were. None where this block has to run as a whole.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or held[0].residual.device.type != "cpu":
         return None
@@ -97,8 +99,12 @@ def run_in_groups(
     tensors = None if dtype is None or came.numel() == 0 else found.tensors(dtype)
     if tensors is None:
         return None
-    blocks, layers, dimensions = [tensors], [layer], came.numel() * came.shape[-1]
+    blocks, layers, last, dimensions = [tensors], [layer], None, came.numel() * came.shape[-1]
     for after, next_layer in islice(following, max(0, int(CALL / (12 * dimensions)) - 1)):
+        if isinstance(after, Norm):
+            last = after
+            layers.append(next_layer)
+            break
         more = None if isinstance(after, str) else after.once("groups", lambda of=after: _read(of, of.plan()))
         if more is None or more.settings != found.settings or (tensors := more.tensors(dtype)) is None:
             break
@@ -113,11 +119,11 @@ def run_in_groups(
     if x is came and not own:
         x = x.clone(memory_format=torch.contiguous_format)
     del came
-    angles = [] if layer.angles is None else [each.angles.halves() for each in layers]
-    planes, vias = [each.new.name for each in layers], [each.via for each in layers[1:]]
-    where = planes, layer.sizes, layer.num_globals, vias, layers[-1].transition.mean
-    residual, branch = _loaded[0](x, normed, blocks, found.settings, _has_onednn(dtype), *where, angles, GROUP_BYTES)
-    return (residual, branch, blocks[-1][-1]), len(blocks)
+    angles = [] if layer.angles is None else [each.angles.halves() for each in layers[: len(blocks)]]
+    vias, means = [each.via for each in layers[1:]], [each.transition.mean for each in layers[1:]]
+    where = [each.new.name for each in layers], layer.sizes, layer.num_globals, vias, means
+    made = _loaded[0](x, normed, blocks, found.settings, _has_onednn(dtype), *where, last, angles, GROUP_BYTES)
+    return (Own(*made, blocks[-1][-1]) if last is None else made), len(layers)
 
 
 def _read(parts: Snapshot, todo: Plan) -> _Block | None:

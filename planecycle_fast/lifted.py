@@ -14,6 +14,7 @@ from .embedding import embed
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
 from .layer import Layer, Stream
+from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm
 from .planes import HW, Plane, Sizes, permutation
@@ -183,14 +184,17 @@ class LiftedModel(SharedModule):
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
             return blocks[i], layers[key]
 
-        done = 0
-        for end in range(max(wanted) + 1) if tables.augments else sorted(wanted):  # draws are made block by block
+        done, last = 0, max(wanted)
+        for end in range(last + 1) if tables.augments else sorted(wanted):  # draws are made block by block
             steps = [step(i) for i in range(done, end + 1)]
+            leaving = self._leaving(planes[end % len(planes)], sizes, norm, backend) if end in wanted else None
+            if end == last and leaving[0] is not None:
+                steps.append(leaving)
             while steps:
                 held = [run_lifted(steps, held)]
-            if end in wanted:
-                features.append(self._features(held[0], planes[end % len(planes)], sizes, norm, backend))
-                held = [Stream(*held[0])]  # seen: features may be views of it
+            if leaving is not None:
+                features.append(self._features(held[0], *leaving, norm))
+                held = [] if end == last else [Stream(*held[0])]  # seen: features may be views of it
             done = end + 1
         return features
 
@@ -210,24 +214,31 @@ class LiftedModel(SharedModule):
         g = self.adapter.num_globals
         return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
-    def _features(self, stream: Stream, plane: Plane, sizes: Sizes, norm: bool, backend: str) -> VolumeFeatures:
-        """Canonical features of a stream in the order of `plane`."""
-        g, target = self.adapter.num_globals, HW if self.globals_at == "depth" else plane
+    def _leaving(self, plane: Plane, sizes: Sizes, norm: bool, backend: str) -> tuple[Norm | None, Layer]:
+        """The model's final norm, where it is asked for and operations know it, and the change to canonical order."""
+        target = HW if self.globals_at == "depth" else plane
         pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
-        layer = Layer(plane, target, sizes, g, pooling, backend=backend, strict=self.strict)
-        final = known_norm(self.adapter.final_norm())[0] if norm else None
-        tokens, plane = layer.switch(stream, final), target
-        if final is not None:
-            tokens = tokens[1]
-        elif norm:
+        layer = Layer(plane, target, sizes, self.adapter.num_globals, pooling, backend=backend, strict=self.strict)
+        return known_norm(self.adapter.final_norm())[0] if norm else None, layer
+
+    def _features(
+        self, out: Stream | tuple[Tensor, Tensor], final: Norm | None, layer: Layer, norm: bool
+    ) -> VolumeFeatures:
+        """Of a stream, or of tokens and their norm: canonical features."""
+        if isinstance(out, Stream):
+            out = layer.switch(out, final)
+        tokens = out if final is None else out[1]  # (B*S, g + L, C)
+        if norm and final is None:
             tokens = self.adapter.norm(tokens)
-        tokens = tokens.unflatten(0, (-1, plane.slices(sizes)))  # (B, S, g + L, C)
-        patches = tokens[:, :, g:].reshape(-1, *plane.ordered(sizes), tokens.shape[-1])
-        registers = tokens[:, :, int(self.adapter.has_cls) : g]
+        slices, g, plane = layer.new.slices(layer.sizes), layer.num_globals, layer.new
+        batch, channels = len(tokens) // slices, tokens.shape[-1]
+        patches = tokens[:, g:].reshape(batch, *plane.ordered(layer.sizes), channels)
+        globals_ = tokens[:, :g].unflatten(0, (batch, slices))  # (B, S, g, C)
+        has_cls = int(self.adapter.has_cls)
         return VolumeFeatures(
             patches=patches.permute(permutation(plane, HW)),
-            cls=tokens[:, :, 0] if self.adapter.has_cls else None,
-            registers=registers if registers.shape[2] else None,
+            cls=globals_[:, :, 0] if has_cls else None,
+            registers=globals_[:, :, has_cls:] if g > has_cls else None,
         )
 
     def _check(self, volume: Tensor) -> Sizes:

@@ -34,7 +34,7 @@ class Plane:
     """One way to cut a volume into sequences. Use the instances `HW`, `DW`, `DH`, `DHW`."""
 
     name: str
-    batch: tuple[int, ...]  # the batch axis, or nothing
+    batch: tuple[int, ...]  # the one batch axis, or nothing
     sequence: tuple[int, ...]  # the axes of one sequence, row-major; also the RoPE axes
 
     @property
@@ -44,7 +44,7 @@ class Plane:
 
     def slices(self, sizes: Sizes) -> int:
         """P, the number of sequences per volume of `sizes` = (D, H, W) tokens."""
-        return math.prod([sizes[a] for a in self.batch])
+        return sizes[self.batch[0]] if self.batch else 1
 
     def grid(self, sizes: Sizes) -> tuple[int, ...]:
         """(n0, n1), or (n0, n1, n2) for DHW: the sizes of one sequence's axes."""

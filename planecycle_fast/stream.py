@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .backends import asked_for, pick
 from .branches import attention_branch, autocast_dtype, mlp_branch
-from .groups import run_in_groups
+from .groups import Following, run_in_groups
 from .layer import Layer, Own, Stream
 from .ops import add_norm, plane_switch
 from .ops.add_norm import add_ref
@@ -50,24 +50,24 @@ def run_block(
     held: list[Stream],
     layer: Layer,
     call: Callable[[Tensor], Tensor],
-    following: Iterable[tuple[Snapshot | str, Layer]] = (),
-) -> tuple[Stream, int]:
+    following: Iterable[Following] = (),
+) -> tuple[Stream | tuple[Tensor, Tensor], int]:
     """A block on the stream: part by part, what `plan` allows by operations, the rest by the host.
 
     Args:
         parts: the block taken apart, or the reason why it cannot be.
         held: the stream; taken out, so that its memory is free once the planes have changed, if nobody else holds it.
         call: the whole block as the host runs it, (B*P, g + L, C) to the same.
-        following: blocks that may run in the same call, see `groups`.
+        following: what may run in the same call, see `groups`.
 
-    Returns: the stream, and how many blocks ran.
+    Returns: the stream, or after a last norm the tokens and their norm; and how many steps that were.
     """
     parts = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
     todo = Plan(block=parts) if isinstance(parts, str) else parts.plan()
     if todo.block is not None:
         return Stream(call(layer.switch(held.pop()))), 1
     if (done := run_in_groups(parts, todo, held, layer, following)) is not None:
-        return Own(*done[0]), done[1]
+        return done
     linears = parts.attention().qkv if todo.attention is None else ()
     x, normed = _normed(parts, 1, todo.norm1, linears, lambda *norm: layer.switch(held.pop(), *norm))
     scale = parts.scale(1)

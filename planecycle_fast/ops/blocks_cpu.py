@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .add_norm import Norm
 from .native_ops import NAMESPACE
 from .rope_cpu import OP as ROPE  # noqa: F401  so that the operations it is made of are complete
 
@@ -27,16 +28,20 @@ def blocks_in_place(
     tensors: Sequence[Sequence[Tensor | None]],  # of each block: qkv, out, first, last, norm1, gamma, norm2, gamma
     settings: Settings,
     fused: bool,  # whether oneDNN takes the linear layers
-    planes: Sequence[str],  # of each block
+    planes: Sequence[str],  # of each block, and that of the last norm
     sizes: Sequence[int],  # (D, H, W) in tokens
     num_globals: int,  # g
     vias: Sequence[int],  # of each change of planes, see `pooling.Transition`; 0 where rows and globals stay
-    mean: bool,
+    means: Sequence[bool],  # like `vias`
+    last: Norm | None,  # after the last block
     angles: Sequence[tuple[Tensor, Tensor]],  # of each block, sine and cosine (L, hd/2); or nothing
     group_bytes: int,  # of the widest activations of a group
-) -> tuple[Tensor, Tensor]:  # the residual and the last MLP's branch, (B*P, g + L, C) each
+) -> tuple[Tensor, Tensor]:  # (B*P, g + L, C) each: the residual and the last MLP's branch; or their sum and its norm
     """Blocks of plain linear layers, all of x's dtype; in bfloat16 with fewer roundings than one by one."""
+    final = (None, None, "none", 0.0)
+    if last is not None:
+        final = (last.weight, last.bias, "rms" if last.rms else "layer", last.eps)
     return OP(
-        x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, mean,
+        x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, means, *final,
         [table[0] for table in angles], [table[1] for table in angles], group_bytes,
     )  # fmt: skip
