@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import planecycle_fast as pcf
-from planecycle_fast import branches, stream
+from planecycle_fast import branches, layer, stream
 from planecycle_fast.torchvision_fix import mend_torchvision
 from planecycle_fast.traffic import Traffic
 from tests import peers
@@ -42,8 +42,12 @@ class Row(NamedTuple):
 @contextmanager
 def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
     """Counts these operations of the package as one pass each, and not what their reference does inside."""
-    used = {name: next(m for m in (stream, branches) if hasattr(m, name)) for name in operations}  # where it is called
-    kept = {name: getattr(module, name) for name, module in used.items()}
+    found = [
+        (m, name, name) for name in operations for m in (layer, stream, branches) if hasattr(m, name)
+    ]  # where called
+    if "plane_switch" in operations:
+        found.append((layer, "switch_unchecked", "plane_switch"))
+    kept = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in found]
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -58,13 +62,13 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
 
         return call
 
-    for name, function in kept.items():
-        setattr(used[name], name, counted(name, function))
+    for module, attribute, name in found:
+        setattr(module, attribute, counted(name, getattr(module, attribute)))
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(used[name], name, function)
+        for module, attribute, function in kept:
+            setattr(module, attribute, function)
 
 
 def of_call(

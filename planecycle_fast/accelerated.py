@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapters.dinov3 import BLOCK, block_parts, embed_parts, norm_parts, takes_volumes
 from .inputs import check_volume, wanted_layers
-from .layer import Layer, SinCos, Stream
+from .layer import Layer, SinCos, Stream, enter
 from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm, plan, watched
@@ -19,7 +19,7 @@ from .planes import DHW, HW, Plane, Sizes, parse_plane
 from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles
-from .stream import check_strict, enter, run_block
+from .stream import check_strict, run_block
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
 

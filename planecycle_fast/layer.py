@@ -83,3 +83,15 @@ class Layer:
         """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""
         named = asked_for(self.backend)
         return named if named == "auto" or self.strict else choose(named, x.device, op, False)
+
+
+def enter(
+    patches: Tensor,  # (B*D, L, C), canonical order, any strides
+    globals_: Tensor,  # (B*D, g, C), or (1, g, C): the same in all slices
+    layer: Layer,  # from canonical order to the first block's plane
+) -> Stream:
+    """The stream of embedded slices, in the first block's plane order."""
+    backend = layer.backend_for("plane_switch", patches)
+    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
+    entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
+    return Stream(entered) if entered is patches or torch.compiler.is_compiling() else Own(entered)

@@ -13,7 +13,7 @@ from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirr
 from .embedding import embed
 from .features import VolumeFeatures
 from .inputs import check_volume, wanted_layers
-from .layer import Layer, Stream
+from .layer import Layer, Stream, enter
 from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm
@@ -21,7 +21,7 @@ from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles, PlaneTables
-from .stream import check_strict, enter
+from .stream import check_strict
 
 
 class LiftedModel(SharedModule):

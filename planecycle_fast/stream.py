@@ -25,24 +25,12 @@ from torch import Tensor
 from .backends import asked_for, pick
 from .branches import attention_branch, autocast_dtype, mlp_branch
 from .groups import Following, run_in_groups
-from .layer import Layer, Own, Stream
-from .ops import add_norm, plane_switch
+from .layer import Layer, Stream
+from .ops import add_norm
 from .ops.add_norm import add_ref
 from .parts import WHOLE, BlockParts, Plan, Snapshot
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "gelu", "swiglu")  # of a block
-
-
-def enter(
-    patches: Tensor,  # (B*D, L, C), canonical order, any strides
-    globals_: Tensor,  # (B*D, g, C), or (1, g, C): the same in all slices
-    layer: Layer,  # from canonical order to the first block's plane
-) -> Stream:
-    """The stream of embedded slices, in the first block's plane order."""
-    backend = layer.backend_for("plane_switch", patches)
-    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
-    entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
-    return Stream(entered) if entered is patches or torch.compiler.is_compiling() else Own(entered)
 
 
 def run_block(
