@@ -134,7 +134,7 @@ def run_lifted(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, 
     elif _is_plain(step):
         out, ran = step.take(held, layer, _following(steps))
     else:
-        out, ran = step(held.pop(), layer), 1
+        out, ran = step(Stream(*held.pop()), layer), 1  # hooks may keep it, or change it
     del steps[:ran]
     return out
 

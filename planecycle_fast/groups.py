@@ -165,7 +165,7 @@ def weight_and_bias(linear: Any) -> Callable[[], Linear]:
     if type(linear) is nn.Linear or bias is None:
         return lambda: (weight, bias)
     mask = linear.bias_mask
-    return lambda: (weight, bias * mask.to(bias.dtype))
+    return lambda: (weight, bias * (mask if mask.dtype is bias.dtype else mask.to(bias.dtype)))
 
 
 def _dtype_of(

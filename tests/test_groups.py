@@ -111,6 +111,26 @@ def test_which_blocks_run_in_one_call(calls):
     assert ran() == [2, 1, count - 4]
 
 
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "timm-dinov3-no-globals"])
+@torch.no_grad()
+def test_what_hooks_keep_stays_what_it_was(name):
+    """Of the first block too, whose stream nobody else has seen before; what comes out of hooks is checked."""
+    host, kept = BY_NAME[name], []
+    lifted = pcf.lift(host.make(), backend="cpu", cycle_order=("HW",))
+
+    def keep(module, args):
+        assert type(args[0]) is pcf.Stream
+        kept.extend([(t, t.clone()) for t in args[0] if t is not None])
+
+    for block in lifted.blocks:
+        block.register_forward_pre_hook(keep)
+    lifted(host.volume())
+    assert len(kept) > len(lifted.blocks) and all(torch.equal(t, before) for t, before in kept)
+    lifted.blocks[0].register_forward_hook(lambda m, args, out: out._replace(residual=out.residual[:, 1:]))
+    with pytest.raises(ValueError, match="must have"):
+        lifted(host.volume())
+
+
 @torch.no_grad()
 def test_a_call_is_short(monkeypatch, calls):
     """Signals have to wait for its end."""

@@ -146,8 +146,7 @@ def switch_unchecked(
         more = (branch, scale, norm, globals_, norm_dtype)
         return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
     if globals_ is not None:
-        same = Transition(transition.num_prev, transition.num_prev)
-        x = _switch(add_ref(x, branch, scale), old, old, sizes, num_globals, same, globals_)
+        x = torch.cat([globals_.expand(x.shape[0], -1, -1), add_ref(x, branch, scale)], dim=1)
         branch = scale = None
     stays = old == new and _keeps_globals(new, num_globals, transition)
     switch, boundary, add_rows = _implementations(chosen)
