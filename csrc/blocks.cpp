@@ -66,7 +66,11 @@ Block block_of(const OptionalTensors& tensors, int64_t i, int64_t num_qkv, int64
   return block;
 }
 
-void turn(Tensor x, const Settings& settings, const Tensor& sin, const Tensor& cos) {
+void turn(
+    Tensor x,             // (n, g + L, heads, hd), written to
+    const Settings& settings,
+    const Tensor& sin,    // (L, hd/2)
+    const Tensor& cos) {  // like sin
   using Signature = void(Tensor&, bool, c10::SymInt, c10::SymInt, bool, c10::SymIntArrayRef, at::TensorList, at::TensorList,
                          at::TensorList, const OptionalTensors&, std::string_view, bool, bool, at::ScalarType, at::ScalarType);
   static auto rope = operation<Signature>("planecycle_fast_cpu::rope_");
@@ -75,7 +79,12 @@ void turn(Tensor x, const Settings& settings, const Tensor& sin, const Tensor& c
             OptionalTensors(), "", false, false, dtype, dtype);
 }
 
-void add_norm(Tensor x, const Tensor& branch, const OptionalTensor& scale, const Norm& norm, Tensor normed) {
+void add_norm(
+    Tensor x,                     // (n, g + L, C); becomes the sum
+    const Tensor& branch,         // like x
+    const OptionalTensor& scale,  // (C,)
+    const Norm& norm,
+    Tensor normed) {  // like x; becomes its norm
   using Signature = void(Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                          std::string_view, double, Tensor&);
   static auto op = operation<Signature>("planecycle_fast_cpu::add_norm_");
@@ -89,7 +98,11 @@ struct Change {
   int64_t num_globals, via;
   bool mean;
 
-  std::tuple<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const OptionalTensor& scale, const Norm& norm) const {
+  std::tuple<Tensor, Tensor> operator()(  // -> the sum and its norm, (B*P2, g + L2, C) each
+      const Tensor& x,                    // (B*P1, g + L1, C)
+      const Tensor& branch,               // like x
+      const OptionalTensor& scale,        // (C,)
+      const Norm& norm) const {
     using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
         std::string_view, c10::SymIntArrayRef, c10::SymInt, c10::SymInt, bool, std::string_view, double, std::optional<at::ScalarType>);
@@ -113,7 +126,9 @@ Tensor gated(
 
 // oneDNN's linear layer with what follows it in its epilogue: the bias, which F.linear in bfloat16 spends a pass over the
 // output on, and the exact GELU.
-Tensor onednn(const Tensor& x, const Linear& layer, bool gelu) {
+Tensor onednn(
+    const Tensor& x,  // (n, rows, in)
+    const Linear& layer, bool gelu) {
   using Scalars = c10::List<std::optional<at::Scalar>>;
   using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, Scalars,
                            std::optional<std::string_view>);
@@ -121,7 +136,9 @@ Tensor onednn(const Tensor& x, const Linear& layer, bool gelu) {
   return op.call(x, layer.weight, layer.bias, gelu ? "gelu" : "none", Scalars(), gelu ? "none" : "");
 }
 
-Tensor linear(const Tensor& x, const Linear& layer, bool fused) {
+Tensor linear(
+    const Tensor& x,  // (n, rows, in)
+    const Linear& layer, bool fused) {
   auto helps = fused && layer.bias && x.scalar_type() == at::kBFloat16 && layer.weight.is_contiguous();
   return helps ? onednn(x, layer, false) : at::linear(x, layer.weight, layer.bias);
 }
@@ -188,7 +205,8 @@ Tensor run(
 }
 
 // The tensor, which leaves an empty one behind: arguments live as long as the call.
-Tensor take(Tensor& t) {
+Tensor take(
+    Tensor& t) {  // any shape
   auto taken = t.detach();
   t.set_();
   return taken;

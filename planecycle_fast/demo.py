@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .backends import pick
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
@@ -83,6 +84,7 @@ def run_demo(
     )
     mask = foreground(image, grid)
 
+    pick("auto", pixels.device, "add_norm")  # where the backend has to be built first, that is no part of the times
     rows, features = [], {}
     for mode in MODES:
         with _progress(console, lifted[mode], mode):

@@ -113,6 +113,19 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_demo_builds_before_it_measures(tmp_path, monkeypatch):
+    from planecycle_fast import demo, native
+
+    def measure(model, pixels):
+        assert "reason" in native._state  # it has been tried
+        raise InterruptedError
+
+    monkeypatch.setattr(native, "_state", {})
+    monkeypatch.setattr(demo, "_measure", measure)
+    with pytest.raises(InterruptedError):
+        demo.run_demo(out=tmp_path / "p.png", size=64)
+
+
 @pytest.mark.parametrize("package, extra", [("typer", "scans"), ("nibabel", "scans"), ("transformers", "demo")])
 def test_missing_packages_name_their_extra(tmp_path, monkeypatch, capsys, package, extra):
     monkeypatch.setitem(sys.modules, package, None)

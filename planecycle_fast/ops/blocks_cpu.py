@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from .add_norm import Norm
 from .native_ops import NAMESPACE
 from .rope_cpu import OP as ROPE  # noqa: F401  so that the operations it is made of are complete
 
-if TYPE_CHECKING:
-    from ..groups import Settings
-
 OP = getattr(torch.ops, NAMESPACE).blocks_.default
 
 
@@ -26,7 +22,7 @@ def blocks_in_place(
     x: Tensor,  # (B*P, g + L, C), the residual in the order of the first block's plane; taken, an empty tensor is left
     normed: Tensor,  # like x, its norm1; taken
     tensors: Sequence[Sequence[Tensor | None]],  # of each block: qkv, out, first, last, norm1, gamma, norm2, gamma
-    settings: Settings,
+    settings: tuple,  # `groups.Settings`
     fused: bool,  # whether oneDNN takes the linear layers
     planes: Sequence[str],  # of each block, and that of the last norm
     sizes: Sequence[int],  # (D, H, W) in tokens
