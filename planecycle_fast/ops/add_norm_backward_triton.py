@@ -23,6 +23,7 @@ from .add_norm_shapes import Shapes
 from .configs import tile
 from .custom import INTERPRETED, launch
 from .plane_switch_triton import _bin_size, _divide, _last_divisor, _share
+from .scalars_triton import scalars
 
 PATCH_PROGRAMS, GLOBAL_PROGRAMS = 1024, 128  # at most; each leaves a row of partial sums
 COLUMNS, PARTIALS = 32, 128  # the tile that sums them
@@ -178,6 +179,11 @@ def add_norm_backward_kernel(
     pid = tl.program_id(0)
     c = tl.arange(0, HEAD).to(tl.int64)
     d = HEAD + tl.arange(0, TAIL if TAIL else 1).to(tl.int64)
+    num_globals, n0, n1, n2 = scalars((num_globals, n0, n1, n2), tl.int32)
+    num_in, num_out, via, steps, tiles = scalars((num_in, num_out, via, steps, tiles), tl.int32)
+    global_programs, global_steps, global_tiles = scalars((global_programs, global_steps, global_tiles), tl.int32)
+    x_volume, x_seq, x_0, x_1, x_2 = scalars((x_volume, x_seq, x_0, x_1, x_2), tl.int64)
+    out_volume, out_seq, out_0 = scalars((out_volume, out_seq, out_0), tl.int64)
     grads, saved, inputs, outs = (grad, grad_normed), (y, mean, rstd, weight), (branch, scale), (grad_x, grad_branch)
     sums, slices = (scale_sums, weight_sums, bias_sums), (num_in, num_out, via)
     if pid >= global_programs:
@@ -212,6 +218,7 @@ def column_sums_kernel(
     ACC: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
+    programs = tl.cast(programs, tl.int32)
     blocks = tl.cdiv(CHANNELS, BLOCK_C)
     c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     vector = pid // blocks

@@ -22,6 +22,7 @@ from .add_norm_shapes import Shapes
 from .configs import tile
 from .custom import INTERPRETED, launch
 from .plane_switch_triton import _bin_size, _divide, _last_divisor, _share
+from .scalars_triton import scalars
 
 
 @triton.jit
@@ -215,7 +216,11 @@ def add_norm_kernel(
     pid = tl.program_id(0)
     c = tl.arange(0, HEAD).to(tl.int64)
     d = HEAD + tl.arange(0, TAIL if TAIL else 1).to(tl.int64)
-    stream, norm, outs = (x, branch, scale), (weight, bias, eps), (out, normed, mean, rstd)
+    num_globals, n0, n1, n2 = scalars((num_globals, n0, n1, n2), tl.int32)
+    num_in, num_out, via, global_programs = scalars((num_in, num_out, via, global_programs), tl.int32)
+    x_volume, x_seq, x_0, x_1, x_2 = scalars((x_volume, x_seq, x_0, x_1, x_2), tl.int64)
+    out_volume, out_seq, out_0 = scalars((out_volume, out_seq, out_0), tl.int64)
+    stream, norm, outs = (x, branch, scale), (weight, bias, tl.cast(eps, ACC)), (out, normed, mean, rstd)
     if pid >= global_programs:
         source, target, ok = rows_of(
             pid - global_programs, num_globals, (n0, n1, n2), (x_volume, x_0, x_1, x_2), (out_volume, out_0), BLOCK_R

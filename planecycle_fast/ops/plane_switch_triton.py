@@ -31,6 +31,7 @@ from ..planes import PLANES, Plane, Sizes, row_map
 from ..pooling import Transition
 from .custom import INTERPRETED, launch, register
 from .registry import Cost, linear
+from .scalars_triton import scalars
 
 BLOCK_G = 8  # global tokens of a tile
 LIMIT = 2**30  # of what is counted in 32 bits: tokens, globals and products of slices; offsets are 64-bit
@@ -176,6 +177,10 @@ def plane_switch_kernel(
     TRANSPOSED: tl.constexpr,  # apply the transpose of M, which leads from out to x
     ACC: tl.constexpr,  # dtype of sums
 ):  # fmt: skip
+    channels, num_globals, n0, n1, n2 = scalars((channels, num_globals, n0, n1, n2), tl.int32)
+    num_in, num_out, via, global_programs = scalars((num_in, num_out, via, global_programs), tl.int32)
+    x_batch, x_seq, x_row, x_channel = scalars((x_batch, x_seq, x_row, x_channel), tl.int64)
+    x_0, x_1, x_2, out_batch, out_seq, out_0 = scalars((x_0, x_1, x_2, out_batch, out_seq, out_0), tl.int64)
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels * UNIT, BLOCK_C)
     block, job = pid % blocks, pid // blocks

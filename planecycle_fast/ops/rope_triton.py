@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
 from .custom import INTERPRETED, launch
+from .scalars_triton import scalars
 
 HEADS = 8  # of a program at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 1024
@@ -165,6 +166,11 @@ def rope_kernel(
     ACC: tl.constexpr,  # that this kernel turns in
     SKIP: tl.constexpr,  # leave globals as they are
 ):  # fmt: skip
+    count, rows, num_globals, n0, n1, n2 = scalars((count, rows, num_globals, n0, n1, n2), tl.int32)
+    heads, turned, per_group, sign = scalars((heads, turned, per_group, sign), tl.int32)
+    x_seq, x_row, x_head, x_channel = scalars((x_seq, x_row, x_head, x_channel), tl.int64)
+    out_seq, out_row, out_head, out_channel = scalars((out_seq, out_row, out_head, out_channel), tl.int64)
+    t0, t1, t2 = scalars((t0, t1, t2), tl.int64)
     pid = tl.program_id(0)
     groups = tl.cdiv(heads, per_group)
     group, tile = pid % groups, pid // groups

@@ -16,6 +16,7 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 
 from .custom import INTERPRETED, launch, register, register_backward
 from .registry import Cost, refuse_transforms
+from .scalars_triton import scalars
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
@@ -43,6 +44,8 @@ def swiglu_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,  # what is computed in
 ):  # fmt: skip
+    rows, hidden, gate_row, value_row, out_row = scalars((rows, hidden, gate_row, value_row, out_row), tl.int64)
+    blocks = tl.cast(blocks, tl.int32)
     if value is None:
         value, value_row = gate + hidden * UNIT, gate_row
     row, c, mask = _tile(rows, hidden, blocks, UNIT, BLOCK_R, BLOCK_C)
@@ -68,6 +71,9 @@ def swiglu_backward_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,  # what is computed in
 ):  # fmt: skip
+    rows, hidden, grad_row, grads_row = scalars((rows, hidden, grad_row, grads_row), tl.int64)
+    gate_row, value_row = scalars((gate_row, value_row), tl.int64)
+    blocks = tl.cast(blocks, tl.int32)
     if value is None:
         value, value_row = gate + hidden * UNIT, gate_row
         grad_value = grad_gate + hidden * UNIT
