@@ -18,7 +18,7 @@ else:
 
 def pytest_collection_modifyitems(items):
     """Long tests where they start at once: `--dist worksteal` gives each of two processes one half of the list."""
-    names = ("test_error_budget_of_any_case", "test_overflow")
+    names = ("test_error_budget_of_any_case", "test_overflow", "test_overflow_typed_by_inductor")
     long = [item for item in items if getattr(item, "originalname", "") in names]
     rest = [item for item in items if getattr(item, "originalname", "") not in names]
     middle = len(rest) // 2

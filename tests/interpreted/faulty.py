@@ -132,4 +132,5 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
         huge=[case(100_000, 2**10, 32)],
         strategy=lambda: st.builds(case, *[st.integers(1, 9)] * 3),
         groups=lambda t, settings: {"rows": t},
+        outputs={kernel.__name__: {"out"}},
     )

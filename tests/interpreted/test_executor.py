@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..kernelcheck import interpreter
+from ..kernelcheck.executor import typed_by_inductor
 from ..kernelcheck.observers import Fault
 from ..kernelcheck.overflow import OverflowFault, probing
 
@@ -33,6 +34,23 @@ def test_floats_are_float32():
     x, out = torch.full((4,), 2048, dtype=torch.float16), torch.empty(4)
     sum_kernel[(1,)](x, out, 1.0001, N=4)
     assert (out > 2048).all()  # the product is in float32
+
+
+@triton.jit
+def types_kernel(out, few: tl.int64, many, real):
+    tl.store(out, few.dtype == tl.int32)
+    tl.store(out + 1, many.dtype == tl.int64)
+    tl.store(out + 2, real.dtype == tl.float64)
+
+
+def test_types_as_torch_compile_gives_them():
+    """`kernelcheck.inductor` says the same of compiled kernels."""
+    out, launched = torch.zeros(3, dtype=torch.bool), (3, 2**31, 0.5)
+    types_kernel[(1,)](out, *launched)
+    assert out.tolist() == [False, True, False]
+    with typed_by_inductor():
+        types_kernel[(1,)](out, *launched)
+    assert out.all()
 
 
 def test_booleans():

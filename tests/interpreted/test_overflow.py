@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..kernelcheck import checks
+from ..kernelcheck.executor import typed_by_inductor
 from ..kernelcheck.observers import Fault
 from ..kernelcheck.overflow import GridError, OverflowFault, apart, apart_unaligned, probing
 from ..kernelcheck.sanitizer import BoundsError
@@ -81,6 +82,14 @@ def astray_kernel(x, out, stride: tl.int64, n, m, BLOCK: tl.constexpr):
 ROWS, COLUMNS = 2**24, 256  # 2^32 elements
 
 
+@triton.jit
+def annotated_kernel(x, out, stride: tl.int64, n, m, BLOCK: tl.constexpr):
+    """Wide by the annotation alone."""
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    tl.store(out + row.to(tl.int64) * m + c, tl.load(x + row * stride + c, mask=c < m), mask=c < m)
+
+
 def run(kernel, layout=lambda t: t, grid=None):
     x, out = (torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device="meta") for _ in range(2))
     x = layout(x)
@@ -128,6 +137,16 @@ def test_overflow_in_an_argument():
 def test_an_address_that_is_wrong_without_overflow():
     with pytest.raises(BoundsError, match="load at no element of x"):
         run(astray_kernel)
+
+
+def test_an_offset_that_torch_compile_makes_narrow():
+    run(annotated_kernel)
+    with typed_by_inductor():
+        run(right_kernel)
+        message = "multiply of 12582911 and 256 gives 3221225216, which does not fit into int32, in .*: tl.store"
+        with pytest.raises(OverflowFault, match=message):
+            run(annotated_kernel)
+    run(annotated_kernel)
 
 
 @pytest.mark.parametrize("grid, axis", [((2**31,), "x"), ((1, 65_536), "y"), ((1, 1, 100_000), "z")])

@@ -6,6 +6,7 @@
 import itertools
 import math
 import re
+from contextlib import nullcontext
 
 import torch
 from torch.autograd import forward_ad
@@ -304,15 +305,21 @@ def declared_cost(spec, case, dtype, layout=contiguous):
         if beside.rows:
             hidden = {name: (row.read, row.written) for name, row in beside.rows.items()}
             raise AssertionError(f"the body of {op.name} moves data beside its kernels: {hidden} bytes")
+        for kernel, stored in record.stored.items():
+            if not stored <= spec.outputs.get(kernel, set()):
+                raise AssertionError(f"{kernel} writes to {stored}, of which its spec knows {spec.outputs.get(kernel)}")
         recorded = (record.read, record.written, sum(record.launches.values()))
         if tuple(declared) != recorded:
             raise AssertionError(f"{op.name} declares (read, written, launches) {tuple(declared)}, ran {recorded}")
 
 
-def overflow(spec, case, layout=contiguous, dtype=torch.bfloat16):
-    """No integer overflows, every address is right and grids fit, at sizes past 2^31, with nothing allocated."""
+def overflow(spec, case, layout=contiguous, dtype=torch.bfloat16, typed=nullcontext):
+    """No integer overflows, every address is right and grids fit, at sizes past 2^31, with nothing allocated.
+
+    `typed` is a context that types the arguments of kernels.
+    """
     for op, call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
-        with probing() as probe:
+        with typed(), probing() as probe:
             op.body(*[layout(a) if isinstance(a, torch.Tensor) and spec.any_strides else a for a in call])
         assert probe.launches, f"{op.name} launches nothing"
 

@@ -18,6 +18,9 @@ TENSOR_CORES = re.compile(r"\b(?:[HIQDO]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b")
 GLOBAL_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E([.\w]*)")
 ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|RED|REDG)\.E\b")  # of global memory
 NARROW_OFFSET = re.compile(r"tt\.addptr .*, (?:tensor<[\dx]*)?i32>?")
+COUNTED_IN_ELEMENTS = {"channels", "hidden", "CHANNELS"}  # arguments that are lengths of rows; strides are, too
+VALUE = re.compile(r"%[\w#]+")
+SPREADING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/", re.MULTILINE)
 
 
@@ -36,7 +39,7 @@ class Binary:
     local: int  # loads and stores of local memory: spills
     tensor_cores: int  # instructions
     atomics: int
-    narrow_offsets: int  # additions of 32-bit offsets to pointers, and products widened too late
+    narrow_offsets: int  # additions of 32-bit offsets to pointers, products widened too late, `narrow_lengths`
     accesses: dict[str, dict[int, int]]  # "load", "store": how many global accesses, by bytes per thread
 
     def text(self, kind):
@@ -54,10 +57,10 @@ def compile_variant(variant, arch):
         cubin.flush()
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name)
         sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", cubin.name)
-    return read_binary(usage, sass, compiled.asm["ttir"], compiled.metadata.shared)
+    return read_binary(usage, sass, compiled.asm["ttir"], compiled.metadata.shared, lengths(variant))
 
 
-def read_binary(usage, sass, ttir, shared):
+def read_binary(usage, sass, ttir, shared, lengths=()):
     """A `Binary` from cuobjdump, nvdisasm and triton's IR. cuobjdump's LOCAL is 0 even where a kernel spills."""
     accesses = {"load": Counter(), "store": Counter()}
     for kind, modifiers in GLOBAL_ACCESS.findall(sass):
@@ -70,7 +73,7 @@ def read_binary(usage, sass, ttir, shared):
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_cores=len(TENSOR_CORES.findall(sass)),
         atomics=len(ATOMIC.findall(sass)),
-        narrow_offsets=len(NARROW_OFFSET.findall(ttir)) + late_widenings(ttir),
+        narrow_offsets=len(NARROW_OFFSET.findall(ttir)) + late_widenings(ttir) + narrow_lengths(ttir, lengths),
         accesses={kind: dict(widths) for kind, widths in accesses.items()},
     )
 
@@ -79,11 +82,48 @@ def late_widenings(ttir):
     """How many values become 64-bit after a 32-bit product of two variables, which may have wrapped by then."""
     made_of = {}  # of every value: the operation that makes it, and of what
     late = 0
-    for name, operation, operands in re.findall(r"(%[\w#]+) = ([\w.]+)(.*?) :", ttir):
-        values = re.findall(r"%[\w#]+", operands)
-        made_of[name] = operation, values
-        late += operation == "arith.extsi" and _is_product(values[0], made_of)
+    for name, operation, operands, _ in _operations(ttir):
+        made_of[name] = operation, VALUE.findall(operands)
+        late += operation == "arith.extsi" and _is_product(made_of[name][1][0], made_of)
     return late
+
+
+def _operations(ttir):
+    """(name, operation, operands, type) of all that makes a value."""
+    return re.findall(r"(%[\w#]+) = ([\w.]+)(.*?) : ([^\n]*?)(?: loc\(|\n)", ttir)
+
+
+def lengths(variant):
+    """Which arguments of a kernel are distances of rows, in elements: names of numbers, and values of constants."""
+    wide = {p.name for p in variant.kernel.params if "64" in str(p.annotation)}  # how strides are annotated
+    names = (wide | COUNTED_IN_ELEMENTS) & set(variant.kernel.arg_names)
+    values = {variant.values[name] for name in names & set(variant.values)}
+    return names | {value for value in values if type(value) is int and value > 1}
+
+
+def narrow_lengths(ttir, lengths):
+    """How many 32-bit products and sums there are of a row's number, or anything else that varies, and a row's length.
+
+    `lengths` are names of arguments and values of constants. Products of a length and a constant are lengths as well.
+    """
+    constants, of_rows, narrow = set(), {f"%{name}" for name in lengths if isinstance(name, str)}, 0
+    for name, operation, operands, kind in _operations(ttir):
+        values = VALUE.findall(operands)
+        if operation == "arith.constant":
+            constants.add(name)
+            number = re.search(r"(?:dense<)?(-?\d+)>?$", operands.strip())
+            if number and int(number.group(1)) in lengths:
+                of_rows.add(name)
+        elif operation in SPREADING:
+            for kept in (constants, of_rows):
+                kept.update([name] if values[0] in kept else [])
+        elif operation in ("arith.muli", "arith.addi", "arith.subi"):
+            rows, others = [v for v in values if v in of_rows], [v for v in values if v not in of_rows]
+            varying = [v for v in others if v not in constants]
+            narrow += bool(rows and varying and re.search(r"\bi32|xi32", kind))
+            if operation == "arith.muli" and rows and not varying:
+                of_rows.add(name)
+    return narrow
 
 
 def _is_product(value, made_of):

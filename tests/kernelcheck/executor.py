@@ -134,8 +134,25 @@ def _annotation(fn, name):
     return None if annotation is None else _normalize_ty(annotation)
 
 
+_inductor = []
+
+
+@contextlib.contextmanager
+def typed_by_inductor():
+    """Within it arguments are typed as Inductor types them on a GPU (`inductor`): annotations count for nothing."""
+    _inductor.append(True)
+    try:
+        yield
+    finally:
+        _inductor.pop()
+
+
 def _convert(value, annotation=None):
     """An argument as a kernel sees it."""
+    if _inductor:
+        if type(value) is int and value == 1:
+            return value  # a constant
+        annotation = "fp64" if isinstance(value, float) else None
     if isinstance(value, bool):
         return _scalar(value, tl.int1)
     if isinstance(value, int):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import checks
+from .executor import typed_by_inductor
 from .layouts import LAYOUTS, VARIED, contiguous, permuted
 from .overflow import apart, apart_unaligned
 
@@ -111,6 +112,10 @@ def op_tests(spec, examples=None):
         @of_huge
         def test_overflow(self, case, layout):
             checks.overflow(spec, case, layout)
+
+        @of_huge
+        def test_overflow_typed_by_inductor(self, case):
+            checks.overflow(spec, case, typed=typed_by_inductor)
 
         @_layouts([permuted, apart, apart_unaligned] if spec.any_strides else [contiguous])
         @pytest.mark.parametrize("case", [spec.typical, *spec.small], ids=lambda case: case.name)

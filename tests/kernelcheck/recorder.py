@@ -13,11 +13,14 @@ class Record(Observer):
         self.uncounted = uncounted
         self.read = self.written = 0
         self.launches = Counter()
+        self.stored = {}  # arguments that were written to, by kernel
 
     def launched(self, launch):
         self.launches[launch.kernel] += 1
 
     def accessed(self, access):
+        if access.kind != "load":
+            self.stored.setdefault(access.launch.kernel, set()).add(access.argument.name)
         if access.argument.name in self.uncounted:
             return
         size = access.distances.size * access.width

@@ -173,6 +173,8 @@ SPEC = Spec(
     twice=False,
     uncounted=frozenset({"scale", "weight", "bias", "mean", "rstd", "scale_sums", "weight_sums", "bias_sums",
                          "partials", "sums"}),
+    outputs={"add_norm_kernel": {"out", "normed", "mean", "rstd"}, "column_sums_kernel": {"sums"},
+             "add_norm_backward_kernel": {"grad_x", "grad_branch", "scale_sums", "weight_sums", "bias_sums"}},
     factors={"build": BUILDS},
     factors_case=codegen_case,
     wide=lambda choice: False,

@@ -130,4 +130,5 @@ SPEC = Spec(
     factors={"channels": [384, 768, 1024, 1280, 4096, 100], "pool": ["none", "PCg", "PCm"]},
     factors_case=codegen_case,
     wide=lambda choice: choice["channels"] * choice["dtype"].itemsize % 16 == 0,
+    outputs={"plane_switch_kernel": {"out"}},
 )  # fmt: skip

@@ -230,4 +230,5 @@ SPEC = Spec(
     exempt=10,  # periods, one access per axis, and shift, jitter and rescale
     others=(IN_PLACE,),
     uncounted=frozenset([*POINTERS, "shift", "jitter", "rescale"]),
+    outputs={"rope_kernel": {"out"}},
 )  # fmt: skip

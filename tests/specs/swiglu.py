@@ -91,4 +91,5 @@ SPEC = Spec(
     wide=lambda choice: choice["hidden"] * choice["dtype"].itemsize % 16 == 0,
     any_strides=False,
     others=(BACKWARD, INPLACE),
+    outputs={"swiglu_kernel": {"out"}, "swiglu_backward_kernel": {"grad_gate", "grad_value"}},
 )
