@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import planecycle_fast as pcf
 
-from .budget import Errors, check, errors
+from .budget import check_all, reference_errors
 from .interpreter import poisoned
 
 # Position encodings of DINOv2 are resized by these, whose gradients torch sums in any order on a GPU. Nothing else may.
@@ -16,7 +16,6 @@ NOT_DETERMINISTIC = (
     torch.ops.aten._upsample_bicubic2d_aa_backward.default,
 )
 LAYERS = 3  # of a model that run
-SEEDS = 8  # different inputs that the reference's largest error is taken from
 
 
 class Allowing(TorchDispatchMode):
@@ -62,19 +61,15 @@ def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5)), backe
     batch, depth, grid = shape
     model = host.make().to(device, dtype)
     wide = copy.deepcopy(model).double()
-    largest = {}
-    for seed in range(SEEDS):
-        generator = torch.Generator().manual_seed(seed)
-        size = host.volume(batch=batch, depth=depth, grid=grid).shape
-        volume = torch.randn(size, generator=generator).to(device, dtype)
-        reference, exact = (
-            results(model, volume, settings, "reference"),
-            results(wide, volume.double(), settings, "reference"),
+    size = host.volume(batch=batch, depth=depth, grid=grid).shape
+
+    def volume(seed):
+        return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+    exact, largest = reference_errors(
+        lambda seed: (
+            results(model, volume(seed), settings, "reference"),
+            results(wide, volume(seed).double(), settings, "reference"),
         )
-        first, first_exact = (volume, exact) if seed == 0 else (first, first_exact)  # noqa: F821
-        for name, t in reference.items():
-            largest[name] = errors(name, t, exact[name]).worse(largest.get(name, Errors(t.dtype)))
-    got = results(model, first, settings, backend)
-    assert got.keys() == first_exact.keys()
-    for name, t in got.items():
-        check(name, t, first_exact[name], largest[name])
+    )
+    check_all(results(model, volume(0), settings, backend), exact, largest)
