@@ -11,6 +11,9 @@ from planecycle_fast import attentions
 from planecycle_fast.ops import attention, attention_ref
 from planecycle_fast.traffic import Traffic
 
+from .kernelcheck.attention import check_attention
+from .kernelcheck.budget import BudgetError
+
 FLASH = ("flash2", "flash3", "flash4")
 
 
@@ -43,6 +46,40 @@ def test_sdpa_is_torchs_to_the_bit(dtype):
     q, k, v = make(dtype=dtype)
     expected = F.scaled_dot_product_attention(*[t.transpose(1, 2).contiguous() for t in (q, k, v)])
     assert torch.equal(attention(q, k, v), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 21, 6, 64), (3, 77, 2, 128)], ids=str)
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_within_the_budget(name, shape, dtype):
+    """What `test_gpu_attention` checks of every attention."""
+    check_attention(lambda q, k, v: attention(q, k, v, attention=name), shape, dtype)
+
+
+def faulty(q, k, v, fault):
+    scores = torch.einsum("nihd,njhd->nhij", q, k) * q.shape[3] ** -0.5
+    if fault == "a scale that is 1% off":
+        scores = scores * 1.01
+    if fault == "a key that is left out":
+        scores = torch.cat([scores[..., :-1], scores[..., -1:] - 1e4], -1)
+    weights = scores.softmax(-1)
+    if fault == "probabilities in bfloat16":
+        weights = weights.bfloat16().to(q.dtype)
+    if fault == "no gradient through the softmax's sum":
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True).detach()
+    return torch.einsum("nhij,njhd->nihd", weights, v)
+
+
+FAULTS = ["a scale that is 1% off", "a key that is left out", "probabilities in bfloat16",
+          "no gradient through the softmax's sum"]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(8, 21, 6, 64), (3, 77, 2, 128)], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_attentions_are_not_within_the_budget(fault, shape):
+    check_attention(lambda *qkv: faulty(*qkv, None), shape, torch.float32)
+    with pytest.raises(BudgetError, match="gradient at" if "gradient" in fault else "output at"):
+        check_attention(lambda *qkv: faulty(*qkv, fault), shape, torch.float32)
 
 
 def test_no_copies():

@@ -10,11 +10,11 @@ triton = pytest.importorskip("triton", reason="needs triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("torch cannot wrap kernels under TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-
 from planecycle_fast.ops.plane_switch_triton import plane_switch_triton
 from planecycle_fast.planes import DW, HW
 from planecycle_fast.pooling import transition
+
+from .kernelcheck.launches import NoGpu
 
 
 def switch(x, sizes=(3, 4, 5), g=2):
@@ -27,13 +27,6 @@ def test_a_fake_needs_no_gpu():
         out = switch(torch.empty(6, 22, 384, device="cuda", dtype=torch.bfloat16))
     assert out.shape == (8, 17, 384) and out.device.type == "cuda" and out.is_contiguous()
     assert switch(torch.empty(6, 22, 384, device="meta")).shape == (8, 17, 384)
-
-
-class NoGpu:
-    """Enough of triton's driver for torch to compile a kernel as far as it needs to see which tensors it writes."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_accelerated_models_on_cuda_are_those_of_the_cpu(build, block_type):
 
 
 def test_features_are_computed_on_cuda_where_there_is_one():
-    assert extract._device("auto").type == "cuda"
+    assert extract.usable_device("auto").type == "cuda"
     lifted = pcf.lift(BY_NAME["hf-dinov3"].make().cuda())
     _, tensors = extract.compute(lifted, torch.randn(1, 3, 3, 48, 80))
     assert tensors["patches"].device.type == "cpu" and tensors["patches"].shape == (3, 3, 5, 64)

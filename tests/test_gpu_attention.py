@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from planecycle_fast.attentions import ATTENTIONS, why_not_attention, why_not_for
-from planecycle_fast.ops import attention, attention_ref
+from planecycle_fast.ops import attention
+
+from .kernelcheck.attention import check_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,21 +35,10 @@ def test_within_twice_the_error_of_torchs_plain_operations(name, shape, dtype):
     """Outputs and gradients, of views of a packed qkv."""
     usable(name)
     n, rows, heads, head_dim = shape
-    packed = torch.randn(n, rows, 3, heads, head_dim, dtype=dtype, device="cuda", requires_grad=True)
-    grad = torch.randn(n, rows, heads, head_dim, dtype=dtype, device="cuda")
-
-    def both(function, leaf, grad):
-        out = function(*leaf.unbind(2))
-        return out.detach(), *torch.autograd.grad(out, leaf, grad)
-
+    packed = torch.randn(n, rows, 3, heads, head_dim, dtype=dtype, device="cuda")
     taken(name, *packed.unbind(2))
-    got = both(lambda q, k, v: attention(q, k, v, attention=name), packed, grad)
-    plain = both(attention_ref, packed, grad)
-    exact = both(attention_ref, packed.detach().double().requires_grad_(), grad.double())
-    assert got[0].is_contiguous()
-    for a, b, truth in zip(got, plain, exact):
-        allowed = 2 * (b.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
-        assert (a.double() - truth).abs().max() <= allowed
+    assert attention(*packed.unbind(2), attention=name).is_contiguous()
+    check_attention(lambda q, k, v: attention(q, k, v, attention=name), shape, dtype, "cuda")
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name not in ("auto", "triton")])

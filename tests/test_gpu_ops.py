@@ -63,9 +63,9 @@ def test_layouts(spec, c, layout):
 
 
 @LAYOUTS
-def test_opcheck(layout):
-    for spec in SPECS:
-        checks.opcheck(spec, spec.typical, on_gpu(layout))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op.name)
+def test_opcheck(spec, layout):
+    checks.opcheck(spec, spec.typical, on_gpu(layout))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

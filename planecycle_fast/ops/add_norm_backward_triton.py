@@ -271,7 +271,7 @@ def _add_norm_backward(
     grad_x, grad_branch, sums = gradients(y, shapes, sum(wanted), x_dtype, branch_dtype, sums_dtype)
     if y.shape[2] == 0:
         return grad_x, grad_branch, sums
-    head, tail, block_r, warps = tile("backward", y.shape[2])
+    head, tail, block_r, warps = tile("backward", shapes.channels)
     tiles, global_tiles = shapes.patch_tiles(block_r), shapes.global_tiles(block_r, shapes.old.slices(sizes))
     steps = max(1, triton.cdiv(tiles, PATCH_PROGRAMS))
     global_steps = max(1, triton.cdiv(global_tiles, GLOBAL_PROGRAMS))
@@ -282,7 +282,7 @@ def _add_norm_backward(
     partials = y.new_empty((sum(wanted), programs, y.shape[2]), dtype=acc)
     rows = iter(range(sum(wanted)))
     parts = [partials[next(rows)] if one else None for one in wanted]
-    constants = {"CHANNELS": y.shape[2], "ACC": tl.float64 if acc == torch.float64 else tl.float32}
+    constants = {"CHANNELS": shapes.channels, "ACC": tl.float64 if acc == torch.float64 else tl.float32}
     if programs:
         launch(
         add_norm_backward_kernel if INTERPRETED else wrap_triton(add_norm_backward_kernel), (programs,), y.device,

@@ -50,8 +50,9 @@ class Shapes(NamedTuple):
     ) -> Shapes:
         """By tensors in the order of one of both planes."""
         batch = rows.shape[0] // PLANES[plane].slices(sizes)
+        channels = int(rows.shape[2])  # a number, also where torch traces sizes: kernels are compiled for it
         pool = "none" if num_globals == 0 else "mean" if mean else "bands"
-        return cls(PLANES[old], PLANES[new], sizes, num_globals, via, pool, batch, rows.shape[2])
+        return cls(PLANES[old], PLANES[new], sizes, num_globals, via, pool, batch, channels)
 
     @property
     def is_identity(self) -> bool:

@@ -281,7 +281,7 @@ def _add_norm(
     out, normed, average, inverse = outputs(x, branch, scale, shapes, norm, dtype)
     if x.numel() == 0:
         return out, normed, average, inverse
-    head, tail, block_r, warps = tile("forward", x.shape[2])
+    head, tail, block_r, warps = tile("forward", shapes.channels)
     global_programs = shapes.global_tiles(block_r, shapes.new.slices(sizes))
     programs = global_programs + shapes.patch_tiles(block_r)
     shapes.check(programs)
@@ -289,7 +289,7 @@ def _add_norm(
     launch(
         add_norm_kernel if INTERPRETED else wrap_triton(add_norm_kernel), (programs,), x.device,
         x, branch, scale, weight, bias, eps, kept, normed, average, inverse, *shapes.arguments,
-        global_programs, CHANNELS=x.shape[2], HEAD=head, TAIL=tail, BLOCK_R=block_r, POOL=shapes.pool, NORM=norm,
+        global_programs, CHANNELS=shapes.channels, HEAD=head, TAIL=tail, BLOCK_R=block_r, POOL=shapes.pool, NORM=norm,
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
     return out, normed, average, inverse

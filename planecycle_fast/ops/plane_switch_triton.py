@@ -224,7 +224,8 @@ def _plane_switch(
     mean: bool,  # whether the last step of M is a mean (PCm)
     transposed: bool,  # whether globals go through the transpose of M, which then leads from new to old
 ) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`
-    before, after, g, channels = PLANES[old], PLANES[new], num_globals, x.shape[2]
+    before, after, g = PLANES[old], PLANES[new], num_globals
+    channels = int(x.shape[2])  # a number, also where torch traces sizes: tiles follow it
     num_in, num_out = before.slices(sizes), after.slices(sizes)
     batch = x.shape[0] // num_in
     out = x.new_empty(batch * num_out, g + after.length(sizes), channels)
@@ -249,7 +250,7 @@ def _plane_switch(
         plane_switch_kernel if INTERPRETED else wrap_triton(plane_switch_kernel), (programs,), x.device,
         x, out, channels // unit, g, n0, n1, n2, *x_strides, x_channel, *out_strides, num_in, num_out, via,
         global_programs, UNIT=unit, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_G=BLOCK_G, POOL=pool,
-        TRANSPOSED=transposed and g > 0, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        TRANSPOSED=transposed and pool != "none", ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     return out
 

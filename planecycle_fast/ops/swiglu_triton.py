@@ -94,6 +94,7 @@ def _plan(hidden: int, *tensors: Tensor | None) -> tuple[int, list[int], dict[st
 
     A thread has 16 elements of each tensor in 16-byte accesses, or 4 where rows do not start at such.
     """
+    hidden = int(hidden)  # a number, also where torch traces sizes: tiles follow it
     held = [t for t in tensors if t is not None]
     vector = 16 // min([t.element_size() for t in held])
     offsets = [hidden, *[offset for t in held for offset in (t.storage_offset(), t.stride(0))]]

@@ -5,7 +5,8 @@ Every group of rows of a tensor is compared with the same thing computed in floa
     2 x the largest error, in its group, of torch's own operations in the same dtype   (the reference)
     + one rounding of its dtype at its own value
 
-so the bar follows the dtype and the operation, and a kernel can be a little worse than torch but not much. Rounding
+so the bar follows the dtype and the operation, and a kernel can be a little worse than torch but not much. The largest
+error is that of several inputs: one alone may have half of it, or twice as much, by luck. Rounding
 16-bit results toward zero would still fit in, so their errors must not lean one way either. What only moves is
 compared bit for bit. NaN and infinities must stand exactly where float64 has them.
 """
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 FACTOR = 2.0
+SEEDS = 8  # different inputs that a reference's largest error is taken from
 LEANING = 0.25  # eps: the median of nearest roundings is 0, of truncations about -0.35
 ENOUGH = 64  # different values, for a median
 
@@ -61,6 +63,28 @@ def _leaning(t, exact):
     chosen = torch.zeros_like(values).scatter_(0, first, t[normal].double())
     found = (chosen - values) / (torch.finfo(t.dtype).eps * values)
     return found.median().item(), found.abs().median().item()
+
+
+def reference_errors(compute, seeds=SEEDS):
+    """What `check_all` needs: of the first input what is exact, and the largest `Errors` of all inputs, by name.
+
+    Args:
+        compute: of a seed, results of the reference and of the same in float64, by name.
+    """
+    exact, largest = {}, {}
+    for seed in range(seeds):
+        reference, wide = compute(seed)
+        exact = exact or wide
+        for name, t in reference.items():
+            largest[name] = errors(name, t, wide[name]).worse(largest.get(name, Errors(t.dtype)))
+    return exact, largest
+
+
+def check_all(got, exact, largest):
+    """`check` of results by name. Raises AssertionError where other ones came out."""
+    assert got.keys() == exact.keys(), f"{list(got)} came out, expected {list(exact)}"
+    for name, t in got.items():
+        check(name, t, exact[name], largest[name])
 
 
 def check(name, got, exact, reference):
