@@ -15,9 +15,11 @@ PROJECT = Path(__file__).parents[1]
 README, RESULTS = PROJECT / "README.md", PROJECT / "benchmarks" / "results"
 BEGIN = "<!-- results: written by python -m benchmarks.readme_table -->"
 END = "<!-- end of results -->"
-VOLUMES = ("1x64x64", "1x16x256", "1x32x256", "1x32x448")
+VOLUMES = (
+    "1x64x64", "4x64x64", "32x64x64", "1x16x256", "1x32x256", "1x32x448", "4x32x512", "8x32x512",
+)  # fmt: skip
 NOT_MEASURED = "not measured"
-KINDS = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
 OTHERS = [("slice2d", FAST), ("flatten3d", FAST), ("PCg", REFERENCE), ("PCg", AUTHORS)]
 
 
@@ -36,16 +38,29 @@ def table(results: Path = RESULTS) -> str:
         of_file = _of_device(load(path))
         shown = [row for row in of_file if (row["cell"]["mode"], row["cell"]["code"]) == ("PCg", FAST)]
         if shown:
-            newest = max(shown, key=lambda row: row["stamp"]["date"])
-            here, commits = newest["environment"], sorted({row["stamp"]["commit"] for row in shown})
-            threads = f", {here['threads']} threads" if here["kind"] == "cpu" else ""
-            link = f"[report](benchmarks/results/{path.parent.name}/report.md)"
-            about = f"{here['device']}{threads}, torch {here['torch version']}, commit {', '.join(commits)}"
-            sources.append(f"{about}, {newest['stamp']['date']}: {link}.")
-            found.setdefault(here["kind"], []).extend(_lines(shown, of_file))
+            sources += _sources(path.parent.name, shown)
+            found.setdefault(shown[0]["environment"]["kind"], []).extend(_lines(shown, of_file))
     for kind, of_kind in found.items():
         lines += of_kind or [f"| {KINDS.get(kind, kind)} | {NOT_MEASURED} |" + " |" * 8]
-    return "\n".join([*lines, *([""] if sources else []), *sources]) + "\n"
+    return "\n\n".join(["\n".join(lines), *sources]) + "\n"
+
+
+def _sources(folder: str, shown: list[Row]) -> list[str]:
+    """Of what the rows of a device are: a line for every report that they stand in."""
+    lines = []
+    for report in sorted({_report(row) for row in shown}):
+        rows = [row for row in shown if _report(row) == report]
+        newest = max(rows, key=lambda row: row["stamp"]["date"])
+        here, commits = newest["environment"], sorted({row["stamp"]["commit"] for row in rows})
+        threads = f", {here['threads']} threads" if here["kind"] == "cpu" else ""
+        about = f"{here['device']}{threads}, torch {here['torch version']}, commit {', '.join(commits)}"
+        lines.append(f"{about}, {newest['stamp']['date']}: [report](benchmarks/results/{folder}/{report}).")
+    return lines
+
+
+def _report(row: Row) -> str:
+    """`planecycle-fast bench` writes one; what was measured otherwise names its own."""
+    return row["stamp"].get("report", "report.md")
 
 
 def _of_device(rows: list[Row]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Which attention runs, and why another one does not.
 
-As with backends, one asked for by name never falls back, and "auto" goes by a table of measurements. There are none
-yet, so "auto" is "sdpa": torch's scaled_dot_product_attention.
+As with backends, one asked for by name never falls back. "auto" is "sdpa", torch's scaled_dot_product_attention, until
+there is a table of measurements to go by.
 """
 
 from __future__ import annotations

@@ -177,11 +177,14 @@ def _build(arguments: list[str] | None):
         dtype: Optional[str] = typer.Option(None, help="fp32, bf16, fp16. Default: bf16 on GPUs, fp32 on the CPU."),
         step: str = typer.Option("inference", help="inference, probe (a linear head is trained) or finetune."),
         modes: Optional[str] = typer.Option(None, help="slice2d,PCg,PCm,flatten3d. Default: all."),
+        graph: bool = typer.Option(False, "--graph", help="Replayed as a CUDA graph: the GPU waits for no host."),
+        launch_us: Optional[float] = typer.Option(None, help="Of the GPU's host: microseconds per launch."),
+        block_us: Optional[float] = typer.Option(None, help="And per block: see README."),
     ) -> int:
         """What a volume will cost before anything runs: FLOPs, traffic, time, memory, and the largest that fits."""
         from .plan_table import run_plan
 
-        return run_plan(model, volume, gpu, dtype, step, modes)
+        return run_plan(model, volume, gpu, dtype, step, modes, graph, launch_us, block_us)
 
     @app.command()
     def build() -> None:

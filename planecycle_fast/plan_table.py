@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from .gpus import Machine, gpu, this_cpu
+from .gpus import MEASURED_HOST, Machine, gpu, this_cpu
 from .optional import require
-from .planning import Planned, plan
+from .planning import PASSES, Planned, plan
 from .torchvision_fix import mend_torchvision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,11 +23,19 @@ MODES = {
     "PCm": {"pool_method": "PCm"},
     "flatten3d": {"mode": "flatten3d"},
 }
-# What is reached of the ceilings at worst: of matrix products and of bandwidth, one after the other, with a wait for
-# each launch. Between this and both at once at full speed lies the time.
-PRODUCTS, BANDWIDTH, LAUNCH = 0.35, 0.6, 10e-6
+# Of the ceilings at worst: matrix products, then bandwidth, with a wait for each launch, while the host is as slow as
+# it was at times. Between this and all at once, as fast as any was measured, lies the time.
+PRODUCTS, BANDWIDTH, HOST = 0.33, 0.6, 0.6
 MOST, SECANTS = 2**20, 8  # slices; steps
 USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between allocations
+
+
+class Times(NamedTuple):
+    """Of one step, in seconds."""
+
+    shortest: float
+    longest: float
+    limit: str  # what takes as long as the shortest: "products", "bandwidth", "launches" or "host"
 
 
 class Cost(NamedTuple):
@@ -35,8 +43,7 @@ class Cost(NamedTuple):
 
     mode: str
     planned: Planned
-    shortest: float  # seconds
-    longest: float
+    times: Times
     depth: int  # slices of the deepest volume that fits, 0: none
 
 
@@ -48,10 +55,19 @@ def parse_shape(text: str) -> tuple[int, int, int, int, int]:
     return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
 
 
-def seconds(planned: Planned, machine: Machine, dtype: torch.dtype) -> tuple[float, float]:
-    """The shortest and the longest time of a roofline."""
+def seconds(planned: Planned, machine: Machine, dtype: torch.dtype) -> Times:
+    """A range from a roofline. A GPU and its host work at the same time: the slower one decides."""
     products, moved = planned.flops / machine.flops[dtype], (planned.read + planned.written) / machine.bandwidth
-    return max(products, moved), products / PRODUCTS + moved / BANDWIDTH + planned.launches * LAUNCH
+    host = 0.0 if machine.host is None else machine.host.seconds(planned.launches, planned.blocks)
+    best = {
+        "products": products / machine.reached[0],
+        "bandwidth": moved / machine.reached[1],
+        "launches": planned.launches * machine.launch[0],
+        "host": host,
+    }
+    worst = products / PRODUCTS + moved / BANDWIDTH + planned.launches * machine.launch[1]
+    limit = max(best, key=best.get)
+    return Times(best[limit], max(worst, host / HOST), limit)
 
 
 def deepest(needs: Callable[[int], int], available: float, depth: int) -> int:
@@ -99,11 +115,44 @@ def costs(
             return kept[depth]
 
         fits = deepest(needs, USABLE * machine.memory, shape[2])
-        made.append(Cost(mode, one, *seconds(one, machine, dtype), fits))
+        made.append(Cost(mode, one, seconds(one, machine, dtype), fits))
     return made
 
 
-def run_plan(model: str, volume: str, gpu_name: str | None, dtype: str | None, step: str, modes: str | None) -> int:
+def chosen_machine(
+    gpu_name: str | None,
+    dtype: torch.dtype,
+    graph: bool = False,
+    launch_us: float | None = None,
+    block_us: float | None = None,
+) -> Machine:
+    """What `run_plan` plans for, by its arguments. Raises ValueError, naming one that is wrong or has no meaning."""
+    given = {name: us for name, us in (("launch", launch_us), ("block", block_us)) if us is not None}
+    if gpu_name is None and (graph or given):
+        raise ValueError("graph, launch_us and block_us are of a GPU: give them with gpu")
+    if graph and given:
+        raise ValueError("launch_us and block_us are of a host that the GPU waits for: with graph it waits for none")
+    for name, us in given.items():
+        if not 0 <= us < math.inf:
+            raise ValueError(f"{name}_us must be microseconds, 0 or more, got {us}")
+    if gpu_name is None:
+        return this_cpu(dtype)
+    machine = gpu(gpu_name)
+    host = None if graph else machine.host._replace(**{name: us * 1e-6 for name, us in given.items()})
+    return machine._replace(host=host)
+
+
+def run_plan(
+    model: str,
+    volume: str,
+    gpu_name: str | None,
+    dtype: str | None,
+    step: str,
+    modes: str | None,
+    graph: bool = False,
+    launch_us: float | None = None,
+    block_us: float | None = None,
+) -> int:
     """Prints a table; returns 1 where the volume does not fit in a mode.
 
     Args:
@@ -113,6 +162,8 @@ def run_plan(model: str, volume: str, gpu_name: str | None, dtype: str | None, s
         dtype: one of `DTYPES`; None: bf16 on a GPU, fp32 on the CPU.
         step: inference, probe or finetune.
         modes: names of `MODES` separated by commas; None: all.
+        graph: on a GPU, replayed as a CUDA graph: no host to wait for.
+        launch_us, block_us: what the GPU's host takes, as `gpus.Host`, in microseconds; None: as was measured once.
 
     Raises ValueError, naming the argument, before anything is planned.
     """
@@ -125,30 +176,47 @@ def run_plan(model: str, volume: str, gpu_name: str | None, dtype: str | None, s
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {unknown[0]!r}")
     rich_table, console = require("rich.table", "bench"), require("rich.console", "bench").Console()
     mend_torchvision()
-    machine = gpu(gpu_name) if gpu_name is not None else this_cpu(DTYPES[dtype])
+    machine = chosen_machine(gpu_name, DTYPES[dtype], graph, launch_us, block_us)
     found = costs(model, shape, machine, DTYPES[dtype], "cpu" if gpu_name is None else "cuda", step, chosen)
-    title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}"
+    console.width = max(console.width, 100)  # a narrower terminal wraps lines, rather than losing figures
+    title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}{', as a CUDA graph' if graph else ''}"
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0))
-    for name in ("mode", "FLOPs", "moved", "launches", "at best", "at worst", "peak", "in all", "slices"):
+    for name in ("mode", "FLOPs", "moved", "launches", "at best", "at worst", "limit", "peak", "in all", "slices"):
         table.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
     for cost in found:
-        p = cost.planned
+        p, times = cost.planned, cost.times
         table.add_row(
-            cost.mode, _si(p.flops), _si(p.read + p.written, "B"), str(p.launches), _si(cost.shortest, "s"),
-            _si(cost.longest, "s"), _si(p.peak_bytes, "B"), _si(p.total_bytes, "B"), f"{cost.depth:,}",
+            cost.mode, _si(p.flops), _si(p.read + p.written, "B"), str(p.launches), _si(times.shortest, "s"),
+            _si(times.longest, "s"), times.limit, _si(p.peak_bytes, "B"), _si(p.total_bytes, "B"), f"{cost.depth:,}",
         )  # fmt: skip
     print(title)
     console.print(table)
     one = found[0].planned
+    products, bandwidth = machine.reached
     print(
         f"Weights: {_si(one.weight_bytes, 'B')}. Peak: what lives above weights and volume. In all: with\n"
         f"both, and in training with AdamW's moments. Planned are the operations of: {one.path}.\n"
-        f"Time is a range from a roofline, not a measurement: products and bandwidth at once and in full, or one\n"
-        f"after the other at {PRODUCTS:.0%} and {BANDWIDTH:.0%}, and {LAUNCH * 1e6:.0f} us per launch.\n"
+        f"Time is a range from a roofline, not a measurement: products and bandwidth at once, at\n"
+        f"{products:.0%} and {bandwidth:.0%}, or one after the other at {PRODUCTS:.0%} and {BANDWIDTH:.0%}, and "
+        f"{machine.launch[1] * 1e6:.0f} us per launch.\n"
+        f"{_about_host(machine)}Limit: what takes longest at best.\n"
         f"Slices: of the deepest volume as wide as this one, as many in a batch, that fits into {USABLE:.0%} of\n"
         f"{_si(machine.memory, 'B')} of memory, and that operations take."
     )
     return int(any([cost.planned.total_bytes > USABLE * machine.memory for cost in found]))
+
+
+def _about_host(machine: Machine) -> str:
+    if machine.host is None:
+        return ""
+    launch, block = machine.host.launch * 1e6, machine.host.block * 1e6
+    source = "as given"
+    if machine.host == MEASURED_HOST:
+        source = "measured on one slow host,\n--launch-us and --block-us are for others"
+    return (
+        f"The host takes {launch:.0f} us per launch and {block:.0f} us per block, in finetune {PASSES['finetune']} "
+        f"times\nthat, at worst as if {HOST:.0%} as fast: {source}.\n"
+    )
 
 
 def _si(value: float, unit: str = "") -> str:

@@ -27,7 +27,7 @@ from .meter import Meter
 from .models import model_without_weights
 from .stream import OPERATIONS
 
-STEPS = ("inference", "probe", "finetune")
+PASSES = {"inference": 1, "probe": 1, "finetune": 3}  # of the host through a block: its backward takes it twice as long
 CLASSES = 11  # of the head that is trained: the most of the 3D data sets in the paper
 DEVICES = ("cpu", "cuda")
 
@@ -41,6 +41,7 @@ class Planned:
     read: int  # by all operations, each reading its inputs and
     written: int  # writing its outputs once
     launches: int  # operations: on a GPU at least as many kernels
+    blocks: int  # passes of the host through a block, a backward counting as two
     peak_bytes: int  # that live at once above weights and volume; gradients count, a state of an optimiser does not
     weight_bytes: int  # parameters and buffers
     volume_bytes: int
@@ -80,8 +81,8 @@ def plan(
         TypeError: model is neither a module nor a name, or an argument of a wrong type.
         ValueError: an unknown name, a shape that the model does not take, or what `lift` refuses.
     """
-    if step not in STEPS:
-        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
+    if step not in PASSES:
+        raise ValueError(f"step must be one of {', '.join(PASSES)}, got {step!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(shape, str) or len(shape) != 5 or not all([isinstance(n, int) and n > 0 for n in shape]):
@@ -107,6 +108,7 @@ def plan(
             read=meter.read,
             written=meter.written,
             launches=meter.launches,
+            blocks=PASSES[step] * len(lifted.blocks),
             peak_bytes=meter.peak,
             weight_bytes=sum([_bytes(t) for t in weights]),
             volume_bytes=_bytes(volume),

@@ -22,7 +22,7 @@ def write(folder, rows):
 
 def test_without_results_it_says_so(tmp_path):
     text = readme_table.table(tmp_path)
-    assert "| CPU | not measured |" in text and "| NVIDIA GPU | not measured |" in text
+    assert "| CPU | not measured |" in text and "| GPU | not measured |" in text
 
 
 def test_the_newest_rows_of_every_device(tmp_path):
@@ -40,13 +40,25 @@ def test_the_newest_rows_of_every_device(tmp_path):
     )
     text = readme_table.table(tmp_path)
     found = "| CPU, A CPU | ViT-S | fp32 | 1x64x64 | 200 | **0.50** | not measured | not measured | 1.50 | 0.20 |"
-    assert found in text and text.count("| CPU") == 1 and "| NVIDIA GPU | not measured |" in text
+    assert found in text and text.count("| CPU") == 1 and "| GPU | not measured |" in text
     assert "commit fff, 2026-12-01 00:00 UTC: [report](benchmarks/results/a-cpu/report.md)" in text
 
 
 def test_what_ran_out_of_memory_says_so(tmp_path):
     write(tmp_path / "gpu", [row(cell("PCg", FAST, "1x64x64"), status="out of memory")])
     assert "| 1x64x64 | out of memory |" in readme_table.table(tmp_path)
+
+
+def test_every_report_that_rows_stand_in_is_named(tmp_path):
+    """Of a run that was not `planecycle-fast bench`, the one that its rows name."""
+    other = {"stamp": STAMP | {"report": "first-run.md", "date": "2026-11-01", "commit": "old"}}
+    write(
+        tmp_path / "gpu",
+        [row(cell("PCg", FAST, "1x64x64"), 0.2, "a", **other), row(cell("PCg", FAST, "4x64x64"), 0.3, "b")],
+    )
+    text = readme_table.table(tmp_path)
+    assert "commit old, 2026-11-01: [report](benchmarks/results/gpu/first-run.md)" in text
+    assert f"commit {STAMP['commit']}, {STAMP['date']}: [report](benchmarks/results/gpu/report.md)" in text
 
 
 def test_the_marks_must_be_there():

@@ -1,18 +1,24 @@
 """What a volume will cost, before anything runs: memory as torch records it, and the table. FLOPs: test_bench_costs."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import planecycle_fast as pcf
 from planecycle_fast import native, plan_table
+from planecycle_fast.benchmark import rows
+from planecycle_fast.benchmark.cells import DTYPES, FAST, GRAPH, parse_volume
 from planecycle_fast.benchmark.costs import peak_bytes
 from planecycle_fast.cli import main
-from planecycle_fast.gpus import GPUS, gpu
-from planecycle_fast.plan_table import MODES, deepest, parse_shape, seconds
+from planecycle_fast.gpus import GPUS, MEASURED_HOST, Host, Machine, gpu
+from planecycle_fast.plan_table import MODES, chosen_machine, deepest, parse_shape, seconds
 from planecycle_fast.planning import Planned, make_head, plan, take_step
 
 from .hosts import BY_NAME
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def model():
@@ -86,12 +92,91 @@ def test_the_deepest_volume_that_fits(needs, available, depth):
     assert len(calls) < 40
 
 
+def planned_of(flops=0, moved=0, launches=0, blocks=0):
+    return Planned((1, 3, 1, 16, 16), flops, moved, 0, launches, blocks, 0, 0, 0, 0, "triton")
+
+
 def test_seconds_are_a_roofline():
-    planned = Planned((1, 3, 1, 16, 16), 10**15, 2 * 10**12, 10**12, 100, 0, 0, 0, 0, "triton")
-    machine = GPUS["h100"]._replace(flops={torch.bfloat16: 1e15}, bandwidth=1e12)
-    shortest, longest = seconds(planned, machine, torch.bfloat16)
-    assert shortest == pytest.approx(3.0)  # of traffic, while products take one
-    assert longest == pytest.approx(1 / 0.35 + 3 / 0.6 + 100 * 10e-6)
+    machine = Machine("some GPU", {torch.bfloat16: 1e15}, 1e12, 1e9, (0.5, 0.75), (1e-3, 2e-3))
+    times = seconds(planned_of(10**15, 3 * 10**12, 100), machine, torch.bfloat16)
+    assert times.shortest == pytest.approx(4.0) and times.limit == "bandwidth"  # while products take two
+    assert times.longest == pytest.approx(1 / 0.33 + 3 / 0.6 + 100 * 2e-3)
+    assert seconds(planned_of(10**16, 3 * 10**12, 100), machine, torch.bfloat16).limit == "products"
+    assert seconds(planned_of(1, 1, 100), machine, torch.bfloat16)[::2] == (pytest.approx(0.1), "launches")
+
+
+def test_the_gpu_waits_for_its_host_and_the_host_for_the_gpu():
+    host = Host(launch=1e-3, block=0.1)
+    machine = Machine("some GPU", {torch.bfloat16: 1e15}, 1e12, 1e9, host=host)
+    busy, idle = (seconds(planned_of(flops, 0, 100, 12), machine, torch.bfloat16) for flops in (10**16, 10**14))
+    assert busy.limit == "products" and busy.shortest == pytest.approx(10)
+    assert idle.limit == "host" and idle.shortest == pytest.approx(100 * 1e-3 + 12 * 0.1)
+    assert idle.longest == pytest.approx(idle.shortest / 0.6)
+    alone = seconds(planned_of(10**14, 0, 100, 12), machine._replace(host=None), torch.bfloat16)
+    assert alone.limit == "products" and alone.shortest == pytest.approx(0.1)
+
+
+def test_blocks_are_counted_with_their_backward():
+    host, shape = model(), (1, 3, 2, 64, 64)  # of four blocks
+    assert [plan(host, shape, step=step).blocks for step in ("inference", "probe", "finetune")] == [4, 4, 12]
+
+
+MEASURED_ON_GPU = [
+    row for row in rows.load(RESULTS / "nvidia-h100-80gb-hbm3" / "rows.jsonl")
+    if row["stamp"]["commit"] == "8a2b271" and row["cell"]["code"] in (FAST, GRAPH)
+]  # fmt: skip
+SIZES = {"ViT-S": "small", "ViT-B": "base", "ViT-L": "large"}
+
+
+def planned_for_h100(cell):
+    name = f"vit_{SIZES[cell['model']]}_patch16_dinov3"
+    shape, dtype = parse_volume(cell["volume"]).shape, DTYPES[cell["dtype"]]
+    return plan(name, shape, dtype=dtype, device="cuda", step=cell["step"], **MODES[cell["mode"]])
+
+
+@pytest.mark.parametrize("row", MEASURED_ON_GPU, ids=lambda row: "-".join(map(str, row["cell"].values())))
+def test_what_an_h100_measured(row):
+    """Its time lies in the range, which is not just wide, and its peak of memory within 10 %."""
+    pytest.importorskip("triton", reason="plans Triton kernels")
+    cell, planned = row["cell"], planned_for_h100(row["cell"])
+    machine = chosen_machine("h100", DTYPES[cell["dtype"]], graph=cell["code"] == GRAPH)
+    if row["status"] == "out of memory":
+        assert planned.total_bytes > machine.memory
+        return
+    shortest, longest, limit = seconds(planned, machine, DTYPES[cell["dtype"]])
+    assert shortest <= row["seconds"] <= longest
+    assert longest / shortest <= (5.5 if cell["code"] == GRAPH else 4)
+    small = cell["code"] == FAST and cell["dtype"] == "bf16" and not cell["volume"].endswith("512")
+    assert (limit == "host") == small
+    if "peak_bytes" in row:
+        assert planned.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.1)
+
+
+def test_there_are_measurements_to_hold_against():
+    assert {row["cell"]["step"] for row in MEASURED_ON_GPU} == {"inference", "finetune"}
+    assert {row["cell"]["volume"] for row in MEASURED_ON_GPU} >= {"4x64x64", "1x32x256", "8x32x512", "32x64x64"}
+
+
+def test_what_gpus_reach_is_what_one_reached():
+    measured = next(row for row in MEASURED_ON_GPU if "ceiling_flops" in row)
+    h100 = GPUS["h100"]
+    assert h100.reached[0] == pytest.approx(measured["ceiling_flops"] / h100.flops[torch.bfloat16], abs=0.005)
+    assert h100.reached[1] == pytest.approx(measured["ceiling_bandwidth"] / h100.bandwidth, abs=0.005)
+
+
+def test_a_host_of_ones_own():
+    machine = chosen_machine("a100", torch.bfloat16, block_us=500.0)
+    assert machine.host == MEASURED_HOST._replace(block=500e-6) and machine.bandwidth == GPUS["a100"].bandwidth
+    assert chosen_machine("a100", torch.bfloat16, graph=True).host is None
+    for wrong, message in (
+        ({"gpu_name": None, "graph": True}, "graph, launch_us and block_us are of a GPU: give them with gpu"),
+        ({"gpu_name": None, "block_us": 1.0}, "are of a GPU"),
+        ({"gpu_name": "h100", "graph": True, "launch_us": 1.0}, "with graph it waits for none"),
+        ({"gpu_name": "h100", "launch_us": -1.0}, "launch_us must be microseconds, 0 or more, got -1.0"),
+        ({"gpu_name": "h100", "block_us": float("nan")}, "block_us must be microseconds, 0 or more, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chosen_machine(dtype=torch.bfloat16, **wrong)
 
 
 def test_shapes_and_gpus_by_name():
@@ -118,6 +203,22 @@ def test_the_table(capsys, monkeypatch):
     assert main(command) == 1
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("PCg"))
     assert row.split()[-1] == "0"
+
+
+def test_the_table_says_what_limits_and_for_which_host(capsys, monkeypatch):
+    pytest.importorskip("triton", reason="plans Triton kernels")
+    monkeypatch.setattr(plan_table, "deepest", lambda *_: 1)
+    command = ["plan", "vit_small_patch16_dinov3", "--volume", "1x4x64", "--gpu", "h100", "--modes", "PCg"]
+    for more, limit, about in (
+        ([], "host", "1250 us per block"),
+        (["--launch-us", "3", "--block-us", "500"], "host", "3 us per launch and 500 us per block"),
+        (["--graph"], "launches", "as a CUDA graph"),
+    ):
+        assert main([*command, *more]) == 0
+        text = capsys.readouterr().out
+        row = next(line for line in text.splitlines() if line.startswith("PCg"))
+        assert limit in row.split() and about in text
+        assert ("The host takes" in text) == (limit == "host") and ("--block-us" in text) == (not more)
 
 
 def test_bad_arguments_of_the_command(capsys):
