@@ -2,8 +2,8 @@
 
 `mutants.csv` has a row per mutant; why a survivor is harmless is written into it by hand, and kept as long as the edit
 stays the same. `mutants.md` counts them, and compares plain tests with all of the test bed. Mutants that are known to
-be killed, or explained, do not run again until their kernel's source changes, or with ``--again``. Also whether the
-tables are still true (`stale`).
+be killed, or explained, do not run again until the function that they edit changes, or what it calls and reads, or with
+``--again``. To run all takes hours: the tables may be behind by some of the mutants, which they count (`stale`).
 """
 
 import argparse
@@ -26,17 +26,12 @@ STAGES = ["plain tests", "all checks"]
 COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless", "source"]
 LEAST, SHARE = 70, 0.95  # mutants of an operation; of them killed
 MOST = 300  # mutants of an operation that are run
-WAITING = ()
+BEHIND = 0.4  # of all mutants: may be due, as their function has changed since they ran
 
 
 def operations():
     """The stems of all operations under test."""
     return sorted(path.stem for path in (PROJECT / "tests" / "specs").glob("*.py") if path.stem != "__init__")
-
-
-def finished():
-    """Those whose rows are in the committed tables."""
-    return [operation for operation in operations() if operation not in WAITING]
 
 
 def modules_of(operation):
@@ -45,10 +40,11 @@ def modules_of(operation):
     return sorted(str(path.relative_to(PROJECT)) for path in found)
 
 
-def source_hash(operation):
-    """Of the code of kernels and of what launches them."""
-    code = "\n".join([code_of((PROJECT / module).read_text()) for module in modules_of(operation)])
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
+@functools.cache
+def source_hash(module, function):
+    """Of the code of a function, by the stem of its module, and of what it needs there."""
+    text = (PROJECT / "planecycle_fast" / "ops" / f"{module}.py").read_text()
+    return hashlib.sha256(code_of(text, function).encode()).hexdigest()[:12]
 
 
 @functools.cache
@@ -85,14 +81,25 @@ def edit_of(row):
     return tuple(row[name] for name in EDIT)
 
 
-def stale(operation, rows):
-    """Why the rows are not those of an operation as it is now, or None if they are."""
-    listed = {edit_of(row) for row in rows if row["operation"] == operation}
-    now = {edit_of(row) for row, _ in edits(operation)}
-    if listed != now:
-        return f"{len(now - listed)} mutants of {operation} are missing, {len(listed - now)} are gone"
-    if {row["source"] for row in rows if row["operation"] == operation} != {source_hash(operation)}:
-        return f"the kernels of {operation} have changed"
+def is_current(row):
+    """Whether the function that was edited is still the same."""
+    return row["source"] == source_hash(row["module"], row["function"])
+
+
+def due(operation, rows):
+    """The edits of an operation that have to be run: new ones, and those whose function has changed since they ran."""
+    current = {edit_of(row) for row in rows if row["operation"] == operation and is_current(row)}
+    return [row for row, _ in edits(operation) if edit_of(row) not in current]
+
+
+def stale(rows):
+    """Why the rows are not those of the operations as they are now, but for some that are due, or None if they are."""
+    now = {edit_of(row) for operation in operations() for row, _ in edits(operation)}
+    if gone := len({edit_of(row) for row in rows} - now):
+        return f"{gone} mutants are gone"
+    waiting = sum(len(due(operation, rows)) for operation in operations())
+    if waiting > BEHIND * len(now):
+        return f"{waiting} of {len(now)} mutants are due"
     return None
 
 
@@ -103,11 +110,12 @@ def summary(rows):
         "",
         "`make mutants` writes this page and [mutants.csv](mutants.csv), a row per mutant. *Plain tests* compare",
         "outputs and gradients with the reference at round sizes in fp32, without sanitizers; *all checks* is all of",
-        "the test bed.",
+        "the test bed. Outcomes of mutants that are due, as what they edit has changed since, are those of before.",
     ]
-    for operation in finished():
+    for operation in operations():
         mine = [row for row in rows if row["operation"] == operation]
-        lines += ["", f"## {operation}", "", *_by_kind(mine), "", *_by_check(mine), "", *_survivors(mine)]
+        lines += ["", f"## {operation}", "", f"Due: {len(due(operation, rows))} of {len(edits(operation))}."]
+        lines += ["", *_by_kind(mine), "", *_by_check(mine), "", *_survivors(mine)]
     return "\n".join(lines) + "\n"
 
 
@@ -184,8 +192,7 @@ def _write(rows):
 
 
 def _known(operation, rows):
-    now = source_hash(operation)
-    known = {edit: row for edit, row in rows.items() if row["source"] == now}
+    known = {edit: row for edit, row in rows.items() if row["operation"] == operation and is_current(row)}
     return {edit: row for edit, row in known.items() if row["error"] or row["why it is harmless"]}
 
 
@@ -213,7 +220,8 @@ def _run(operation, table, known, arguments):
         why = "" if everything.killed else table.get(edit_of(row), {}).get("why it is harmless", "")
         table[edit_of(row)] = row | {
             "plain tests": _word(plain), "all checks": _word(everything), "test": everything.test,
-            "error": everything.error, "why it is harmless": why, "source": source_hash(operation),
+            "error": everything.error, "why it is harmless": why,
+            "source": source_hash(row["module"], row["function"]),
         }  # fmt: skip
         if not arguments.only:
             _write(table)

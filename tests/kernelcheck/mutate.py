@@ -243,14 +243,14 @@ def _edited(module):
                 yield node
 
 
-def code_of(text):
-    """What is edited and whatever it needs of its module, without docstrings: what outcomes depend on."""
+def code_of(text, function):
+    """A function that is edited and whatever it needs of its module, without docstrings: what outcomes depend on."""
     module, lines = ast.parse(text), text.splitlines()
     named = {}
     for node in module.body:
         targets = node.targets if isinstance(node, ast.Assign) else [node]
         named |= {getattr(target, "name", getattr(target, "id", None)): node for target in targets}
-    needed, new = [], list(_edited(module))
+    needed, new = [], [named[function]]
     while new:
         needed += new
         names = {inner.id for node in new for inner in ast.walk(node) if isinstance(inner, ast.Name)}
