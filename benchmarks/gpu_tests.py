@@ -1,0 +1,54 @@
+"""The GPU tests, in as many processes as the cores allow, for kernels compile on the host.
+
+Tests marked `alone` need all of the memory, or a GPU that does nothing else: they run last, one after another. Without
+pytest-xdist all do. What fails is in the file at once (`time_limit.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import time
+
+from .budget import Part
+from .time_limit import REASON
+
+PROJECT = Path(__file__).parents[1]
+SPARED = 4  # cores that run no tests: Inductor compiles in processes of its own
+NAMES = {  # parts of the names of the tests of each part, as `pytest -k` takes them
+    "tests": "", "compile": "inductor", "repeats": "thousand_times", "huge": "past_2_31 or 2_to_the_31",
+}  # fmt: skip
+NO_TESTS = 5  # pytest's status
+
+
+def run(path: Path, about: str, part: Part, files: Sequence[Path] = ()) -> int:
+    """Writes what failed, and the sums. Returns 1 if a test failed, none ran, or one was left out for its time."""
+    path.write_text(about)
+    statuses, until = [], time() + part.left()
+    for marks, processes in (("gpu and not alone", workers()), ("gpu and alone", 0)):
+        with path.open("a") as file:
+            file.write(f"\n{marks}, {max(processes, 1)} at a time\n")
+        command = [
+            sys.executable, "-m", "pytest", "-m", marks, "-k", NAMES[part.name], "--durations=5",
+            "-p", "benchmarks.time_limit", "--until", str(until), "--report", str(path),
+            *(["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"] if processes else []),
+            *map(str, files or gpu_test_files()),
+        ]  # fmt: skip
+        statuses.append(subprocess.run(command, cwd=PROJECT).returncode)
+    ran = [status for status in statuses if status != NO_TESTS]
+    return int(not ran or any(ran) or REASON in path.read_text())
+
+
+def workers() -> int:
+    """Processes beside each other; 0 without pytest-xdist."""
+    there = importlib.util.find_spec("xdist") is not None
+    return max(1, len(os.sched_getaffinity(0)) - SPARED) if there else 0
+
+
+def gpu_test_files() -> list[Path]:
+    """All that has tests marked gpu."""
+    return sorted((PROJECT / "tests").glob("test_gpu*.py"))
