@@ -13,7 +13,8 @@ ops      ops.md, ops.json: every operation against its reference and what others
 sweep    report.md, rows.jsonl, pictures: `planecycle-fast bench --quick`
 
 and, only when they are asked for: `tiles` (other tiles of kernels than the shipped ones), and of the tests alone
-`compile` (torch.compile), `repeats` (1,000 times the same bits), `huge` (past 2^31 elements).
+`compile` (torch.compile), `repeats` (1,000 times the same bits), `huge` (past 2^31 elements); `memcheck`, `racecheck`,
+`initcheck`, the tools of NVIDIA's compute-sanitizer (``make gpu-sanitize``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ PROJECT = Path(__file__).parents[1]
 STAGES = {  # parts that run side by side: seconds of all of them
     ("smoke", "warm"): 50, ("models",): 165, ("tests",): 150, ("kernels",): 40, ("ops",): 35, ("sweep",): 30,
 }  # fmt: skip
-ASKED = {("tiles",): 120, ("compile",): 150, ("repeats",): 150, ("huge",): 100}  # by --only alone
+ASKED = {  # by --only alone
+    ("tiles",): 120, ("compile",): 150, ("repeats",): 150, ("huge",): 100,
+    ("memcheck",): 240, ("racecheck",): 240, ("initcheck",): 240,
+}  # fmt: skip
 PARTS = [name for stage in (*STAGES, *ASKED) for name in stage]
 GRACE, POLL = 10, 0.1  # seconds: after its time, until a part is killed; between looks at what runs
 DONE, FAILED = "done", "failed"

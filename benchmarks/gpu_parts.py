@@ -16,7 +16,7 @@ import torch
 
 from planecycle_fast.benchmark.environment import folder_name
 
-from . import gpu_groups, gpu_kernels, gpu_models, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
+from . import gpu_groups, gpu_kernels, gpu_models, gpu_sanitize, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
 from .budget import Part
 from .op_cells import DTYPES, SHAPES, Cell
 from .part_table import PartTable
@@ -82,6 +82,10 @@ def tests(folder: Path, part: Part) -> int:
     return gpu_tests.run(folder / f"{part.name}.txt", head(part), part)
 
 
+def sanitize(folder: Path, part: Part) -> int:
+    return gpu_sanitize.run(folder / f"{part.name}.txt", head(part), part)
+
+
 def kernels(folder: Path, part: Part) -> int:
     return gpu_kernels.run(folder / "kernels.md", head(part), part)
 
@@ -126,7 +130,7 @@ def sweep(folder: Path, part: Part) -> int:
 
 RUN = {
     "smoke": smoke, "warm": warm, "models": models, "tests": tests, "kernels": kernels, "ops": ops, "sweep": sweep,
-    "tiles": tiles, "compile": tests, "repeats": tests, "huge": tests,
+    "tiles": tiles, "compile": tests, "repeats": tests, "huge": tests, **dict.fromkeys(gpu_sanitize.TOOLS, sanitize),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 ``--until 1764240000``: tests that would begin later than that, in seconds since the epoch, are skipped.
 ``--report FILE``: what fails is appended at once, how far it is after every `EVERY` tests, and the sums at the end.
+``--share 3/12``: every twelfth test, from the fourth on.
 Tests whose names say that they take long begin first. With pytest-xdist too: each process has the time, one the file.
 """
 
@@ -18,12 +19,15 @@ EVERY = 50
 
 def pytest_addoption(parser):
     parser.addoption("--until", type=float, default=float("inf"), help="seconds since the epoch; then no test begins")
+    parser.addoption("--share", default="0/1", help="every n-th test from one on")
     parser.addoption("--report", type=Path, help="a file to append to")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: not any([part in item.name for part in LONG]))
+    first, number = map(int, config.getoption("--share").split("/"))
+    items[:] = items[first::number]
 
 
 @pytest.hookimpl(tryfirst=True)

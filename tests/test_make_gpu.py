@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_parts, gpu_tests, gpu_warm
+from benchmarks import gpu, gpu_parts, gpu_sanitize, gpu_tests, gpu_warm
 from benchmarks.budget import Budget, Part
 from benchmarks.part_table import PartTable, write
 
@@ -237,6 +237,31 @@ def test_every_part_of_the_tests_has_tests():
         if "mem_get_info" in function:
             at = text.index(f"def {function[:40]}")
             assert "past_2_31" in function or "@pytest.mark.alone" in text[at - 80 : at], function[:60]
+
+
+SANITIZED = """
+import pytest
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("i", range(5))
+def test_layouts(i): assert i != 3
+"""
+
+
+def test_each_tool_shares_the_tests_out_and_writes_what_it_finds(tmp_path, monkeypatch):
+    file, path, original = tmp_path / "test_gpu_ops.py", tmp_path / "racecheck.txt", gpu_sanitize.command
+    file.write_text(SANITIZED)
+
+    def command(*arguments):
+        made = original(*arguments)
+        assert made[:5] == ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1"]
+        return [str(file) if word == "tests/test_gpu_ops.py" else word for word in made[5:]]
+
+    monkeypatch.setattr(gpu_sanitize, "command", command)
+    assert gpu_sanitize.run(path, "about\n", Part("racecheck", 100), processes=2) == 1
+    text = path.read_text()
+    assert text.startswith("about\n\n2 of 2 processes have ended.")
+    assert "process 0: status 0; 3 passed" in text and "process 1: status 1; 1 failed, 1 passed" in text
+    assert "FAILED" in text and list(tmp_path.glob("*.log")) == []
 
 
 def test_jobs_run_beside_each_other_within_the_memory(tmp_path, monkeypatch):
