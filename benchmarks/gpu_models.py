@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from planecycle_fast.benchmark.expected import TOLERANCE
 from planecycle_fast.benchmark.networks import Network, network
 from planecycle_fast.benchmark.steps import inference, step_of
 from planecycle_fast.benchmark.timing import Times, compare, interleaved, summary
+from planecycle_fast.optional import MissingPackageError
 from planecycle_fast.torchvision_fix import mend_torchvision
 
 from .budget import Part
@@ -42,6 +43,7 @@ STEPS = {"inference": "inference", "training": "finetune"}  # of `steps.step_of`
 ROUNDS, LEAST_ROUNDS, SECONDS = 7, 3, 12.0  # of a group's timed calls
 VOLUMES = 3  # different ones, in turn
 NOT_HERE, REFUSED = "not here", "refused"
+Made = TypeVar("Made")
 
 
 class _Refused(Exception):
@@ -72,17 +74,22 @@ def _is_failure(row: Row) -> bool:
 
 def measure(group: Group, device: str = "cuda") -> list[Row]:
     """Every contender of a group; those that raise, or do not fit into memory, say so."""
-    ready, failed = {}, {}
     try:
-        contenders = _Contenders(group, torch.device(device))
-        for name in group.names:
-            made = _attempt(lambda: contenders.make(name), torch.device(device))  # noqa: B023
-            (failed if isinstance(made, str) else ready)[name] = made
-        times = _by_turns(ready, failed, contenders.volumes) if ready else {}
-    finally:
-        contenders = None
+        return _measure(group, torch.device(device))
+    finally:  # where nothing holds the contenders any more
         torch._dynamo.reset()
         release(torch.device(device))
+
+
+def _measure(group: Group, device: torch.device) -> list[Row]:
+    ready, failed = {}, {}
+    contenders = _attempt(partial(_Contenders, group, device), device)
+    if isinstance(contenders, str):  # not even weights and volumes
+        return [Row(group, name, why=contenders) for name in group.names]
+    for name in group.names:
+        made = _attempt(partial(contenders.make, name), device)
+        (failed if isinstance(made, str) else ready)[name] = made
+    times = _by_turns(ready, failed, contenders.volumes) if ready else {}
     return [
         Row(group, name, why=failed[name]) if name in failed
         else Row(group, name, times[name], ready[name].peak, ready[name].error)
@@ -98,10 +105,11 @@ def compile_only(group: Group, device: str = "cuda") -> None:
         contenders.step(name)[1](contenders.volumes[0])
 
 
-def _attempt(make: Callable[[], _Ready], device: torch.device) -> _Ready | str:
+def _attempt(make: Callable[[], Made], device: torch.device) -> Made | str:
+    """What is made, or why it is not."""
     try:
         return make()
-    except (NotHereError, Missing) as reason:
+    except (NotHereError, Missing, MissingPackageError) as reason:
         return f"{NOT_HERE}: {reason}"
     except _Refused as error:
         return f"{REFUSED}: {error}"
@@ -149,7 +157,8 @@ class _Contenders:
         cell = Cell(self.group.model, self.group.dtype, self.group.volume, STEPS[self.group.step], mode, code)
         if code == codes.GRAPH and cell.step != "inference":
             made = network(cell._replace(code=codes.FAST), self.host, self.volumes[0])
-            torch.cuda.make_graphed_callables(made.run, (torch.randn_like(self.volumes[0]),))  # in place
+            sample = torch.randn_like(self.volumes[0])
+            torch.cuda.make_graphed_callables(made.run, (sample,), allow_unused_input=True)  # in place
         else:
             made = network(cell, self.host, self.volumes[0])
         return made, step_of(cell.step, made)

@@ -18,7 +18,7 @@ from .budget import Part
 from .time_limit import REASON
 
 PROJECT = Path(__file__).parents[1]
-SPARED = 4  # cores that run no tests: Inductor compiles in processes of its own
+SPARED = 4  # cores that run no tests
 NAMES = {  # parts of the names of the tests of each part, as `pytest -k` takes them
     "tests": "", "compile": "inductor", "repeats": "thousand_times", "huge": "past_2_31 or 2_to_the_31",
 }  # fmt: skip
@@ -38,7 +38,8 @@ def run(path: Path, about: str, part: Part, files: Sequence[Path] = ()) -> int:
             *(["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"] if processes else []),
             *map(str, files or gpu_test_files()),
         ]  # fmt: skip
-        statuses.append(subprocess.run(command, cwd=PROJECT).returncode)
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a pool in each process would be too many
+        statuses.append(subprocess.run(command, cwd=PROJECT, env=environment).returncode)
     ran = [status for status in statuses if status != NO_TESTS]
     return int(not ran or any(ran) or REASON in path.read_text())
 

@@ -19,8 +19,8 @@ from .budget import Part
 from .part_table import PartTable
 
 PROJECT = Path(__file__).parents[1]
-SPARED = 4  # cores for what runs beside
-MEMORY = 64  # GiB of the GPU that all jobs of a moment may take
+SPARED = 2  # cores for what runs beside
+MEMORY = 76  # GiB of the GPU that all jobs of a moment may take
 SHARES = 10  # jobs that the kernels are shared out to
 
 

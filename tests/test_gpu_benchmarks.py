@@ -17,6 +17,7 @@ from benchmarks.budget import Part
 from benchmarks.gpu_groups import COMPILED, EAGER, GRAPH, GROUPS, OURS, PCM, REFERENCE, SLICES
 from planecycle_fast.benchmark import contenders, costs
 from planecycle_fast.benchmark.timing import Times, summary
+from planecycle_fast.optional import MissingPackageError
 
 from . import peers
 from .test_make_gpu import clock  # noqa: F401
@@ -81,6 +82,21 @@ def test_what_raises_or_does_not_fit_is_a_row_and_the_others_are_timed(small, mo
     rows = of(gpu_models.measure(TRAINING._replace(names=(OURS, SLICES, REFERENCE)), **CPU))
     assert rows[SLICES].why == "out of memory" and rows[SLICES].times is None
     assert rows[OURS].times is not None and rows[REFERENCE].times is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "status"),
+    [(MissingPackageError("package 'timm' is not installed"), "not here: package 'timm' is not installed", 0),
+     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 1)],
+)  # fmt: skip
+def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path, error, why, status):
+    def vit(*_):
+        raise error
+
+    monkeypatch.setattr(gpu_models, "vit", vit)
+    path = tmp_path / "models.md"
+    assert gpu_models.run([INFERENCE, TRAINING], path, "about", Part("models", 100), **CPU) == status
+    assert path.read_text().count(f"not measured: {why}") == len(INFERENCE.names) + len(TRAINING.names)
 
 
 def test_a_contender_that_stops_within_its_turns_leaves_the_others(small):
@@ -273,6 +289,7 @@ def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
 
 
 def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark, by which they are marked")
     monkeypatch.setitem(op_cells.SHAPES, "cuda", [op_cells.TINY] * len(op_cells.SHAPES["cuda"]))
     original = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *a, **k: original(*a, **k | {"device": "cpu"}))  # RoPE's periods

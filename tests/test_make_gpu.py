@@ -273,7 +273,7 @@ def test_jobs_run_beside_each_other_within_the_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_warm, "command", command)
     monkeypatch.setattr(gpu_warm.os, "sched_getaffinity", lambda _: range(16))
-    jobs = [gpu_warm.Job("hangs", 50), gpu_warm.Job("too large beside it", 54), gpu_warm.Job("fits", 5)]
+    jobs = [gpu_warm.Job("hangs", 50), gpu_warm.Job("too large beside it", 64), gpu_warm.Job("fits", 5)]
     part = Part("warm", 2)
     assert gpu_warm.run(jobs, path, "about", part) == 0
     assert part.left_out == ["hangs", "too large beside it"] and not (tmp_path / "too large beside it").exists()
