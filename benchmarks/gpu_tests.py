@@ -19,9 +19,12 @@ from .time_limit import REASON
 
 PROJECT = Path(__file__).parents[1]
 SPARED = 4  # cores that run no tests
-NAMES = {  # parts of the names of the tests of each part, as `pytest -k` takes them
-    "tests": "", "compile": "inductor", "repeats": "thousand_times", "huge": "past_2_31 or 2_to_the_31",
-}  # fmt: skip
+RUNS = {  # of each part: marks and parts of names, as pytest takes them, and whether in parallel
+    "tests": [("gpu and not alone", "", True), ("gpu and alone", "", False)],
+    "compile": [("gpu", "inductor", True)],
+    "repeats": [("gpu", "thousand_times", False)],
+    "huge": [("gpu", "past_2_31 or 2_to_the_31", False)],
+}
 NO_TESTS = 5  # pytest's status
 
 
@@ -29,11 +32,12 @@ def run(path: Path, about: str, part: Part, files: Sequence[Path] = ()) -> int:
     """Writes what failed, and the sums. Returns 1 if a test failed, none ran, or one was left out for its time."""
     path.write_text(about)
     statuses, until = [], time() + part.left()
-    for marks, processes in (("gpu and not alone", workers()), ("gpu and alone", 0)):
+    for marks, names, parallel in RUNS[part.name]:
+        processes = workers() if parallel else 0
         with path.open("a") as file:
-            file.write(f"\n{marks}, {max(processes, 1)} at a time\n")
+            file.write(f"\n{' and '.join(filter(None, [marks, names]))}, {max(processes, 1)} at a time\n")
         command = [
-            sys.executable, "-m", "pytest", "-m", marks, "-k", NAMES[part.name], "--durations=5",
+            sys.executable, "-m", "pytest", "-m", marks, "-k", names, "--durations=5",
             "-p", "benchmarks.time_limit", "--until", str(until), "--report", str(path),
             *(["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"] if processes else []),
             *map(str, files or gpu_test_files()),

@@ -17,6 +17,7 @@ from benchmarks.budget import Part
 from benchmarks.gpu_groups import COMPILED, EAGER, GRAPH, GROUPS, OURS, PCM, REFERENCE, SLICES
 from planecycle_fast.benchmark import contenders, costs
 from planecycle_fast.benchmark.timing import Times, summary
+from planecycle_fast.ops import configs
 from planecycle_fast.optional import MissingPackageError
 
 from . import peers
@@ -286,6 +287,19 @@ def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
     assert gpu_kernels.run_tiles(tmp_path / "tiles.md", "about", Part("tiles", 50)) == 0
     text = (tmp_path / "tiles.md").read_text()
     assert len(compiled) == 10 and "- forward\n- backward\n\n10 kernels were looked at" in text
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [gpu_kernels.tile_calls()[i] for i in (0, 3)], ids=str)
+def test_each_tile_is_chosen_while_it_is_timed_and_the_shipped_one_afterwards(monkeypatch, shape, kernel):
+    pytest.importorskip("triton", reason="needs triton, whose kernels have tiles")
+    monkeypatch.setattr(gpu_kernels, "_tensors", lambda c: c.make(torch.bfloat16, device="meta"))
+    before, channels = dict(configs.TABLE), shape.channels
+    shipped, seen = configs.tile(kernel, channels), []
+    for tile, _ in gpu_kernels.with_tiles(shape, kernel):
+        assert configs.tile(kernel, channels) == tile
+        seen.append(tile)
+    assert seen[0] == shipped and sorted(seen) == configs.candidates(kernel, channels)
+    assert before == configs.TABLE
 
 
 def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
