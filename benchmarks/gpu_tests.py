@@ -25,6 +25,7 @@ RUNS = {  # of each part: marks and parts of names, as pytest takes them, and wh
     "repeats": [("gpu", "thousand_times", False)],
     "huge": [("gpu", "past_2_31 or 2_to_the_31", False)],
 }
+RESERVED = 25  # seconds, for those that come after others
 NO_TESTS = 5  # pytest's status
 
 
@@ -32,13 +33,13 @@ def run(path: Path, about: str, part: Part, files: Sequence[Path] = ()) -> int:
     """Writes what failed, and the sums. Returns 1 if a test failed, none ran, or one was left out for its time."""
     path.write_text(about)
     statuses, until = [], time() + part.left()
-    for marks, names, parallel in RUNS[part.name]:
-        processes = workers() if parallel else 0
+    for i, (marks, names, parallel) in enumerate(RUNS[part.name], 1):
+        processes, ends = workers() if parallel else 0, until - RESERVED * (len(RUNS[part.name]) - i)
         with path.open("a") as file:
             file.write(f"\n{' and '.join(filter(None, [marks, names]))}, {max(processes, 1)} at a time\n")
         command = [
             sys.executable, "-m", "pytest", "-m", marks, "-k", names, "--durations=5",
-            "-p", "benchmarks.time_limit", "--until", str(until), "--report", str(path),
+            "-p", "benchmarks.time_limit", "--until", str(ends), "--report", str(path),
             *(["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"] if processes else []),
             *map(str, files or gpu_test_files()),
         ]  # fmt: skip

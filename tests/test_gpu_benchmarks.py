@@ -267,12 +267,12 @@ def test_kernels_below_their_bar_stand_in_bold_and_each_is_written_at_once(tmp_p
 
         return f"kernel at {channels}", make
 
-    monkeypatch.setattr(gpu_kernels, "calls", lambda: [call(1024, 62), call(4096, 62), call(384, 100)])
+    monkeypatch.setattr(gpu_kernels, "calls", lambda: [call(1024, 50), call(4096, 62), call(384, 100)])
     monkeypatch.setattr(gpu_kernels, "time_call", time_call)
     monkeypatch.setattr(gpu_kernels, "host_time", lambda: "per block: 600 us")
     assert gpu_kernels.run(path, "about", Part("kernels", 50, clock)) == 0
     text = path.read_text()
-    assert "| forward | 1024 | 100.0 | 62.0 | 1.61 | 2.00 | 81% |" in text and "per block: 600 us" in text
+    assert "| forward | 1024 | 100.0 | 50.0 | 2.00 | 2.00 | 100% |" in text and "per block: 600 us" in text
     assert "| forward | 4096 | 100.0 | 62.0 | 1.61 | 2.00 | **81%** |" in text
     assert "Left out, as 50 s were over (1): kernel at 384" in text
     assert len(seen) == 2 and "| forward | 1024 |" in seen[1] and "Not finished: kernel at 4096" in seen[1]

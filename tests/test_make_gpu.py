@@ -228,9 +228,9 @@ def test_gpu_tests_that_would_begin_too_late_are_named(tmp_path, monkeypatch):
 
 
 def test_every_part_of_the_tests_has_tests():
-    """By names of functions: those of `NAMES` are in the files, and what needs all of the memory is marked."""
+    """By names of functions: those of `RUNS` are in the files, and what needs all of the memory is marked."""
     text = "".join([path.read_text() for path in gpu_tests.gpu_test_files()])
-    for _, names, _ in sum(gpu_tests.RUNS.values(), []):
+    for _, names, _ in [each for runs in gpu_tests.RUNS.values() for each in runs]:
         for name in names.split(" or "):
             assert name in text
     for function in text.split("\ndef ")[1:]:
