@@ -26,21 +26,25 @@ BAR = 0.9  # of a copy's bandwidth
 
 
 def run(path: Path, about: str, part: Part) -> int:
-    """Times the host, and each kernel against a copy. Returns 0: bars are shown, they do not fail."""
-    host: list[str] = []
+    """Times the host, and each kernel against a copy. Returns 1 if one raised; bars are shown, they do not fail."""
+    said: list[str] = []  # besides the table
 
     def text(rows: list, note: str) -> str:
-        return "\n".join([about, *host, table(rows), note])
+        return "\n".join([about, *said, table(rows), note])
 
-    found = PartTable(part, {path: text})
-    for make in found.each([(HOST, None), *calls()]):
-        if make is None:
-            host.append(host_time())
-            print(host[0], flush=True)
-        else:
-            found.add(time_call(*make()))
-            print("  {microseconds:.1f} us, {ratio:.0%} of the copy".format(**found.rows[-1]), flush=True)
-    return 0
+    failed, found = 0, PartTable(part, {path: text})
+    for name, make in found.each((name, (name, make)) for name, make in [(HOST, None), *calls()]):
+        try:
+            if make is None:
+                said.append(host_time())
+            else:
+                found.add(time_call(*make()))
+                print("  {microseconds:.1f} us, {ratio:.0%} of the copy".format(**found.rows[-1]), flush=True)
+        except Exception as error:  # whatever it is, the next is tried
+            failed = 1
+            said.append(f"{name}: raised {type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}\n")
+            print(said[-1], flush=True)
+    return failed
 
 
 def run_tiles(path: Path, about: str, part: Part) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from .budget import Part
 from .gpu_tests import NO_TESTS, PROJECT, SPARED
-from .part_table import PartTable
+from .part_table import PartTable, write
 from .time_limit import REASON
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -38,6 +39,9 @@ def run(path: Path, about: str, part: Part, processes: int | None = None) -> int
     """Runs the tool that the part is named by. Returns 1 if it found an error, a test failed, or not all have run."""
     number = processes or max(1, len(os.sched_getaffinity(0)) - SPARED)
     table = PartTable(part, {path: lambda rows, note: f"{about}\n{text(rows, number)}\n{note}"})
+    if shutil.which(command(part.name, 0, 0, 1)[0]) is None:
+        write(path, f"{about}\nnot run: compute-sanitizer, which comes with CUDA, was not found\n")
+        return 1
     environment, until = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, time() + part.left()
     outputs = [path.with_suffix(f".{i}.log") for i in range(number)]
     running = {}

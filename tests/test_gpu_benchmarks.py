@@ -278,6 +278,19 @@ def test_kernels_below_their_bar_stand_in_bold_and_each_is_written_at_once(tmp_p
     assert len(seen) == 2 and "| forward | 1024 |" in seen[1] and "Not finished: kernel at 4096" in seen[1]
 
 
+def test_a_kernel_that_raises_leaves_the_others(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("out of resources: shared memory")
+
+    calls = [("first", broken), ("second", lambda: (None, "forward", 384, (50,)))]
+    monkeypatch.setattr(gpu_kernels, "calls", lambda: calls)
+    monkeypatch.setattr(gpu_kernels, "time_call", time_call)
+    monkeypatch.setattr(gpu_kernels, "host_time", broken)
+    assert gpu_kernels.run(tmp_path / "kernels.md", "about", Part("kernels", 50)) == 1
+    text = (tmp_path / "kernels.md").read_text()
+    assert "first: raised RuntimeError: out of resources" in text and "| forward | 384 |" in text
+
+
 def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(gpu_warm, "run", lambda jobs, *_: compiled.extend([job.name for job in jobs]))

@@ -262,6 +262,9 @@ def test_each_tool_shares_the_tests_out_and_writes_what_it_finds(tmp_path, monke
     assert text.startswith("about\n\n2 of 2 processes have ended.")
     assert "process 0: status 0; 3 passed" in text and "process 1: status 1; 1 failed, 1 passed" in text
     assert "FAILED" in text and list(tmp_path.glob("*.log")) == []
+    monkeypatch.setattr(gpu_sanitize, "command", lambda *_: ["no-such-sanitizer"])
+    assert gpu_sanitize.run(path, "about\n", Part("racecheck", 100)) == 1
+    assert "not run: compute-sanitizer, which comes with CUDA, was not found" in path.read_text()
 
 
 def test_jobs_run_beside_each_other_within_the_memory(tmp_path, monkeypatch):
