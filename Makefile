@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-sanitize clean
+.PHONY: help demo test test-full lint codegen mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -15,8 +15,9 @@ help:
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
 	@echo "make mutants    plants faults in all kernels and runs their tests; writes benchmarks/results/mutants.md"
 	@echo "make traffic    what one block moves, per change of planes; PLANECYCLE_REPO=... adds the authors' code"
-	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU; writes benchmarks/results/<gpu>/"
-	@echo "make gpu-sanitize  the kernels under compute-sanitizer, on such a machine"
+	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU, in 8 minutes; writes benchmarks/results/<gpu>/"
+	@echo "make gpu-smoke  whether anything is broken on such a machine, in a minute"
+	@echo "make gpu-sanitize  the kernels under compute-sanitizer, on such a machine; TOOL=racecheck: with that alone"
 	@echo "make bench      benchmarks of this machine: operations and models against others; stores the run"
 	@echo "make bench-compare  fails where we lost over 10% against others since the run before; OLD=... NEW=... picks two"
 	@echo "make bench-quick  2D, 3D and PlaneCycle side by side, under 3 minutes; writes benchmarks/results/<device>/ and README's table"
@@ -53,13 +54,15 @@ lint: $(VENV)/.pcf-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed
-	$(PYTHON) -m benchmarks.gpu --tiles
+gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed; eight minutes
+	$(PYTHON) -m benchmarks.gpu
 
-gpu-sanitize:  # kernels on a GPU under NVIDIA's compute-sanitizer, which comes with CUDA
-	for tool in memcheck racecheck initcheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_gpu_ops.py \
-			-k "vit_shapes or test_layouts or in_place" || exit 1; done
+gpu-smoke:  # whether anything is broken, in a minute
+	$(PYTHON) -m benchmarks.gpu --only smoke
+
+TOOL := memcheck racecheck initcheck
+gpu-sanitize:  # kernels on a GPU under NVIDIA's compute-sanitizer, which comes with CUDA; TOOL=racecheck: that alone
+	$(PYTHON) -m benchmarks.gpu --only $(TOOL)
 
 # Linux and g++. Fuzzing, torch.compile and opcheck are left out: there nothing else of csrc runs.
 SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined

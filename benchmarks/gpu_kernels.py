@@ -1,24 +1,68 @@
 """Each kernel on shapes of real models against a copy that moves as many bytes, and what the host needs per block.
 
-A part of ``make gpu`` (`gpu.py`); times are medians by triton's `do_bench`, caches flushed. The bytes are those that
-the operation declares, which tests hold against what its kernels load and store.
+Parts of ``make gpu`` (`gpu.py`): `kernels`, and `tiles`, other tiles than the shipped ones. Times are medians by
+triton's `do_bench`, caches flushed. The bytes are those that the operation declares, which tests hold against what its
+kernels load and store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from . import gpu_warm
 from .budget import Part
 from .op_cells import GLOBALS, SHAPES
+from .part_table import PartTable
 
+HOST = "the host's time per block"
+ORDER = (1, 3, 0, 5, 2, 4)  # of SHAPES: ViT-S, L, short sequences, 7B, then those between
+MILLISECONDS = {"warmup": 10, "rep": 50}  # of `do_bench`: of a kernel of a millisecond some 50 runs
 HOST_BAR = 600  # microseconds of the host per block
-BAR = {True: 0.75, False: 0.85}  # of a copy's bandwidth, at up to 1024 channels and above
+BAR = 0.9  # of a copy's bandwidth
 
 
-def calls() -> Iterator[tuple[str, Callable[[], tuple]]]:
+def run(path: Path, about: str, part: Part) -> int:
+    """Times the host, and each kernel against a copy. Returns 1 if one raised; bars are shown, they do not fail."""
+    said: list[str] = []  # besides the table
+
+    def text(rows: list, note: str) -> str:
+        return "\n".join([about, *said, table(rows), note])
+
+    failed, found = 0, PartTable(part, {path: text})
+    for name, make in found.each((name, (name, make)) for name, make in [(HOST, None), *calls()]):
+        try:
+            if make is None:
+                said.append(host_time())
+            else:
+                found.add(time_call(*make()))
+                print("  {microseconds:.1f} us, {ratio:.0%} of the copy".format(**found.rows[-1]), flush=True)
+        except Exception as error:  # whatever it is, the next is tried
+            failed = 1
+            said.append(f"{name}: raised {type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}\n")
+            print(said[-1], flush=True)
+    return failed
+
+
+def run_tiles(path: Path, about: str, part: Part) -> int:
+    """Times other tiles of add_norm, which many processes compile before. Returns 0: nothing can fail."""
+    jobs = [gpu_warm.Job(f"tiles {i}", 4) for i in range(len(tile_calls()))]
+    gpu_warm.run(jobs, path.with_name("tiles-warm.md"), about, Part(part.name, part.left() / 2))
+
+    def text(rows: list, note: str) -> str:
+        lines = ["Tiles of add_norm that are faster than `configs.tile`:\n", *[line for line in rows if line]]
+        return "\n".join([about, *lines, f"\n{len(rows)} kernels were looked at.", note])
+
+    found = PartTable(part, {path: text})
+    for call in found.each((f"{kernel}, C = {shape.channels}", (shape, kernel)) for shape, kernel in tile_calls()):
+        found.add(faster_tile(*call))
+    return 0
+
+
+def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """(name, what makes it) of every call: (operation, label, channels, arguments), forward and backward."""
     from planecycle_fast.planes import DH, DW, HW
     from tests.specs import add_norm, plane_switch, rope, swiglu
@@ -33,7 +77,8 @@ def calls() -> Iterator[tuple[str, Callable[[], tuple]]]:
 
             yield f"{spec.op.name}: {name}", make
 
-    for label, sizes, channels, heads, batch in SHAPES["cuda"]:
+    for label, sizes, channels, heads, batch in [SHAPES["cuda"][i] for i in ORDER]:
+        batch = 1 if one_volume else batch
         for old, new, pool_method in ((HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")):
             where, args = f"{label}, {old} to {new}, {pool_method}", (old, new, sizes, 5, channels, batch, pool_method)
             yield from each(plane_switch.SPEC, plane_switch.case(*args), where, channels)
@@ -52,29 +97,40 @@ def _tensors(c) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, dtype=torch.bfloat16, device="cuda") for name, shape in c.tensors.items()}
 
 
-def faster_tiles(part: Part) -> Iterator[str]:
-    """Other tiles of add_norm that are at least 3 % faster than its own, each as a line."""
-    from triton.testing import do_bench
+def tile_calls() -> list[tuple]:
+    """(shape, kernel) of everything that has tiles to choose."""
+    return [(shape, kernel) for shape in SHAPES["cuda"][1:] for kernel in ("forward", "backward")]
 
+
+def with_tiles(shape, kernel: str) -> Iterator[tuple]:
+    """(tile, what calls the kernel) of every candidate, chosen for as long as it is yielded; the shipped one first."""
     from planecycle_fast.ops import configs
     from planecycle_fast.planes import DW, HW
     from tests.specs import add_norm
 
-    named = [(f"tiles at C = {shape.channels}", shape) for shape in SHAPES["cuda"][1:]]
-    for _, sizes, channels, _, batch in part.within(named):
-        c = add_norm.case(HW, DW, sizes, GLOBALS, channels, batch)
-        made = add_norm.SPEC.op_arguments(_tensors(c), c.settings)
-        for (op, arguments), kernel in zip(made, ("forward", "backward")):
-            times, kept = {}, configs.tile(kernel, channels)
-            try:
-                for tile in configs.candidates(kernel, channels):
-                    configs.TABLE[kernel, channels] = tile
-                    times[tile] = do_bench(lambda: op.body(*arguments), quantiles=[0.5])  # noqa: B023
-            finally:
-                configs.TABLE[kernel, channels] = kept
-            best = min(times, key=times.get)
-            if times[kept] > 1.03 * times[best]:
-                yield f"- {kernel}, C = {channels}: {best}, {times[kept] / times[best]:.2f} times"
+    c = add_norm.case(HW, DW, shape.sizes, GLOBALS, shape.channels, shape.batch)
+    op, arguments = add_norm.SPEC.op_arguments(_tensors(c), c.settings)[("forward", "backward").index(kernel)]
+    key, shipped = (kernel, shape.channels), configs.tile(kernel, shape.channels)
+    before = configs.TABLE.get(key)
+    try:
+        for tile in sorted(configs.candidates(kernel, shape.channels), key=lambda tile: tile != shipped):
+            configs.TABLE[key] = tile
+            yield tile, lambda: op.body(*arguments)
+    finally:
+        configs.TABLE.pop(key)
+        if before is not None:
+            configs.TABLE[key] = before
+
+
+def faster_tile(shape, kernel: str) -> str:
+    """The fastest other tile as a line, if it is at least 3 % faster than the shipped one; else nothing."""
+    from triton.testing import do_bench
+
+    times = {tile: do_bench(call, quantiles=[0.5], **MILLISECONDS) for tile, call in with_tiles(shape, kernel)}
+    shipped, best = next(iter(times)), min(times, key=times.get)
+    if times[shipped] <= 1.03 * times[best]:
+        return ""
+    return f"- {kernel}, C = {shape.channels}: {best}, {times[shipped] / times[best]:.2f} times"
 
 
 def host_time() -> str:
@@ -116,7 +172,7 @@ def time_call(op, label: str, channels: int, arguments: tuple) -> dict:
 
     cost = op.cost(*arguments)
     moved = cost.read + cost.written
-    milliseconds = do_bench(lambda: op.body(*arguments), quantiles=[0.5])
+    milliseconds = do_bench(lambda: op.body(*arguments), quantiles=[0.5], **MILLISECONDS)
     copy = time_copy(moved)
     return {
         "label": f"{op.name}: {label}",
@@ -136,20 +192,19 @@ def time_copy(moved: int) -> float:
 
     source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return do_bench(lambda: target.copy_(source), quantiles=[0.5])
+    return do_bench(lambda: target.copy_(source), quantiles=[0.5], **MILLISECONDS)
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown; a ratio below its bar stands in bold."""
     lines = [
-        "bf16, median of many runs with caches flushed. Bar: 75 % of the copy at up to 1024 channels, 85 % above;",
-        "**bold** is below its bar. Bytes are those the operation declares.\n",
+        f"bf16, median of many runs with caches flushed. Bar: {BAR:.0%} of the copy; **bold** is below it.",
+        "Bytes are those that the operation declares.\n",
         "| call | C | MB | us | TB/s | copy, TB/s | of the copy |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        below = row["ratio"] < BAR[row["channels"] <= 1024]
-        ratio = f"**{row['ratio']:.0%}**" if below else f"{row['ratio']:.0%}"
+        ratio = f"**{row['ratio']:.0%}**" if row["ratio"] < BAR else f"{row['ratio']:.0%}"
         lines.append(
             f"| {row['label']} | {row['channels']} | {row['megabytes']:.1f} | {row['microseconds']:.1f} "
             f"| {row['bandwidth']:.2f} | {row['copy']:.2f} | {ratio} |"

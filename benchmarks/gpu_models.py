@@ -1,194 +1,222 @@
-"""Whole models on a GPU: PlaneCycle, slice2d, flatten3d, and the authors' code, eager and compiled.
+"""Whole models on a GPU: ours in each form, the authors' code eager and compiled, and the floor beneath them all.
 
-``PLANECYCLE_REPO=... python -m benchmarks.gpu_models`` writes ``benchmarks/results/<gpu>/models.md``, or
-``models-<model>-<step>.md`` of a part. The authors' model and ours have the same weights and are compared in float32
-before anything is timed. Contenders take turns on volumes that change; times are medians by CUDA events, memory is
-the peak above what lies there before.
+``PLANECYCLE_REPO=... python -m benchmarks.gpu --only models`` writes ``benchmarks/results/<gpu>/models.md``;
+``python -m benchmarks.gpu_models --model ViT-S --step training`` a part of it, without a limit of time. Contenders of a
+group have the same weights, are compared with the reference before they are timed, and take turns on volumes that
+change. What is compiled stands in groups of its own, ours beside it: compilation takes longest.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
-import os
+import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import planecycle_fast as pcf
+from planecycle_fast.benchmark import cells as codes
+from planecycle_fast.benchmark.cells import DTYPES, Cell, parse_volume
+from planecycle_fast.benchmark.contenders import NotHereError, vit
+from planecycle_fast.benchmark.costs import is_out_of_memory, peak_bytes, release
+from planecycle_fast.benchmark.expected import TOLERANCE
+from planecycle_fast.benchmark.networks import Network, network
+from planecycle_fast.benchmark.steps import inference, step_of
+from planecycle_fast.benchmark.timing import Times, compare, interleaved, summary
+from planecycle_fast.optional import MissingPackageError
+from planecycle_fast.torchvision_fix import mend_torchvision
 
-SIZES = {"ViT-S": (384, 6), "ViT-B": (768, 12)}  # channels, heads; 12 blocks, patches of 16
-VOLUMES = [(1, 3, 64, 64, 64), (4, 3, 64, 64, 64), (8, 3, 32, 512, 512)]  # the last: planes of 1029 tokens, 2**18 rows
-EAGER, COMPILED = "authors' code", "authors' code, compiled"
-OURS, GRAPH, SLICES = "PlaneCycle, PCg", "PlaneCycle, PCg, CUDA graph", "slice2d"
-TOLERANCE = 1e-3  # of the largest value, float32
-ROUNDS, WARM_UPS = 20, 3
+from .budget import Part
+from .gpu_floor import FLOORS, Floor
+from .gpu_groups import CODES, COMPILED, EAGER, GRAPH, GROUPS, Group
+from .gpu_models_table import Row, text
+from .op_cells import Missing
+from .part_table import PartTable
 
-# (model, volume): (contender, other contender, how many times faster it must be)
-SMALL = [(GRAPH, EAGER, 4.0)]
-BARS = {
-    ("ViT-S", VOLUMES[0]): SMALL, ("ViT-S", VOLUMES[1]): SMALL,
-    ("ViT-B", VOLUMES[0]): SMALL, ("ViT-B", VOLUMES[1]): SMALL,
-    ("ViT-S", VOLUMES[2]): [(OURS, EAGER, 2.0), (OURS, COMPILED, 1.15), (OURS, SLICES, 1 / 1.03)],
-    ("ViT-B", VOLUMES[2]): [(OURS, EAGER, 1.7), (OURS, COMPILED, 1.15), (OURS, SLICES, 1 / 1.03)],
-}  # fmt: skip
-
-
-def backbone(channels: int, heads: int, depth: int = 12) -> nn.Module:
-    """The authors' model before it is converted, where PLANECYCLE_REPO is; else timm's of the same size."""
-    settings = dict(embed_dim=channels, depth=depth, num_heads=heads)
-    if "PLANECYCLE_REPO" in os.environ:
-        from tests import peers
-
-        model = peers.authors()[0](
-            patch_size=16, layerscale_init=1e-5, n_storage_tokens=4, mask_k_bias=True, pos_embed_rope_dtype="fp32",
-            pos_embed_rope_normalize_coords="separate", pos_embed_rope_rescale_coords=2.0, **settings,
-        )  # fmt: skip
-        return peers.randomise(model).eval()
-    import timm
-
-    return timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, **settings).eval()
+STEPS = {"inference": "inference", "training": "finetune"}  # of `steps.step_of`
+ROUNDS, LEAST_ROUNDS, SECONDS = 7, 3, 12.0  # of a group's timed calls
+VOLUMES = 3  # different ones, in turn
+NOT_HERE, REFUSED = "not here", "refused"
+Made = TypeVar("Made")
 
 
-def contenders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """{name: from a volume to its patch tokens (B, D*H*W, C)}; the authors' code only if it is that."""
+class _Refused(Exception):
+    """It computes something else."""
 
-    def ours(**settings) -> Callable[[Tensor], Tensor]:
-        lifted = pcf.lift(copy.deepcopy(model), **settings)
-        return _Patches(lifted, lambda features: features.patches.flatten(1, 3)).eval()
 
-    found = {OURS: ours(), "PlaneCycle, PCm": ours(pool_method="PCm"), SLICES: ours(mode="slice2d"),
-             "flatten3d": ours(mode="flatten3d")}  # fmt: skip
-    if "PLANECYCLE_REPO" in os.environ:
-        from tests import peers
+class _Ready(NamedTuple):
+    step: Callable[[Tensor], Any]
+    peak: int
+    error: float | None
 
-        theirs = peers.authors()[1]()(copy.deepcopy(model))
-        found[EAGER] = _Patches(theirs, lambda out: out["x_norm_patchtokens"].flatten(1, -2)).eval()
+
+def run(groups: Sequence[Group], path: Path, about: str, part: Part, device: str = "cuda") -> int:
+    """Writes all that is measured. Returns 1 if one of ours failed or a contender was refused."""
+    mend_torchvision()
+    table = PartTable(part, {path: lambda rows, note: f"{about}\n{text(rows)}\n{note}"})
+    for group in table.each((str(group), group) for group in groups):
+        for row in measure(group, device):
+            table.add(row)
+            print(f"  {row.name}: {f'{row.times.median * 1e3:.2f} ms' if row.times else row.why}", flush=True)
+    return int(any([_is_failure(row) for row in table.rows]))
+
+
+def _is_failure(row: Row) -> bool:
+    ours = row.name not in (EAGER, COMPILED, *FLOORS)
+    return row.why.startswith(REFUSED) or bool(row.why and ours and not row.why.startswith(NOT_HERE))
+
+
+def measure(group: Group, device: str = "cuda") -> list[Row]:
+    """Every contender of a group; those that raise, or do not fit into memory, say so."""
+    try:
+        return _measure(group, torch.device(device))
+    finally:  # where nothing holds the contenders any more
+        torch._dynamo.reset()
+        release(torch.device(device))
+
+
+def _measure(group: Group, device: torch.device) -> list[Row]:
+    ready, failed = {}, {}
+    contenders = _attempt(partial(_Contenders, group, device), device)
+    if isinstance(contenders, str):  # not even weights and volumes
+        return [Row(group, name, why=contenders) for name in group.names]
+    for name in group.names:
+        made = _attempt(partial(contenders.make, name), device)
+        (failed if isinstance(made, str) else ready)[name] = made
+    times = _by_turns(ready, failed, contenders.volumes) if ready else {}
+    return [
+        Row(group, name, why=failed[name]) if name in failed
+        else Row(group, name, times[name], ready[name].peak, ready[name].error)
+        for name in group.names
+    ]  # fmt: skip
+
+
+def compile_only(group: Group, device: str = "cuda") -> None:
+    """One call of what torch.compile makes: its results stay on disk."""
+    mend_torchvision()
+    contenders = _Contenders(group, torch.device(device))
+    for name in group.compiled:
+        contenders.step(name)[1](contenders.volumes[0])
+
+
+def _attempt(make: Callable[[], Made], device: torch.device) -> Made | str:
+    """What is made, or why it is not."""
+    try:
+        return make()
+    except (NotHereError, Missing, MissingPackageError) as reason:
+        return f"{NOT_HERE}: {reason}"
+    except _Refused as error:
+        return f"{REFUSED}: {error}"
+    except Exception as error:  # the code of others raises anything
+        words = f"raised {type(error).__name__}: {(str(error) or 'without a message').splitlines()[0][:200]}"
+        found = "out of memory" if is_out_of_memory(error) else words
+    release(device)
     return found
 
 
-class _Patches(nn.Module):
-    def __init__(self, model: nn.Module, take: Callable) -> None:
-        super().__init__()
-        self.model, self.take = model, take
-
-    def forward(self, volume: Tensor) -> Tensor:
-        return self.take(self.model(volume))
-
-
-def check(found: dict[str, nn.Module], device: str) -> None:
-    """The authors' code and ours give the same for a small volume in float32; RuntimeError if not."""
-    if EAGER not in found:
-        return
-    volume = torch.randn(2, 3, 5, 48, 64, device=device)
-    with torch.no_grad():
-        theirs, ours = (found[name].float()(volume) for name in (EAGER, OURS))
-    theirs = theirs.reshape(ours.shape)
-    error = ((theirs - ours).abs().max() / theirs.abs().max()).item()
-    if not error <= TOLERANCE:
-        raise RuntimeError(f"the authors' code and ours differ by {error:.1e} of the largest value: nothing is timed")
-
-
-def inference(model: Callable[[Tensor], Tensor], volume: Tensor) -> None:
-    with torch.no_grad():
-        model(volume)
-
-
-def training(model: nn.Module, volume: Tensor) -> None:
-    """Forward and backward for all weights."""
-    model(volume).float().square().mean().backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-STEPS = {"inference": inference, "training": training}
-
-
-def measure(step: Callable, found: dict[str, Callable], shape: tuple[int, ...]) -> dict[str, tuple[float, float]]:
-    """{name: (median of milliseconds, peak of bytes)} on bf16 volumes; what does not fit in memory is left out."""
-    volumes = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    times, memory = {}, {}
-    for name, model in found.items():
-        try:
-            for volume in volumes[:WARM_UPS]:
-                step(model, volume)
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step(model, volumes[0])
-            memory[name], times[name] = torch.cuda.max_memory_allocated() - before, []
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+def _by_turns(
+    ready: dict[str, _Ready], failed: dict[str, str], volumes: Sequence[Tensor]
+) -> dict[str, Times]:  # ready, failed: what raises moves from one to the other
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    began = perf_counter()
     for i in range(ROUNDS):
-        for name in times:
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            step(found[name], volumes[i % len(volumes)])
-            ended.record()
-            ended.synchronize()
-            times[name].append(began.elapsed_time(ended))
-    return {name: (sorted(of_one)[ROUNDS // 2], memory[name]) for name, of_one in times.items()}
+        if i >= LEAST_ROUNDS and perf_counter() - began > SECONDS:
+            break
+        for name in list(ready):
+            inputs, device = [(volumes[i % len(volumes)],)], volumes[0].device
+            timed = _attempt(
+                partial(interleaved, {name: ready[name].step}, inputs, device=device, rounds=1, warmups=0), device
+            )
+            if isinstance(timed, str):
+                failed[name] = timed
+                del ready[name]
+            else:
+                seconds[name].append(timed[name].median)
+    return {name: summary(seconds[name]) for name in ready}
 
 
-def rows(models: list[str], steps: list[str]) -> Iterator[tuple]:
-    """(model, volume, step, contender, milliseconds, bytes) of everything."""
-    for label in models:
-        model = backbone(*SIZES[label]).cuda()
-        found = contenders(model)
-        check(found, "cuda")
-        found = {name: contender.bfloat16() for name, contender in found.items()}
-        if EAGER in found:
-            found[COMPILED] = torch.compile(found[EAGER])
-        for shape in VOLUMES:
-            volume = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
-            graph = {GRAPH: pcf.cuda_graph(found[OURS], volume)}
-            for step in steps:
-                those = found | graph if step == "inference" else found
-                for name, result in measure(STEPS[step], those, shape).items():
-                    yield label, shape, step, name, *result
+class _Contenders:
+    """Makes contenders of a group, with the same weights."""
 
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.group, self.size, dtype = group, parse_volume(group.volume), DTYPES[group.dtype]
+        self.host = vit(group.model, device, dtype)
+        torch.manual_seed(1)
+        self.volumes = [torch.randn(self.size.shape, device=device).to(dtype) for _ in range(VOLUMES)]
+        self.floor = Floor(self.host, self.size, group.step == "training")
+        self.known: dict[str, Any] = {}  # by mode: what the reference returns
 
-def table(results: list[tuple]) -> str:
-    """Markdown: every row with its speed against the authors' code; then the bars."""
-    times = {tuple(key): milliseconds for *key, milliseconds, _ in results}
-    lines = [
-        "| model | volume | step | | ms | volumes/s | peak MB | authors' time / this |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for label, shape, step, name, milliseconds, peak in results:
-        theirs = times.get((label, shape, step, EAGER))
-        against = "not measured" if theirs is None else f"{theirs / milliseconds:.2f}"
-        lines.append(
-            f"| {label} | {'x'.join(map(str, shape))} | {step} | {name} | {milliseconds:.2f} "
-            f"| {shape[0] / milliseconds * 1e3:.1f} | {peak / 1e6:.0f} | {against} |"
-        )
-    lines += ["", "Bars, of inference (**bold** is missed):", ""]
-    for (label, shape), bars in BARS.items():
-        for name, other, least in bars:
-            ours, theirs = (times.get((label, shape, "inference", one)) for one in (name, other))
-            found = "not measured" if None in (ours, theirs) else f"{theirs / ours:.2f}"
-            found = f"**{found}**" if ours and theirs and theirs / ours < least else found
-            where = f"{label}, {'x'.join(map(str, shape))}"
-            lines.append(f"- {where}: time of {other} / {name}: {found}, bar {least:.2f}")
-    return "\n".join(lines) + "\n"
+    def step(self, name: str) -> tuple[Network, Callable[[Tensor], Any]]:
+        mode, code = CODES[name]
+        cell = Cell(self.group.model, self.group.dtype, self.group.volume, STEPS[self.group.step], mode, code)
+        if code == codes.GRAPH and cell.step != "inference":
+            made = network(cell._replace(code=codes.FAST), self.host, self.volumes[0])
+            sample = torch.randn_like(self.volumes[0])
+            torch.cuda.make_graphed_callables(made.run, (sample,), allow_unused_input=True)  # in place
+        else:
+            made = network(cell, self.host, self.volumes[0])
+        return made, step_of(cell.step, made)
+
+    def make(self, name: str) -> _Ready:
+        """A contender that computes what the reference does. Raises whatever making and running it raises."""
+        volume, error, cuda = self.volumes[0], None, self.volumes[0].device.type == "cuda"
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if name in FLOORS:
+            step = self.floor.make(name)
+            step(volume)
+        else:
+            made, step = self.step(name)
+        held = torch.cuda.memory_allocated() - before if cuda and name == GRAPH else 0  # a captured graph keeps it
+        if name not in FLOORS:
+            mode = CODES[name][0]
+            if mode not in self.known:
+                self.known[mode] = self._expected(mode)
+            found = self._outputs(made, step, volume)
+            agreement = compare({name: found}, self.known[mode], TOLERANCE[self.group.dtype])[name]
+            if agreement.reason is not None:
+                raise _Refused(agreement.reason)
+            error = agreement.error
+        return _Ready(step, held + peak_bytes(step, volume), error)
+
+    def _expected(self, mode: str) -> Any:
+        """Of the reference: in float32 in inference, in the contenders' own dtype in training, for its memory."""
+        host, volume, step = self.host, self.volumes[0], STEPS[self.group.step]
+        if step == "inference":
+            host, volume = copy.deepcopy(host).float(), volume.float()
+        cell = Cell(self.group.model, self.group.dtype, self.group.volume, step, mode, codes.REFERENCE)
+        made = network(cell, host, volume)
+        found = self._outputs(made, step_of(step, made), volume)
+        del made, host
+        gc.collect()
+        return found
+
+    def _outputs(self, made: Network, step: Callable[[Tensor], Any], volume: Tensor) -> Any:
+        """Features; in training the gradient that has passed through everything as well."""
+        features = inference(made.run, volume)
+        return features if self.group.step == "inference" else (*features, step(volume))
 
 
 def main() -> int:
-    from . import gpu
+    from .gpu_parts import header, results_folder
 
+    known = {"model": sorted({group.model for group in GROUPS}), "step": list(STEPS)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS))
-    arguments = parser.parse_args()
+    for name, choices in known.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
+    given = vars(parser.parse_args())
     if not torch.cuda.is_available():
         print("no CUDA device was found: nothing to run", file=sys.stderr)
         return 1
-    text = gpu.header() + "\nbf16, medians by turns.\n\n" + table(list(rows(arguments.model, arguments.step)))
-    part = [arguments.model, list(SIZES)], [arguments.step, list(STEPS)]
-    name = "-".join(["models", *(one for some, every in part if some != every for one in some)]).lower()
-    (gpu.results_folder() / f"{name}.md").write_text(text)
-    print(text)
-    return 0
+    groups = [group for group in GROUPS if group.model in given["model"] and group.step in given["step"]]
+    chosen = [one for name, every in known.items() if given[name] != every for one in given[name]]
+    name, command = "-".join(["models", *chosen]).lower(), " ".join(["python -m benchmarks.gpu_models", *sys.argv[1:]])
+    return run(groups, results_folder() / f"{name}.md", header(command), Part("models", float("inf")))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_another_file_is_refused(tmp_path, made):
 
 def test_a_limit_leaves_out_what_would_end_too_late(tmp_path, made, monkeypatch):
     monkeypatch.setattr(
-        sweep, "_estimate", lambda group, *_: {VOLUME: 9.0, "2x4x64": 1e9, "3x4x64": 2.0}[group[0].volume]
+        sweep.Estimator, "seconds", lambda self, group, _: {VOLUME: 9.0, "2x4x64": 1e9, "3x4x64": 2.0}[group[0].volume]
     )
     found = run(tmp_path, limit=1000)
     assert made.made == ["3x4x64", VOLUME]  # the shortest first
@@ -122,7 +122,8 @@ def test_a_slow_machine_leaves_out_more(tmp_path, made, monkeypatch):
 
     monkeypatch.setattr(Group, "measure", measure)
     monkeypatch.setattr(sweep, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(sweep, "_estimate", lambda *_: 10.0)
+    monkeypatch.setattr(sweep.Estimator, "seconds", lambda *_: 10.0)
+    monkeypatch.setattr(sweep.Estimator, "once", lambda *_: 0.0)
     run(tmp_path, limit=75)
     assert made.made == [VOLUME, "2x4x64"]  # the third would end after 90 seconds, not after 70
 

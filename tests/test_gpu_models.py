@@ -133,6 +133,7 @@ def test_compiled_by_inductor(name):
     torch.testing.assert_close(got.patches, expected.patches, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.alone
 def test_a_side_stream():
     lifted, volume = lifted_on_gpu()
     with torch.no_grad():

@@ -121,6 +121,7 @@ def test_new_sizes_compile_nothing():
     assert compiled() == before
 
 
+@pytest.mark.alone
 def test_it_allocates_its_output_and_nothing_else():
     x = inputs(VIT)["x"]
     PLANE_SWITCH.fast(x, **VIT.settings)  # compiles
@@ -131,6 +132,7 @@ def test_it_allocates_its_output_and_nothing_else():
     assert torch.cuda.max_memory_allocated() - before <= out.numel() * out.element_size() + 512
 
 
+@pytest.mark.alone
 def test_a_side_stream():
     x = inputs(VIT)["x"]
     expected = PLANE_SWITCH.fast(x, **VIT.settings)
@@ -169,6 +171,7 @@ def test_a_device_that_is_not_current():
         assert torch.equal(got[name].cpu(), expected[name].cpu())
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_31_elements():
     sizes, g, channels, batch = (64, 128, 128), 1, 1024, 3  # 3.2e9 elements
     if torch.cuda.mem_get_info()[0] < 8 * batch * 64 * 128 * 128 * channels * 2:
@@ -184,6 +187,7 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(out[..., -8:][:, g:], few[:, g:]) and torch.equal(out[:, g:, :8], few[:, g:])
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_31_elements_in_full():
     sizes, g, channels, batch = (64, 128, 128), 1, 1024, 3  # 3.2e9 elements
     if torch.cuda.mem_get_info()[0] < 20 * batch * 64 * 128 * 128 * channels:
@@ -212,6 +216,7 @@ def past_2_31():
     return x
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("inplace", [False, True])
 @torch.no_grad()
 def test_rope_past_2_31(past_2_31, inplace):
@@ -224,6 +229,7 @@ def test_rope_past_2_31(past_2_31, inplace):
     assert not got[0, 0].any()
 
 
+@pytest.mark.alone
 @torch.no_grad()
 def test_swiglu_past_2_31(past_2_31):
     expected = swiglu_ref(past_2_31[-1, -1], past_2_31[-1, -1])

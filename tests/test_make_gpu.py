@@ -1,6 +1,6 @@
-"""What of `make gpu` needs no GPU: its budget of time, its tables, that it names what it leaves out."""
+"""What of `make gpu` needs no GPU: its parts and their order, its time, what is left when one hangs or crashes."""
 
-import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, op_cells, op_measure
-from benchmarks.budget import Budget
-from planecycle_fast.benchmark.timing import summary
+from benchmarks import gpu, gpu_parts, gpu_sanitize, gpu_tests, gpu_warm
+from benchmarks.budget import Budget, Part
+from benchmarks.part_table import PartTable, write
 
 
 class Clock:
@@ -45,8 +45,38 @@ def test_what_does_not_fit_is_named(clock):
     assert Budget({"ops": 10}, clock).begin("ops").note() == ""
 
 
-def test_all_of_it_stays_under_nine_minutes():
-    assert 8 * 60 < sum(gpu.SECONDS.values()) <= 520
+def test_a_table_is_whole_after_every_row_and_names_what_is_at_work(tmp_path, clock):
+    part, path = Part("ops", 10, clock), tmp_path / "ops.md"
+    table = PartTable(part, {path: lambda rows, note: f"about\n{rows}\n{note}"})
+    seen = [path.read_text()]
+    for item in table.each([("first", 1), ("second", 2), ("third", 3)]):
+        seen.append(path.read_text())
+        table.add(item)
+        clock.now += 6
+    assert seen == ["about\n[]\n", "about\n[]\nNot finished: first\n", "about\n[1]\nNot finished: second\n"]
+    assert path.read_text() == "about\n[1, 2]\nLeft out, as 10 s were over (1): third\n"
+    assert list(tmp_path.iterdir()) == [path]  # nothing of the writing itself
+
+
+def test_a_stop_while_a_file_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "ops.md"
+    write(path, "whole")
+
+    def stopped(self, *_, **__):
+        self.open("w").write("ha")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, "whole again")
+    assert path.read_text() == "whole"
+
+
+def test_all_of_it_is_over_in_eight_minutes_and_smoke_in_one():
+    assert sum(gpu.STAGES.values()) + gpu.GRACE <= 480
+    assert gpu.STAGES["smoke", "warm"] + gpu.GRACE <= 60
+    assert gpu.STAGES["tests",] + gpu.GRACE <= 180
+    assert set(gpu.PARTS) == set(gpu_parts.RUN)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -55,134 +85,217 @@ def test_without_a_gpu_it_says_so(capsys):
     assert capsys.readouterr().err == "no CUDA device was found: nothing to run\n"
 
 
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "everything"])
+    assert "argument --only: invalid choice: 'everything'" in capsys.readouterr().err
+
+
+STUB = """
+import os, subprocess, sys, time
+folder, name, does, until = sys.argv[1:]
+with open(os.path.join(folder, "order"), "a") as file:
+    file.write(name + "\\n")
+with open(os.path.join(folder, name + ".md"), "w") as file:
+    file.write(f"{name}: a row, until {float(until) - time.time():.0f}\\n")
+    file.flush()
+    if does == "hang":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        file.write(f"{child.pid}")
+        file.flush()
+        time.sleep(600)
+    if does == "crash":
+        os.kill(os.getpid(), 11)
+sys.exit({"fail": 1, "usage": 2}.get(does, 0))
+"""
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "header", lambda: "Some GPU\n")
-    return tmp_path
-
-
-def test_parts_run_in_order_and_one_failure_is_the_status(folder, monkeypatch, capsys):
-    ran = []
-
-    def part(name, status):
-        return lambda folder, part, **more: ran.append((name, more)) or status
-
+def stubs(tmp_path, monkeypatch):
+    """Parts that do what a test says: {name: "hang", "crash", "fail" or "usage"}."""
+    path, does = tmp_path / "stub.py", {}
+    path.write_text(STUB)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "results_folder", lambda: folder)
-    for name in gpu.SECONDS:
-        monkeypatch.setattr(gpu, name, part(name, int(name == "ops")))
-    assert gpu.main(["--tiles"]) == 1
-    assert [name for name, _ in ran] == ["tests", "ops", "kernels", "models"] and ran[2][1] == {"tiles": True}
-    ran.clear()
-    assert gpu.main(["--only", "kernels", "tests", "--skip-tests"]) == 0
-    assert ran == [("kernels", {"tiles": False})]
-    assert f"kernels: {sum(gpu.SECONDS.values()) - gpu.SECONDS['models']:.0f} s at most" in capsys.readouterr().out
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(gpu, "header", lambda command: f"Some GPU, `{command}`\n")
+    monkeypatch.setattr(
+        gpu, "command", lambda name, until: [sys.executable, "-S", str(path), str(tmp_path), name,
+                                             does.get(name, ""), str(until)]
+    )  # fmt: skip
+    return does
 
 
-def result(milliseconds, name, cell):
-    times = summary([milliseconds / 1e3] * 5)
-    info = {"contender": name, "GB/s": cell.bytes / times.median / 1e9, "ceiling": 3000.0}
-    return op_measure.Result(times, (times.median,) * 5, info=info | {"share": info["GB/s"] / 3000})
+def order(folder):
+    return (folder / "order").read_text().split()
 
 
-def test_operations_are_written_for_people_and_programs(folder, monkeypatch, clock):
-    cells = [
-        op_cells.Cell("rope", label, "inference", torch.bfloat16, {}, {}, moved=1.5e8) for label in ("S", "B", "L")
-    ]
-    monkeypatch.setattr(gpu, "quick_cells", lambda: iter(cells))
+def test_parts_run_in_order_each_with_its_time(stubs, tmp_path, capsys):
+    assert gpu.main([]) == 0
+    assert set(order(tmp_path)[:2]) == {"smoke", "warm"}  # side by side
+    assert order(tmp_path)[2:] == ["models", "tests", "kernels", "ops", "sweep"]
+    printed = capsys.readouterr().out
+    assert "smoke and warm: 50 s at most" in printed and "sweep: done" in printed
+    assert "smoke: a row, until 50" in (tmp_path / "smoke.md").read_text()
+    run = (tmp_path / "run.md").read_text()
+    assert run.startswith("Some GPU, `make gpu`\n") and run.count("| done |") == 7
 
-    def measure(cell, device):
-        clock.now += 60
-        found = {op_cells.OURS: result(0.2, op_cells.OURS, cell), "eager": result(0.5, "eager", cell)}
-        return found | {"Liger": op_measure.Result(missing="liger_kernel is not installed")}
 
-    monkeypatch.setattr(op_measure, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    part = Budget({"ops": 100}, clock).begin("ops")
-    assert gpu.ops(folder, part) == 0
-    text = (folder / "ops.md").read_text()
-    assert text.startswith("Some GPU\n") and "Left out, as 100 s were over (1): rope: L, bfloat16, inference" in text
-    assert (
-        "| rope: B, bfloat16, inference | planecycle_fast | 200 us | 200 us to 200 us | 1.5e+03 GB/s | 50% | 1.00 |"
-        in text
+def test_some_parts_alone(stubs, tmp_path):
+    assert gpu.main(["--only", "tests", "repeats", "smoke"]) == 0
+    assert order(tmp_path) == ["smoke", "tests", "repeats"]
+    assert not (tmp_path / "run.md").exists()  # that of the whole stays
+    assert gpu.stages(["warm"]) == {("warm",): 50}
+
+
+def test_what_hangs_or_crashes_loses_nothing_and_the_next_begins(stubs, tmp_path, monkeypatch):
+    stubs |= {"models": "hang", "tests": "crash", "kernels": "fail", "ops": "usage"}
+    monkeypatch.setattr(gpu, "STAGES", dict.fromkeys(gpu.STAGES, 0.5) | {("sweep",): 60})
+    monkeypatch.setattr(gpu, "GRACE", 1.5)
+    assert gpu.main([]) == 1
+    assert order(tmp_path)[2:] == ["models", "tests", "kernels", "ops", "sweep"]
+    rows = (tmp_path / "run.md").read_text()
+    for words in ("| models | killed after", "| tests | crashed: SIGSEGV |", "| kernels | failed |",
+                  "| ops | crashed: status 2 |", "| sweep | done |"):  # fmt: skip
+        assert words in rows
+    row, child = (tmp_path / "models.md").read_text().splitlines()
+    assert row.startswith("models: a row")
+    assert not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes()
+
+
+def test_a_stop_from_outside_ends_the_parts(tmp_path):
+    """`timeout 500 make gpu`: SIGTERM."""
+    (tmp_path / "stub.py").write_text(STUB)
+    code = (
+        "import sys, torch\nfrom benchmarks import gpu\ntorch.cuda.is_available = lambda: True\n"
+        f"gpu.command = lambda name, until: [sys.executable, '-S', {str(tmp_path / 'stub.py')!r}, "
+        f"{str(tmp_path)!r}, name, 'hang', str(until)]\ngpu.main(['--only', 'models'])\n"
     )
-    assert "| eager | 500 us | 500 us to 500 us | 600 GB/s | 20% | 2.50 |" in text
-    assert "| Liger | not measured: liger_kernel is not installed |" in text
-    assert "Ceiling: a copy, 3000 GB/s, in the same run." in text
-    stored = json.loads((folder / "ops.json").read_text())
-    assert len(stored["rows"]) == 6 and stored["left_out"] == ["rope: L, bfloat16, inference"]
-    assert stored["rows"][0]["share"] == pytest.approx(0.5) and stored["rows"][2]["missing"]
-
-
-def test_something_refused_is_a_failure(folder, monkeypatch, clock):
-    cell = op_cells.Cell("rope", "S", "inference", torch.bfloat16, {}, {}, moved=1)
-    monkeypatch.setattr(gpu, "quick_cells", lambda: iter([cell]))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(op_measure, "measure", lambda *_: {op_cells.OURS: op_measure.Result(refused="off by 1")})
-    assert gpu.ops(folder, Budget({"ops": 100}, clock).begin("ops")) == 1
-    assert "not measured: REFUSED: off by 1" in (folder / "ops.md").read_text()
-
-
-def test_kernels_below_their_bar_stand_in_bold(folder, monkeypatch, clock):
-    def call(channels, microseconds):
-        def make():
-            clock.now += 30
-            return None, "forward", channels, (microseconds,)
-
-        return f"kernel at {channels}", make
-
-    def time_call(op, label, channels, arguments):
-        [microseconds] = arguments
-        return {"label": label, "channels": channels, "megabytes": 100.0, "microseconds": microseconds,
-                "bandwidth": 100 / microseconds, "copy": 2.0, "ratio": 50 / microseconds}  # fmt: skip
-
-    monkeypatch.setattr(gpu_kernels, "calls", lambda: iter([call(1024, 62), call(4096, 62), call(384, 100)]))
-    monkeypatch.setattr(gpu_kernels, "time_call", time_call)
-    monkeypatch.setattr(gpu_kernels, "host_time", lambda: "host\n")
-    monkeypatch.setattr(gpu_kernels, "faster_tiles", lambda part: iter(["- forward, C = 384: (1, 2), 1.05 times"]))
-    assert gpu.kernels(folder, Budget({"kernels": 50}, clock).begin("kernels"), tiles=True) == 0
-    text = (folder / "kernels.md").read_text()
-    assert "| forward | 1024 | 100.0 | 62.0 | 1.61 | 2.00 | 81% |" in text
-    assert "| forward | 4096 | 100.0 | 62.0 | 1.61 | 2.00 | **81%** |" in text
-    assert "Left out, as 50 s were over (1): kernel at 384" in text and "1.05 times" in text
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.PROJECT, stdout=subprocess.DEVNULL)
+    path = tmp_path / "models.md"
+    while len(path.read_text().splitlines() if path.exists() else "") < 2:
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    child = path.read_text().splitlines()[1]
+    assert not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes()
 
 
 TESTS = """
 import time, pytest
 pytestmark = pytest.mark.gpu
 def test_first(): time.sleep({seconds})
-def test_second(): assert False
+def test_second(): assert 1 == 2
+@pytest.mark.skip(reason="no such device")
 def test_third(): pass
+@pytest.mark.alone
+def test_last(): pass
+@pytest.mark.alone
+def test_a_thousand_times(): pass
 """
 
 
-@pytest.mark.parametrize(
-    "seconds, limit, grace, status, says",
-    [(0, 60, 60, 1, "1 failed, 2 passed"), (1.5, 1, 60, 0, "1 passed, 2 skipped"), (60, 1, 4, 1, "killed")],
-)
-def test_gpu_tests_end_in_time(tmp_path, clock, seconds, limit, grace, status, says):
-    path = tmp_path / "test_gpu_something.py"
-    path.write_text(TESTS.format(seconds=seconds))
-    part = Budget({"tests": limit}, clock).begin("tests")
-    got, text = gpu.run_tests([path], part, grace)
-    assert got == status and says in text, text
-    expected = {"1 passed, 2 skipped": ["2 tests"], "killed": ["the rest of the tests, killed"]}
-    assert part.left_out == expected.get(says, [])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_gpu_tests_run_in_parallel_then_alone(tmp_path, monkeypatch, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    file, path = tmp_path / "test_gpu_something.py", tmp_path / "tests.txt"
+    file.write_text(TESTS.format(seconds=0))
+    monkeypatch.setattr(gpu_tests, "workers", lambda: workers)
+    assert gpu_tests.run(path, "about\n", Part("tests", 100), [file]) == 1
+    text = path.read_text()
+    assert text.startswith(f"about\n\ngpu and not alone, {max(workers, 1)} at a time\n")
+    assert "test_second: assert 1 == 2" in text and "skipped, 1: no such device" in text
+    first, last = text.split("gpu and alone, 1 at a time")
+    assert "in all: 1 passed, 1 failed, 1 skipped" in first and "in all: 2 passed, 0 failed, 0 skipped" in last
 
 
-def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
-    monkeypatch.setitem(op_cells.SHAPES, "cuda", [op_cells.TINY] * len(op_cells.SHAPES["cuda"]))
-    original = torch.arange
-    monkeypatch.setattr(torch, "arange", lambda *a, **k: original(*a, **k | {"device": "cpu"}))  # RoPE's periods
-    cells = list(gpu.quick_cells())
-    assert {cell.op for cell in cells} == set(gpu.OPERATIONS) and len(gpu.OPERATIONS) == 6
-    assert all([cell.dtype == torch.bfloat16 for cell in cells])
+def test_parts_of_the_tests_can_be_asked_for(tmp_path, monkeypatch):
+    file, path = tmp_path / "test_gpu_something.py", tmp_path / "repeats.txt"
+    file.write_text(TESTS.format(seconds=0))
+    monkeypatch.setattr(gpu_tests, "workers", lambda: 0)
+    assert gpu_tests.run(path, "about\n", Part("repeats", 100), [file]) == 0
+    assert path.read_text().count("1 passed, 0 failed") == 1
+    assert gpu_tests.run(path, "about\n", Part("huge", 100), [file]) == 1  # none is not all
+
+
+def test_gpu_tests_that_would_begin_too_late_are_named(tmp_path, monkeypatch):
+    file, path = tmp_path / "test_gpu_something.py", tmp_path / "tests.txt"
+    file.write_text(TESTS.format(seconds=0))
+    monkeypatch.setattr(gpu_tests, "workers", lambda: 0)
+    assert gpu_tests.run(path, "about\n", Part("tests", 0), [file]) == 1
+    assert "skipped, 2: left out: the time limit was reached" in path.read_text()
+
+
+def test_every_part_of_the_tests_has_tests():
+    """By names of functions: those of `RUNS` are in the files, and what needs all of the memory is marked."""
+    text = "".join([path.read_text() for path in gpu_tests.gpu_test_files()])
+    for _, names, _ in [each for runs in gpu_tests.RUNS.values() for each in runs]:
+        for name in names.split(" or "):
+            assert name in text
+    for function in text.split("\ndef ")[1:]:
+        if "mem_get_info" in function:
+            at = text.index(f"def {function[:40]}")
+            assert "past_2_31" in function or "@pytest.mark.alone" in text[at - 80 : at], function[:60]
+
+
+SANITIZED = """
+import pytest
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("i", range(5))
+def test_layouts(i): assert i != 3
+"""
+
+
+def test_each_tool_shares_the_tests_out_and_writes_what_it_finds(tmp_path, monkeypatch):
+    file, path, original = tmp_path / "test_gpu_ops.py", tmp_path / "racecheck.txt", gpu_sanitize.command
+    file.write_text(SANITIZED)
+
+    def command(*arguments):
+        made = original(*arguments)
+        assert made[:5] == ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1"]
+        return [str(file) if word == "tests/test_gpu_ops.py" else word for word in made[5:]]
+
+    monkeypatch.setattr(gpu_sanitize, "command", command)
+    assert gpu_sanitize.run(path, "about\n", Part("racecheck", 100), processes=2) == 1
+    text = path.read_text()
+    assert text.startswith("about\n\n2 of 2 processes have ended.")
+    assert "process 0: status 0; 3 passed" in text and "process 1: status 1; 1 failed, 1 passed" in text
+    assert "FAILED" in text and list(tmp_path.glob("*.log")) == []
+    monkeypatch.setattr(gpu_sanitize, "command", lambda *_: ["no-such-sanitizer"])
+    assert gpu_sanitize.run(path, "about\n", Part("racecheck", 100)) == 1
+    assert "not run: compute-sanitizer, which comes with CUDA, was not found" in path.read_text()
+
+
+def test_jobs_run_beside_each_other_within_the_memory(tmp_path, monkeypatch):
+    path = tmp_path / "warm.md"
+    code = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); p.touch(); time.sleep(600 * int(sys.argv[2]))"
+
+    def command(job):
+        return [sys.executable, "-S", "-c", code, str(tmp_path / job.name), str(int(job.name == "hangs"))]
+
+    monkeypatch.setattr(gpu_warm, "command", command)
+    monkeypatch.setattr(gpu_warm.os, "sched_getaffinity", lambda _: range(16))
+    jobs = [gpu_warm.Job("hangs", 50), gpu_warm.Job("too large beside it", 64), gpu_warm.Job("fits", 5)]
+    part = Part("warm", 2)
+    assert gpu_warm.run(jobs, path, "about", part) == 0
+    assert part.left_out == ["hangs", "too large beside it"] and not (tmp_path / "too large beside it").exists()
+    assert "| fits | 0 |" in path.read_text() and "hangs; too large beside it" in path.read_text()
+
+
+def test_what_is_compiled_ahead_is_what_is_measured():
+    from benchmarks.gpu_groups import GROUPS
+
+    names = [job.name for job in gpu_warm.jobs()]
+    assert [f"model {i}" for i, group in enumerate(GROUPS) if group.compiled] == names[: -gpu_warm.SHARES]
+    assert all([job.gigabytes <= gpu_warm.MEMORY for job in gpu_warm.jobs()])
+    assert gpu_warm.command(gpu_warm.jobs()[0])[1:] == ["-m", "benchmarks.gpu_warm", "model", "1"]
 
 
 def test_nothing_of_it_needs_a_package_that_may_be_missing():
     code = (
         "import sys\n"
-        "missing = 'timm transformers pytest_benchmark matplotlib rich typer hypothesis psutil'\n"
+        "missing = 'timm transformers pytest_benchmark matplotlib rich typer hypothesis psutil peft'\n"
         "sys.modules |= dict.fromkeys(missing.split())\n"
         "from benchmarks import gpu, op_cells\n"
         "op_cells.DTYPES['cuda']; print(gpu.main([]))\n"

@@ -17,7 +17,8 @@ from ..info import versions
 from ..native import csrc
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
-SHOWING = ("benchmark/plots.py", "benchmark/report.py", "benchmark/laws.py", "benchmark/command.py")
+SHOWING = ("benchmark/plots.py", "benchmark/report.py", "benchmark/laws.py", "benchmark/command.py",
+           "benchmark/estimate.py")  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -17,14 +17,11 @@ from ..optional import MissingPackageError, require
 from . import rows as files
 from .cells import DTYPES, PEERS, Cell, groups
 from .contenders import vit
-from .costs import flops, free_bytes, is_out_of_memory, release
+from .costs import free_bytes, is_out_of_memory, release
 from .environment import environment, stamp
+from .estimate import Estimator, measured
 from .measure import Effort, Group
 from .timing import ceiling_bandwidth, ceiling_flops
-
-OF_CEILING = 0.6  # that an average cell reaches: for the estimate of time alone
-COMPILES = 60  # seconds of torch.compile, for that estimate
-CALLS = 3.5  # of a cell beside those that are timed: to compare, the reference's, for memory
 
 
 def sweep(
@@ -60,10 +57,14 @@ def sweep(
         ceilings = {dtype: _ceilings(device, dtype) for dtype in {group[0].dtype for group in todo}}
         described = stamp(command)
         hosts = _Hosts(device)
-        estimates = [_estimate(group, ceilings[group[0].dtype]["ceiling_flops"], effort) for group in todo]
+        opening = f"{sum(map(len, todo))} cells: counting operations, and how fast this machine is"
+        print(opening, file=sys.stderr, flush=True)
+        estimator = Estimator(device, measured(device, DTYPES[todo[0][0].dtype]), effort)
+        estimates = [estimator.seconds(group, ceilings[group[0].dtype]["ceiling_flops"]) for group in todo]
         if limit is not None:
             order = sorted(range(len(todo)), key=estimates.__getitem__)
             todo, estimates = [todo[i] for i in order], [estimates[i] for i in order]
+        estimates = [seconds + estimator.once(group) for seconds, group in zip(estimates, todo)]
         with _shown(todo, estimates, note) as finished:
             first, done = perf_counter(), 0.0
             for group, estimate in zip(todo, estimates):
@@ -129,17 +130,6 @@ def _ceilings(device: torch.device, dtype: str) -> dict[str, float]:
         "ceiling_flops": ceiling_flops(device, DTYPES[dtype]),
         "ceiling_bandwidth": ceiling_bandwidth(device),
     }
-
-
-def _estimate(group: Sequence[Cell], ceiling: float, effort: Effort) -> float:
-    """Seconds that a group may take."""
-    try:
-        calls = [flops(cell.model, cell.mode, cell.volume, cell.step).total / ceiling / OF_CEILING for cell in group]
-    except Exception:  # a library that is missing: what will be said when the cell is measured
-        return 1.0
-    timed = min(effort.rounds * sum(calls), max(effort.seconds, 3 * sum(calls)))
-    compiled = sum(["compiled" in cell.code for cell in group])
-    return 1.0 + (CALLS + effort.warmups) * sum(calls) + timed + COMPILES * compiled
 
 
 @contextmanager

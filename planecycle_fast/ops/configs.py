@@ -1,6 +1,7 @@
 """How kernels that hold whole rows cut them into tiles: data, chosen without a GPU and without timing anything.
 
-`make gpu` times the alternatives of `candidates` on a real GPU and says where another one than `tile`'s is faster.
+`python -m benchmarks.gpu --only tiles` times the alternatives of `candidates` on a real GPU and says where another one
+than `tile`'s is faster.
 """
 
 from __future__ import annotations

@@ -1,0 +1,110 @@
+"""Compiles what later parts of ``make gpu`` run, in many processes: on slow cores one after another takes minutes.
+
+Triton and Inductor keep what they compile on disk, so that a part finds it there. Each job is a process:
+``python -m benchmarks.gpu_warm JOB``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import NamedTuple
+
+from .budget import Part
+from .part_table import PartTable
+
+PROJECT = Path(__file__).parents[1]
+SPARED = 2  # cores for what runs beside
+MEMORY = 76  # GiB of the GPU that all jobs of a moment may take
+SHARES = 10  # jobs that the kernels are shared out to
+
+
+class Job(NamedTuple):
+    """What one process compiles."""
+
+    name: str
+    gigabytes: float
+
+
+class Row(NamedTuple):
+    """A job that has ended."""
+
+    job: Job
+    status: int
+    seconds: float
+
+
+def jobs() -> list[Job]:
+    """Compiled contenders of `gpu_models`, which take longest, then all calls of `gpu_kernels`."""
+    from .gpu_groups import GROUPS
+
+    compiled = [Job(f"model {i}", group.gigabytes) for i, group in enumerate(GROUPS) if group.compiled]
+    return compiled + [Job(f"kernels {i}", 2) for i in range(SHARES)]
+
+
+def run(todo: Sequence[Job], path: Path, about: str, part: Part) -> int:
+    """Runs jobs, as many at once as cores and memory allow, until time is over. Returns 1 if one failed."""
+    table = PartTable(part, {path: lambda rows, note: f"{about}\n{text(rows)}\n{note}"})
+    waiting, running = list(todo), {}
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    places = max(1, len(os.sched_getaffinity(0)) - SPARED)
+    try:
+        while (waiting or running) and part.left() > 0:
+            for job in list(waiting):
+                taken = sum([other.gigabytes for other in running])
+                if len(running) < places and (not running or taken + job.gigabytes <= MEMORY):
+                    process = subprocess.Popen(command(job), cwd=PROJECT, env=environment)
+                    running[job] = process, perf_counter()
+                    waiting.remove(job)
+            sleep(0.05)
+            for job, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    table.add(Row(job, process.returncode, perf_counter() - began))
+    finally:
+        for process, _ in running.values():
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+    part.left_out += [job.name for job in (*running, *waiting)]
+    table.close()
+    return int(any([row.status != 0 for row in table.rows]))
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The table."""
+    lines = ["| job | status | seconds |", "| --- | ---: | ---: |"]
+    return "\n".join([*lines, *[f"| {row.job.name} | {row.status} | {row.seconds:.0f} |" for row in rows]]) + "\n"
+
+
+def command(job: Job) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_warm", *job.name.split()]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Does one job."""
+    from . import gpu_kernels
+
+    kind, index = arguments[0], int(arguments[1])
+    if kind == "model":
+        from .gpu_groups import GROUPS
+        from .gpu_models import compile_only
+
+        compile_only(GROUPS[index])
+    elif kind == "kernels":  # every tenth call, of one volume: a kernel is the same for any batch
+        for _, make in list(gpu_kernels.calls(one_volume=True))[index::SHARES]:
+            op, _, _, call = make()
+            op.body(*call)
+    else:
+        shape, kernel = gpu_kernels.tile_calls()[index]
+        for _, call in gpu_kernels.with_tiles(shape._replace(batch=1), kernel):
+            call()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
