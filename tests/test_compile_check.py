@@ -9,11 +9,11 @@ triton = pytest.importorskip("triton", reason="needs triton")
 
 from .compilecheck import __main__ as command
 from .compilecheck import no_gpu
-from .compilecheck.cases import MODES, all_cases
-from .compilecheck.watch import OUTPUTS, Watch, root
+from .compilecheck.cases import MODES, OUTPUTS, all_cases
+from .compilecheck.watch import Watch, root
 
 NAMES = [case.name for case in all_cases()]
-ROW = {"graphs": 1, "ours": {"rope_kernel": 2}, "inductors": 3, "written": {}, "copies": 0, "failures": []}
+ROW = {"graphs": 1, "ours": dict.fromkeys(OUTPUTS, 2), "inductors": 3, "written": {}, "copies": 0, "failures": []}
 
 
 def rows(*failures):
@@ -50,8 +50,8 @@ def test_all_that_passes_is_status_0(page, capsys):
     assert command.write(command.about(), rows(), NAMES) == 0
     text = page.read_text()
     assert f"**Passed**: no failure in any of {len(NAMES)} cases." in text and "## Failures" not in text
-    assert "| timm-dinov3-s | PCg | inference | dynamic | bf16 | 1 | 2 rope | 3 | 0 | none |" in text
-    assert f"Our kernels in all: {2 * len(NAMES)} rope." in text and f"torch {torch.__version__}" in text
+    assert "| timm-dinov3-s | PCg | training | dynamic | bf16 | 1 | 2 add_norm, 2 add_norm_backward, " in text
+    assert f", {2 * len(NAMES)} swiglu_backward." in text and f"torch {torch.__version__}" in text
     assert "0 different failures" in capsys.readouterr().out
 
 
@@ -67,6 +67,12 @@ def test_a_case_without_a_result_is_a_failure(page):
     assert command.write(command.about(), rows()[:-1], NAMES) == 1
     assert f"the process ended before` in 1: {NAMES[-1]}" in page.read_text()
     assert command.write(command.about(), [], NAMES) == 1
+
+
+def test_a_kernel_that_no_case_brings_is_a_failure(page):
+    results = [row | {"ours": {name: 1 for name in OUTPUTS if name != "rope_kernel"}} for row in rows()]
+    assert command.write(command.about(), results, NAMES) == 1
+    assert f"- `rope_kernel is in no generated code` in all {len(NAMES)}\n" in page.read_text()
 
 
 def test_a_compiler_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
@@ -96,7 +102,7 @@ def test_exactly_the_outputs_are_written_to():
     assert analysed(accesses()) == ["swiglu_kernel: nothing found to be written to, not out"]
     assert analysed([], tensors=TENSORS | {"out": torch.ones(0)}) == []  # nothing could be written there
     other = SimpleNamespace(fn=SimpleNamespace(__name__="new_kernel"))
-    assert analysed(["out"], other) == ["new_kernel is not in OUTPUTS of tests/compilecheck/watch.py"]
+    assert analysed(["out"], other) == ["new_kernel is not in OUTPUTS of tests/compilecheck/cases.py"]
 
 
 def test_every_kernel_is_known():

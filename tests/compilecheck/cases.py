@@ -1,4 +1,4 @@
-"""Which models are compiled, and how."""
+"""Which models are compiled, how, and what kernels write to."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,16 @@ MODES = {  # of `lift`, by name
     "PCm": {"cycle_order": PLANES, "pool_method": "PCm"},
     "slice2d": {"mode": "slice2d"},
     "flatten3d": {"mode": "flatten3d"},
+}
+
+OUTPUTS = {  # of every kernel: the arguments that it writes to, where they are there
+    "plane_switch_kernel": {"out"},
+    "add_norm_kernel": {"out", "normed", "mean", "rstd"},
+    "add_norm_backward_kernel": {"grad_x", "grad_branch", "scale_sums", "weight_sums", "bias_sums"},
+    "column_sums_kernel": {"sums"},
+    "rope_kernel": {"out"},
+    "swiglu_kernel": {"out"},
+    "swiglu_backward_kernel": {"grad_gate", "grad_value"},
 }
 
 

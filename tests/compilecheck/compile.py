@@ -72,6 +72,8 @@ def compile_case(case, watch):
                     compiled(volume)
         except Exception as error:
             seen.fail(root(error))
+    if not seen.ours:
+        seen.fail("no kernel of ours is in the generated code")
     if seen.graphs > 1:
         seen.fail(f"compiled {seen.graphs} times: other sizes need another graph")
     return seen

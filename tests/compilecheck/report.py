@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from .cases import OUTPUTS
+
 COLUMNS = ["model", "mode", "step", "sizes", "dtype", "graphs", "our kernels", "Inductor's", "copies", "failures"]
 INTRODUCTION = """\
 Whole models, small in width and depth, compiled by `torch.compile(fullgraph=True)` and Inductor for a GPU that is not
@@ -16,13 +18,18 @@ generated code whose name says that they clone or copy, and calls of aten's.
 
 
 def verdict(results, expected):
-    """Failures by text, each with the cases it is of; cases of `expected` without a result fail as well."""
+    """Failures by text, each with the cases it is of: also cases and kernels that should be there and are not."""
     failures = {}
     for row in results:
         for text in row["failures"]:
             failures.setdefault(text, []).append(name_of(row))
     missing = [name for name in expected if name not in map(name_of, results)]
-    return failures | ({"not compiled: the process ended before": missing} if missing else {})
+    if missing:
+        failures["not compiled: the process ended before"] = missing
+    for kernel in OUTPUTS:
+        if not any([kernel in row["ours"] for row in results]):
+            failures[f"{kernel} is in no generated code"] = expected
+    return failures
 
 
 def name_of(row):
@@ -52,9 +59,13 @@ def markdown(about, target, results, expected):
     lines += ["", f"Our kernels in all: {_kernels(kernels) or 'none'}.", ""]
     if failures:
         lines += ["## Failures", ""]
-        lines += [f"- `{text}` in {len(names)}: {'; '.join(names)}" for text, names in failures.items()]
+        lines += [f"- `{text}` in {_cases(names, expected)}" for text, names in failures.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cases(names, expected):
+    return f"all {len(names)}" if len(names) == len(expected) else f"{len(names)}: {'; '.join(names)}"
 
 
 def _cells(row):
@@ -63,4 +74,5 @@ def _cells(row):
 
 
 def _kernels(counts):
-    return ", ".join([f"{count} {name.removesuffix('_kernel')}" for name, count in sorted(counts.items())])
+    short = {name.removesuffix("_kernel"): count for name, count in counts.items()}
+    return ", ".join([f"{short[name]} {name}" for name in sorted(short)])

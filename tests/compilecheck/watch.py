@@ -15,16 +15,8 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
 
 from ..kernelcheck.codegen import NARROW_OFFSET, late_widenings
+from .cases import OUTPUTS
 
-OUTPUTS = {  # of every kernel: the arguments that it writes to, where they are there
-    "plane_switch_kernel": {"out"},
-    "add_norm_kernel": {"out", "normed", "mean", "rstd"},
-    "add_norm_backward_kernel": {"grad_x", "grad_branch", "scale_sums", "weight_sums", "bias_sums"},
-    "column_sums_kernel": {"sums"},
-    "rope_kernel": {"out"},
-    "swiglu_kernel": {"out"},
-    "swiglu_backward_kernel": {"grad_gate", "grad_value"},
-}
 ANALYSES = ("identify_mutated_tensors", "identify_accessed_tensors")  # until torch 2.12, and since
 COPIES = re.compile(r"^\s+(?:triton_\w*(?:clone|copy)\w*\.run\(|.*\baten\.(?:clone|copy_)\b)", re.MULTILINE)
 
@@ -101,7 +93,7 @@ class Watch(logging.Handler):
 
     def _compare(self, name, written, tensors):
         if name not in OUTPUTS:
-            self.seen.fail(f"{name} is not in OUTPUTS of tests/compilecheck/watch.py")
+            self.seen.fail(f"{name} is not in OUTPUTS of tests/compilecheck/cases.py")
         elif self.analysis_failed:
             self.seen.fail(
                 f"{name}: every tensor counts as written to, for its analysis failed: {self.analysis_failed}"
