@@ -20,7 +20,12 @@ from ..hosts import BY_NAME
 from .cases import MODES, PLANES, all_cases
 from .watch import Watch, root
 
-SIZES = [(2, 4, (3, 5)), (3, 5, (4, 6))]  # batch, depth, patches of a slice; the second where sizes are dynamic
+SIZES = (2, 4, (3, 5))  # batch, depth, patches of a slice
+OTHERS = {
+    "inference": (3, 5, (4, 6)),
+    "training": (3, 5, (3, 5)),
+}  # where sizes are dynamic: all, batch and depth only,
+AXES = {"inference": (0, 2, 3, 4), "training": (0, 2)}  # as all of them take many minutes per model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}  # of parameters
 
 
@@ -43,12 +48,13 @@ def compile_case(case, watch):
     torch._dynamo.reset()
     model, shape = build(case)
     dtype, training, dynamic = DTYPES[case.dtype], case.step == "training", case.sizes == "dynamic"
+    sizes = (SIZES, OTHERS[case.step]) if dynamic else (SIZES,)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes:
         model._apply(lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="cuda"))
-        volumes = [torch.empty(shape(*sizes), dtype=dtype, device="cuda") for sizes in SIZES[: 1 + dynamic]]
+        volumes = [torch.empty(shape(*of), dtype=dtype, device="cuda") for of in sizes]
     for volume in volumes if dynamic else []:
-        for axis in (0, 2, 3, 4):
+        for axis in AXES[case.step]:
             torch._dynamo.mark_dynamic(volume, axis)
 
     def backend(graph, inputs):

@@ -10,7 +10,7 @@ Whole models, small in width and depth, compiled by `torch.compile(fullgraph=Tru
 there, forward and, in training, backward; nothing runs. Each of our kernels that Inductor writes into its code is
 compiled by triton for {target} as Inductor compiles it; what Inductor finds to be written to are exactly its outputs;
 no pointer of it is advanced by 32 bits, and no 32-bit product of two variables is widened. "dynamic": one graph serves
-a second volume of other batch, depth, height and width.
+a second volume of other batch and depth, in inference also of other height and width.
 
 *Graphs* that Dynamo made (1 is expected); *our kernels*, compiled; *Inductor's* own, counted; *copies*: launches of the
 generated code whose name says that they clone or copy, and calls of aten's.

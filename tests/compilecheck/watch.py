@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import sympy
 import torch
 import triton
 from torch._higher_order_ops import triton_kernel_wrap
@@ -28,7 +29,6 @@ class Seen:
     graphs: int = 0  # that Dynamo gave to Inductor
     ours: Counter = field(default_factory=Counter)  # our kernels compiled, by name
     inductors: int = 0  # kernels of Inductor's own, which nobody compiles here
-    written: Counter = field(default_factory=Counter)  # analyses of what a kernel writes to, by its name
     copies: int = 0  # launches and calls of the generated code that copy
     failures: list[str] = field(default_factory=list)
 
@@ -51,11 +51,11 @@ def root(error):
 
 
 class Watch(logging.Handler):
-    """Listens to Inductor, which compiles our kernels only, and each once for all models."""
+    """Listens to Inductor, which analyses and compiles our kernels only, and each once for all models."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.seen, self.compiled, self.ttirs, self.analysis_failed = Seen(), {}, [], None
+        self.seen, self.analysed, self.compiled, self.ttirs, self.analysis_failed = Seen(), {}, {}, [], None
 
     @contextmanager
     def model(self):
@@ -80,24 +80,23 @@ class Watch(logging.Handler):
 
     def _analysis(self, original):
         def analyse(kernel, kwargs, *more):
-            self.analysis_failed = None
-            found = original(kernel, kwargs, *more)
-            name = kernel.fn.__name__
-            tensors = {key for key, value in kwargs.items() if _has_elements(value)}
+            key = kernel.fn.__name__, *[(name, _kind(value)) for name, value in kwargs.items()]
+            if key not in self.analysed:
+                self.analysis_failed = None
+                self.analysed[key] = original(kernel, kwargs, *more), self.analysis_failed
+            found, failed = self.analysed[key]
+            tensors = {name for name, value in kwargs.items() if _has_elements(value)}
             names = found if isinstance(found, list) else [dep.name for dep in found.read_writes.writes]
-            self.seen.written[name] += 1
-            self._compare(name, set(names) & tensors, tensors)
+            self._compare(key[0], set(names) & tensors, tensors, failed)
             return found
 
         return analyse
 
-    def _compare(self, name, written, tensors):
+    def _compare(self, name, written, tensors, failed):
         if name not in OUTPUTS:
             self.seen.fail(f"{name} is not in OUTPUTS of tests/compilecheck/cases.py")
-        elif self.analysis_failed:
-            self.seen.fail(
-                f"{name}: every tensor counts as written to, for its analysis failed: {self.analysis_failed}"
-            )
+        elif failed:
+            self.seen.fail(f"{name}: every tensor counts as written to: its analysis failed: {failed}")
         elif written != OUTPUTS[name] & tensors:
             expected = ", ".join(sorted(OUTPUTS[name] & tensors))
             self.seen.fail(f"{name}: {', '.join(sorted(written)) or 'nothing'} found to be written to, not {expected}")
@@ -126,6 +125,13 @@ class Watch(logging.Handler):
 
     def _code(self, code):
         self.seen.copies += len(COPIES.findall(code))
+
+
+def _kind(value):
+    """All of an argument that the analysis depends on."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, sympy.Expr)):
+        return "symbol"
+    return getattr(value, "dtype", None) or repr(value)
 
 
 def _has_elements(value):
