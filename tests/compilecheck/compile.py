@@ -21,11 +21,8 @@ from .cases import MODES, PLANES, all_cases
 from .watch import Watch, root
 
 SIZES = (2, 4, (3, 5))  # batch, depth, patches of a slice
-OTHERS = {
-    "inference": (3, 5, (4, 6)),
-    "training": (3, 5, (3, 5)),
-}  # where sizes are dynamic: all, batch and depth only,
-AXES = {"inference": (0, 2, 3, 4), "training": (0, 2)}  # as all of them take many minutes per model
+OTHERS = {"inference": (3, 5, (4, 6)), "training": (3, 5, (3, 5))}  # where sizes are dynamic
+AXES = {"inference": (0, 2, 3, 4), "training": (0, 2)}  # of them; in training all four take many minutes per model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}  # of parameters
 
 

@@ -52,6 +52,16 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureSta
     return (void)stream, *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
 
+#if CUDART_VERSION >= 13000 /* asked by torch since 2.14, which is built for it */
+cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
+    const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count
+) {
+    (void)id, (void)graph, (void)nodes, (void)edges, (void)count;
+    return cudaStreamIsCapturing(stream, status);
+}
+#endif
+
 cudaError_t cudaMemGetInfo(size_t *left, size_t *total) { return *left = *total = MEMORY, cudaSuccess; }
 cudaError_t cudaMalloc(void **place, size_t bytes) {
     return (*place = malloc(bytes)) ? cudaSuccess : cudaErrorMemoryAllocation;
@@ -64,7 +74,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
 
 /* The driver: contexts and devices */
 
+CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *found, int number) { return *found = number, CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *found) { return *found = 0, CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = SOMETHING, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return (void)context, CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return (void)limit, *value = 0, CUDA_SUCCESS; }
