@@ -83,9 +83,10 @@ def compile_case(case, watch):
 
 
 def main(path, words):
-    # one process, in which `Watch` sees all; nothing is measured; backward is compiled with forward
+    # one process, in which `Watch` sees all; nothing is measured or computed; backward is compiled with forward
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.shape_padding = False
+    torch._inductor.config.joint_graph_constant_folding = False
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._logging.set_logs(inductor=50)  # errors are in the report
     watch = Watch()

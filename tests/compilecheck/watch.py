@@ -39,8 +39,8 @@ class Seen:
 
 def root(error):
     """The error that caused all others, and where in the package, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [""]
     telling = lines[-1] if isinstance(error, triton.CompilationError) else lines[0]  # it quotes the source first
     if len(lines) > 1 and lines[1].startswith("Explanation: "):  # Dynamo's
