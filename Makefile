@@ -7,12 +7,14 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
+.PHONY: help demo test test-full lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
 	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
+	@echo "make compile-check  torch.compile of whole models for a GPU that is not there, with a CUDA build of torch: TORCH=2.11.0 is its"
+	@echo "                version; writes benchmarks/results/compile-check.md"
 	@echo "make mutants    plants faults in all kernels and runs their tests; writes benchmarks/results/mutants.md"
 	@echo "make traffic    what one block moves, per change of planes; PLANECYCLE_REPO=... adds the authors' code"
 	@echo "make gpu        GPU tests and timings, on a machine with an NVIDIA GPU, in 8 minutes; writes benchmarks/results/<gpu>/"
@@ -43,6 +45,17 @@ test-full: $(VENV)/.pcf-test
 
 codegen: $(VENV)/.pcf-test
 	$(RUN) -m tests.kernelcheck.codegen_table
+
+# In an environment of its own, for each version of torch: a CUDA build, several GB. No GPU is needed, a C compiler is.
+TORCH := 2.11.0
+COMPILE_CHECK := $(CURDIR)/.venvs/compile-check-$(TORCH)
+compile-check: $(COMPILE_CHECK)/.installed
+	$(COMPILE_CHECK)/bin/python -m tests.compilecheck
+
+$(COMPILE_CHECK)/.installed: tests/compilecheck/requirements.txt
+	$(PYTHON) -m venv $(COMPILE_CHECK)
+	$(COMPILE_CHECK)/bin/python -m pip install --quiet torch==$(TORCH) -r $<
+	touch $@
 
 mutants: $(VENV)/.pcf-test
 	TRITON_INTERPRET=1 $(RUN) -m tests.kernelcheck.mutants_table
@@ -97,5 +110,5 @@ $(VENV)/.pcf-%: $(SETUP)
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf .venv .venvs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo.png
 

@@ -273,8 +273,8 @@ def _add_norm_backward(
         return grad_x, grad_branch, sums
     head, tail, block_r, warps = tile("backward", shapes.channels)
     tiles, global_tiles = shapes.patch_tiles(block_r), shapes.global_tiles(block_r, shapes.old.slices(sizes))
-    steps = max(1, triton.cdiv(tiles, PATCH_PROGRAMS))
-    global_steps = max(1, triton.cdiv(global_tiles, GLOBAL_PROGRAMS))
+    steps = triton.cdiv(tiles, PATCH_PROGRAMS) if tiles else 1
+    global_steps = triton.cdiv(global_tiles, GLOBAL_PROGRAMS) if global_tiles else 1
     global_programs = triton.cdiv(global_tiles, global_steps)
     programs = global_programs + triton.cdiv(tiles, steps)
     shapes.check(programs)

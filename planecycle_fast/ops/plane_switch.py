@@ -159,17 +159,23 @@ def switch_unchecked(
 
 def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
     """Of a change of planes, the same in full, and in full where rows stay."""
+    if torch.compiler.is_compiling():  # or it would compile again when the table has filled
+        return _load(backend)
     if backend not in _loaded:
-        if backend == "cpu":
-            from .add_norm_cpu import add_norm_cpu as boundary
-            from .add_norm_cpu import add_rows_cpu as add_rows
-            from .plane_switch_cpu import plane_switch_cpu as switch
-        else:
-            from .add_norm_autograd import add_norm_triton as boundary
-            from .add_norm_autograd import add_rows_triton as add_rows
-            from .plane_switch_triton import plane_switch_triton as switch
-        _loaded[backend] = switch, boundary, add_rows
+        _loaded[backend] = _load(backend)
     return _loaded[backend]
+
+
+def _load(backend: str) -> tuple[Callable[..., Any], ...]:
+    if backend == "cpu":
+        from .add_norm_cpu import add_norm_cpu as boundary
+        from .add_norm_cpu import add_rows_cpu as add_rows
+        from .plane_switch_cpu import plane_switch_cpu as switch
+    else:
+        from .add_norm_autograd import add_norm_triton as boundary
+        from .add_norm_autograd import add_rows_triton as add_rows
+        from .plane_switch_triton import plane_switch_triton as switch
+    return switch, boundary, add_rows
 
 
 def _check(

@@ -256,9 +256,12 @@ def _plane_switch(
 
 
 def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, via: int, programs: int) -> None:
-    slices = max(before.slices(sizes), after.slices(sizes))
-    products = slices * max(g, via + 1) if g else 0  # 64-bit division, which longer ones need, spills
-    if max(math.prod(sizes), products) > LIMIT or programs > MAX_PROGRAMS:
+    both = before.slices(sizes), after.slices(sizes)
+    counted = [math.prod(sizes)]  # each by itself: torch.compile would remember which of them is the largest
+    if g:  # 64-bit division, which longer products need, spills
+        counted += [slices * other for slices in both for other in (g, via + 1)]
+    if any([count > LIMIT for count in counted]) or programs > MAX_PROGRAMS:
+        slices = max(both)
         raise ValueError(
             f"x is too large for backend 'triton': {tuple(sizes)} tokens, {slices} slices of {g} globals by way of "
             f"{via}, {programs} programs; expected at most 2**30 tokens, 2**30 globals, 2**30 as the product of slices "

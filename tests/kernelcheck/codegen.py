@@ -95,10 +95,15 @@ def _operations(ttir):
 
 def lengths(variant):
     """Which arguments of a kernel are distances of rows, in elements: names of numbers, and values of constants."""
-    wide = {p.name for p in variant.kernel.params if "64" in str(p.annotation)}  # how strides are annotated
-    names = (wide | COUNTED_IN_ELEMENTS) & set(variant.kernel.arg_names)
+    names = length_names(variant.kernel)
     values = {variant.values[name] for name in names & set(variant.values)}
     return names | {value for value in values if type(value) is int and value > 1}
+
+
+def length_names(kernel):
+    """Of which arguments: strides, which are annotated as of 64 bits, and channels."""
+    wide = {p.name for p in kernel.params if "64" in str(p.annotation)}
+    return (wide | COUNTED_IN_ELEMENTS) & set(kernel.arg_names)
 
 
 def narrow_lengths(ttir, lengths):

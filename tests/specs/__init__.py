@@ -6,3 +6,4 @@ from .rope import SPEC as ROPE
 from .swiglu import SPEC as SWIGLU
 
 SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE]
+OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to
