@@ -14,6 +14,7 @@ import triton
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
+from triton.runtime.autotuner import Autotuner
 
 from ..kernelcheck.codegen import NARROW_OFFSET, late_widenings, length_names, narrow_lengths
 from ..specs import OUTPUTS
@@ -85,7 +86,9 @@ class Watch(logging.Handler):
             if key not in self.analysed:
                 self.analysis_failed = None
                 self.analysed[key] = original(kernel, kwargs, *more), self.analysis_failed
-                self.lengths[key[0]] = length_names(kernel)
+                self.lengths[key[0]] = length_names(
+                    kernel.fn if isinstance(kernel, Autotuner) else kernel
+                )  # of one configuration
             found, failed = self.analysed[key]
             tensors = {name for name, value in kwargs.items() if _has_elements(value)}
             names = found if isinstance(found, list) else [dep.name for dep in found.read_writes.writes]
