@@ -86,9 +86,7 @@ class Watch(logging.Handler):
             if key not in self.analysed:
                 self.analysis_failed = None
                 self.analysed[key] = original(kernel, kwargs, *more), self.analysis_failed
-                self.lengths[key[0]] = length_names(
-                    kernel.fn if isinstance(kernel, Autotuner) else kernel
-                )  # of one configuration
+                self.lengths[key[0]] = length_names(kernel.fn if isinstance(kernel, Autotuner) else kernel)
             found, failed = self.analysed[key]
             tensors = {name for name, value in kwargs.items() if _has_elements(value)}
             names = found if isinstance(found, list) else [dep.name for dep in found.read_writes.writes]
