@@ -24,16 +24,13 @@ SETS = ("lowest", "torch-2.11", "newest")
 SHOWN = ("torch", "triton", "transformers", "timm", "numpy")
 
 # What runs: a process per line, as arguments of pytest. Long fuzzing is left out.
-HOSTS = ["tests/test_hosts.py", "tests/test_stream.py", "tests/test_parts.py", "tests/test_reading.py"]
-PARITY = ["tests/test_lift_parity.py", "tests/test_peers.py", "tests/test_checkpoints.py", "tests/test_rope.py"]
-COMPILED = ["tests/test_compile.py", "tests/test_custom_ops.py"]
-CSRC = ["tests/test_cpu_ops.py", "tests/test_cpu_models.py", "tests/test_groups.py"]
-KERNELS = [
-    "tests/interpreted",
-    "-k",
-    "test_executor or test_interpreter or test_models_are or (error_budget and not any_case)",
-]
-ALL = [[*HOSTS, *PARITY, *COMPILED, *CSRC], KERNELS]
+HOSTS = ["tests/test_hosts.py", "tests/test_parts.py", "tests/test_stream.py", "tests/test_rope.py"]
+PARITY = ["tests/test_lift_parity.py", "tests/test_peers.py", "tests/test_checkpoints.py"]
+OPERATIONS = ["tests/test_cpu_ops.py", "tests/test_cpu_models.py", "tests/test_compile.py"]
+OF_KERNELS = (
+    "test_executor or test_interpreter or (test_models_are and float32) or (error_budget and bfloat16 and not any)"
+)
+ALL = [[*HOSTS, *PARITY], OPERATIONS, ["tests/interpreted", "-k", OF_KERNELS]]
 SMALL = [
     ["tests/test_hosts.py", "tests/test_parts.py", "tests/test_stream.py", "-k", "not gradients"],
     ["tests/interpreted/test_lifted.py", "-k", "test_models_are and float32 and (hf-dinov3 or timm-dinov2-s)"],
