@@ -48,7 +48,8 @@ def comes_from(module: nn.Module, packages: tuple[str, ...]) -> bool:
     A subclass of somebody else's, and a class whose forward somebody replaced, may compute something else.
     """
     kind = type(module)
-    return kind.__module__.startswith(packages) and kind.forward.__module__.startswith(packages)
+    forward = getattr(kind.forward, "__module__", None) or ""
+    return kind.__module__.startswith(packages) and forward.startswith(packages)
 
 
 class Contents(NamedTuple):

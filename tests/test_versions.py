@@ -67,6 +67,15 @@ def test_unknown_sets(capsys):
     assert "sets must be of lowest, torch-2.11, newest, got oldest" in capsys.readouterr().err
 
 
+def test_a_python_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHON310", "no-such-python")
+    with pytest.raises(
+        SystemExit, match=r"set lowest needs Python 3\.10, but there is no no-such-python; PYTHON310=\.\.\. n"
+    ):
+        versions.install("lowest")
+
+
 def test_every_set_names_the_same_packages_and_a_python():
     pinned = [
         set(re.findall(r"^([\w-]+)==", (versions.HERE / f"{name}.txt").read_text(), re.M)) for name in versions.SETS

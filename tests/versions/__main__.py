@@ -78,7 +78,10 @@ def install(name: str) -> Path:
     version = wanted_python(name)
     folder = ROOT / ".venvs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    base = os.environ.get(f"PYTHON{version.replace('.', '')}", f"python{version}")
+    setting = f"PYTHON{version.replace('.', '')}"
+    base = os.environ.get(setting, f"python{version}")
+    if shutil.which(base) is None:
+        raise SystemExit(f"set {name} needs Python {version}, but there is no {base}; {setting}=... names one")
     print(f"installing {name} for Python {version} into {folder.relative_to(ROOT)}", flush=True)
     choose = {"PYENV_VERSION": version}  # of pyenv's commands, which run only what is chosen; no others read it
     subprocess.run([base, "-m", "venv", folder], check=True, env=os.environ | choose)
