@@ -31,9 +31,11 @@ OF_KERNELS = (
     "test_executor or test_interpreter or (test_models_are and float32) or (error_budget and bfloat16 and not any)"
 )
 ALL = [[*HOSTS, *PARITY], OPERATIONS, ["tests/interpreted", "-k", OF_KERNELS]]
+SOME_MODELS = "test_models_are and (hf-dinov3 or hf-dinov2 or timm-dinov2-s) and float32"
 SMALL = [
-    ["tests/test_hosts.py", "tests/test_parts.py", "tests/test_stream.py", "-k", "not gradients"],
-    ["tests/interpreted/test_lifted.py", "-k", "test_models_are and float32 and (hf-dinov3 or timm-dinov2-s)"],
+    ["tests/test_hosts.py", "tests/test_parts.py"],
+    ["tests/test_cpu_models.py", "-k", "test_models_are"],
+    ["tests/interpreted/test_lifted.py", "-k", SOME_MODELS],
 ]
 
 
