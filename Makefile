@@ -7,11 +7,12 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
+.PHONY: help demo test test-full test-versions lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
 	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
+	@echo "make test-versions  hosts, parity and operations with other versions, each in a fresh .venvs/<set>; SETS=lowest picks"
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
 	@echo "make compile-check  torch.compile of whole models for a GPU that is not there, with a CUDA build of torch: TORCH=2.11.0 is its"
 	@echo "                version; writes benchmarks/results/compile-check.md"
@@ -42,6 +43,10 @@ test-full: $(VENV)/.pcf-test
 	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp; \
 		echo "kernels in the interpreter:"; tail -n 1 interpreted.tmp ) > benchmarks/results/test-full.txt
 	rm test-full.tmp interpreted.tmp
+
+# The Pythons that tests/versions names: python3.10 and so on, or what PYTHON310=... says. 5 to 8 GB for each set.
+test-versions:
+	$(PYTHON) -m tests.versions $(SETS)
 
 codegen: $(VENV)/.pcf-test
 	$(RUN) -m tests.kernelcheck.codegen_table

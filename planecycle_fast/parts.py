@@ -42,6 +42,42 @@ def kind_of(module: Any) -> str:
     return f"{type(module).__module__.split('.')[0]}.{type(module).__name__}"
 
 
+def comes_from(module: nn.Module, packages: tuple[str, ...]) -> bool:
+    """Whether the very class of a module and its forward are of one of these packages (``package.``).
+
+    A subclass of somebody else's, and a class whose forward somebody replaced, may compute something else.
+    """
+    kind = type(module)
+    forward = getattr(kind.forward, "__module__", None) or ""
+    return kind.__module__.startswith(packages) and forward.startswith(packages)
+
+
+class Contents(NamedTuple):
+    """Names of children, parameters and buffers."""
+
+    needed: frozenset[str]
+    optional: frozenset[str]
+
+
+def contents(needed: str, optional: str = "") -> Contents:
+    """From names separated by spaces."""
+    return Contents(frozenset(needed.split()), frozenset(optional.split()))
+
+
+def consists_of(module: nn.Module, known: Contents) -> bool:
+    """Whether a module has all that is needed and nothing that is not known, which its forward may use.
+
+    What is None counts as absent.
+    """
+    held = {
+        name
+        for held in (module._modules, module._parameters, module._buffers)
+        for name, value in held.items()
+        if value is not None
+    }
+    return known.needed <= held <= known.needed | known.optional
+
+
 class Part(NamedTuple):
     """What a part is made of, of those modules that are not called any more."""
 
@@ -57,7 +93,11 @@ class Part(NamedTuple):
             if module is not None and (reason := watched(module)) is not None:
                 return f"{type(module).__name__}: {reason}"
         for module in self.dropouts:
-            if module is not None and module.training and (p := getattr(module, "p", getattr(module, "drop_prob", 0))):
+            if is_identity(module):
+                continue
+            if not known_dropout(module):
+                return f"{kind_of(module)} is of an unknown kind"
+            if module.training and (p := getattr(module, "p", getattr(module, "drop_prob", 0))):
                 return f"{type(module).__name__}: it drops {p:g} in training"
         return None
 
@@ -215,6 +255,14 @@ def known_activation(module: nn.Module, kind: str) -> bool:
     if kind_of(module) == "transformers.GELUActivation":
         return getattr(module, "act", None) is nn.functional.gelu
     return kind_of(module) == "torch.GELU" and module.approximate == "none"
+
+
+def known_dropout(module: nn.Module) -> bool:
+    """Whether a module is torch's Dropout or a library's DropPath, and so the identity outside training."""
+    kind = kind_of(module)
+    return kind in ("torch.Dropout", "timm.DropPath") or (
+        kind.startswith("transformers.") and kind.endswith("DropPath")
+    )
 
 
 def is_identity(*modules: nn.Module | None) -> bool:

@@ -117,7 +117,8 @@ class Rope:
     max_period: float | None = None
     normalize: str = "separate"
     coord_dtype: torch.dtype = torch.float32
-    promote_coords: bool = True  # to wider periods before they become angles (timm), or only by the division
+    promote_coords: bool = True  # to wider periods before they become angles, or only by the division
+    coords_as_periods: bool = False  # in the periods' dtype, be it narrower, before they become angles (timm)
     table_dtype: torch.dtype | None = None  # of sin and cos; None: as they come out
     shift: float | None = None  # training: uniform in [-shift, shift], per axis
     jitter: float | None = None  # training: log-uniform in [1/jitter, jitter], per axis
@@ -128,6 +129,12 @@ class Rope:
     @property
     def head_dim(self) -> int:
         return 4 * len(self.periods)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether coordinates are rounded to the dtype of periods that a host cast with the model."""
+        dtype = self.periods.dtype
+        return self.coords_as_periods and torch.promote_types(self.coord_dtype, dtype) != dtype
 
     @property
     def augments(self) -> bool:
@@ -169,7 +176,9 @@ class Rope:
         periods = self.axis_periods(len(grid))
         if self.periods_are_inverse:
             return [2 * math.pi * c[:, None] * p for c, p in zip(coords, periods)]
-        if self.promote_coords:
+        if self.coords_as_periods:
+            coords = [c.to(self.periods.dtype) for c in coords]
+        elif self.promote_coords:
             coords = [c.to(torch.promote_types(c.dtype, self.periods.dtype)) for c in coords]
         return [2 * math.pi * c[:, None] / p for c, p in zip(coords, periods)]
 

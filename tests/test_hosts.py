@@ -1,5 +1,8 @@
 """slice2d equals every host's own 2D model, slice by slice; full-size 7B on the meta device."""
 
+import copy
+import functools
+
 import pytest
 import timm
 import torch
@@ -64,9 +67,10 @@ def test_slice2d_in_training_draws_as_the_host_does(host):
         }
     elif host.name.startswith("timm"):
         settings |= {"proj_drop_rate": 0.1, "pos_drop_rate": 0.1}
-        if host.rope:
-            settings |= {"rope_shift_coords": 0.3, "rope_rescale_coords": 2.0}
-    model, volume = host.make(**settings).train(), host.volume()
+    model, volume = host.make(**settings), host.volume()
+    if host.name.startswith("timm") and host.rope:
+        model.rope = timm.layers.RotaryEmbeddingDinoV3(host.head_dim, shift_coords=0.3, rescale_coords=2.0)
+    model.train()
     torch.manual_seed(7)
     got = all_tokens(pcf.lift(model, mode="slice2d")(volume))
     torch.manual_seed(7)
@@ -156,7 +160,7 @@ def test_settings_of_timms_rope_are_read():
         {"shift_coords": 0.3, "rescale_coords": 1.5},
         {"normalize_coords": "max"},
         {"normalize_coords": "min"},
-        {"temperature": None, "min_period": 0.7, "max_period": 30.0},
+        {"min_period": 0.7, "max_period": 30.0},
     ):
         base.rope = timm.layers.RotaryEmbeddingDinoV3(32, **settings)
         base.train()
@@ -171,8 +175,30 @@ def test_settings_of_timms_rope_are_read():
             torch.testing.assert_close(periods[[0, -1]], torch.tensor([first, last]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_periods_that_are_cast_with_a_timm_model(dtype):
+    """As timm does up to 1.0.30: angles have the precision that the host's have."""
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume = host.make().to(dtype), host.volume(dtype=dtype)
+    with torch.no_grad():
+        for periods, cast in ((model.rope.periods.float(), False), (model.rope.periods.to(dtype), True)):
+            model.rope.periods = periods
+            expected = host_features(host, model, volume)
+            assert torch.equal(all_tokens(pcf.lift(model, mode="slice2d")(volume)), expected)
+            assert pcf.lift(model).adapter.rope(dtype).narrows == cast
+
+
+@functools.cache
+def timm_7b():
+    """Forty copies of a block that was built on a CPU: timm 1.0.20 builds no Eva on the meta device."""
+    with torch.device("cpu"):
+        model = timm.create_model("vit_7b_patch16_dinov3", num_classes=0, depth=1)
+    model.to("meta").blocks.extend([copy.deepcopy(model.blocks[0]) for _ in range(39)])
+    return model
+
+
 META_7B = {
-    "timm": lambda: timm.create_model("vit_7b_patch16_dinov3", num_classes=0, device="meta"),
+    "timm": timm_7b,
     "hf": lambda: tr.DINOv3ViTModel(
         tr.DINOv3ViTConfig(
             hidden_size=4096,

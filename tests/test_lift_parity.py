@@ -5,6 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import planecycle_fast as pcf
+
 from . import naive
 from .hosts import HOSTS
 from .toy import PATCH, ToyViT, toy_lift
@@ -95,7 +97,7 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
     images = volume.movedim(2, 1).flatten(0, 1)
     if host.name.startswith("hf"):
         embedded = model.embeddings(images)
-        layers = model.model.layer if host.rope else model.encoder.layer
+        layers = pcf.lift(model).adapter.blocks  # where they are depends on transformers' version
         norm = norm_globals = model.norm if host.rope else model.layernorm
     elif host.name.startswith("facebook"):
         embedded, layers, norm = model.prepare_tokens_with_masks(images)[0], model.blocks, model.norm
@@ -130,8 +132,6 @@ def naive_of_host(host, model, volume, sizes, mode, settings_):
 @pytest.mark.parametrize("mode", ["planecycle", "flatten3d"])
 @pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
 def test_every_adapter_in_three_dimensions(host, mode, pool_method, globals_at):
-    import planecycle_fast as pcf
-
     model = host.make().double()
     volume, sizes = host.volume(dtype=torch.float64), (4, 3, 5)
     cycle = ("DW", "HW", "DH", "DHW") if mode == "planecycle" else ("HW",)

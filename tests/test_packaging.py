@@ -41,3 +41,21 @@ def test_the_pins_cover_what_chooses_torchs_version():
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert {"torch", "torchvision", "timm", "transformers"} <= set(pins)
     assert f"pip install torch=={pins['torch']}" in (ROOT / "README.md").read_text()
+
+
+def test_the_lowest_versions_that_are_claimed_are_those_that_are_tried():
+    """`make test-versions` and .ci/run install them, on the lowest Python."""
+    file = (ROOT / "tests" / "versions" / "lowest.txt").read_text()
+    tried = dict(re.findall(r"^([\w-]+)==(\S+)", file, re.MULTILINE))
+    extras = PROJECT["project"]["optional-dependencies"]
+    claims = [*PROJECT["project"]["dependencies"], *(r for extra in extras.values() for r in extra)]
+    claimed = {match.groups() for match in map(re.compile(r"([\w-]+)>=([\d.]+)").match, claims) if match}
+    for name in ("torch", "numpy", "triton", "timm", "transformers"):
+        numbers = {padded(version) for known, version in claimed if known == name}
+        assert numbers == {padded(tried[name])}, name
+    python = re.match(r"# Python ([\d.]+)", file)[1]
+    assert PROJECT["project"]["requires-python"] == f">={python}"
+
+
+def padded(version):
+    return tuple([*map(int, version.split(".")), 0, 0][:3])

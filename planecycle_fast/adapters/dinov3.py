@@ -10,14 +10,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..parts import Attention, BlockParts, Mlp, Part, Scale, is_identity, kind_of, known_activation
+from ..parts import (
+    Attention,
+    BlockParts,
+    Mlp,
+    Part,
+    Scale,
+    consists_of,
+    contents,
+    is_identity,
+    kind_of,
+    known_activation,
+)
 from ..rope import Rope, make_periods
 from .base import Adapter, SinCos
 
 CLASS = "DinoVisionTransformer"
 STOCK = "SelfAttentionBlock"  # of both
 BLOCK = "PlaneCycleBlock"  # of the authors' converter, and of ours
+_CONTENTS = {  # of modules of both
+    STOCK: contents("norm1 attn ls1 norm2 mlp ls2"),
+    "SelfAttention": contents("qkv proj proj_drop", "attn_drop"),
+    "Mlp": contents("fc1 act fc2 drop"),
+    "SwiGLUFFN": contents("w1 w2 w3"),
+    "LayerScale": contents("gamma"),
+}
 _ATTRIBUTES = ("blocks", "n_storage_tokens", "norm", "patch_embed", "prepare_tokens_with_masks", "rope_embed")
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    """Whether a module's class has this name, and it consists of what that is known to."""
+    return type(module).__name__ == name and consists_of(module, _CONTENTS[name])
 
 
 def is_dinov3(model: object) -> bool:
@@ -73,29 +96,29 @@ class FacebookBlock(BlockParts):
 
     def attention(self) -> Attention:
         found = self.block.attn
-        if type(found).__name__ != "SelfAttention":
+        if not _is(found, "SelfAttention"):
             return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
         part = Part([found], [found.proj_drop])  # the model's own code leaves attn_drop out as well
         return Attention(found, part, (found.qkv,), found.num_heads, output=found.proj, in_table_dtype=True)
 
     def mlp(self) -> Mlp:
         found = self.block.mlp
-        if type(found).__name__ == "SwiGLUFFN":
+        if _is(found, "SwiGLUFFN"):
             return Mlp(found, Part([found]), "swiglu", (found.w1, found.w2), found.w3)
-        if type(found).__name__ == "Mlp" and known_activation(found.act, "gelu"):
+        if _is(found, "Mlp") and known_activation(found.act, "gelu"):
             return Mlp(found, Part([found, found.act], [found.drop]), "gelu", (found.fc1,), found.fc2)
         return Mlp(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
 
     def scale(self, number: int) -> Scale:
         found = getattr(self.block, f"ls{number}")
-        known = is_identity(found) or type(found).__name__ == "LayerScale"
+        known = is_identity(found) or _is(found, "LayerScale")
         unknown = None if known else f"{kind_of(found)} is of an unknown kind"
         return Scale(getattr(found, "gamma", None), Part([found], unknown=unknown), (found,))
 
 
 def block_parts(block: nn.Module) -> BlockParts | str:
     """A block of a DINOv3 taken apart, or why it cannot be."""
-    return FacebookBlock(block) if type(block).__name__ == STOCK else f"{kind_of(block)} is of an unknown kind"
+    return FacebookBlock(block) if _is(block, STOCK) else f"{kind_of(block)} is of an unknown kind"
 
 
 def embed_parts(

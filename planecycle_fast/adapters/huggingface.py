@@ -8,75 +8,102 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parts import Attention, BlockParts, Mlp, Part, Scale, is_identity, kind_of, known_activation, watched
+from ..parts import (
+    Attention,
+    BlockParts,
+    Contents,
+    Mlp,
+    Part,
+    Scale,
+    comes_from,
+    consists_of,
+    contents,
+    kind_of,
+    known_activation,
+    watched,
+)
 from ..rope import Rope
 from .base import Adapter, SinCos, is_instance_of, pair
 
-_BLOCKS = ("DINOv3ViTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer")
-_ATTENTIONS = ("DINOv3ViTAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
-_SCALES = ("DINOv3ViTLayerScale", "Dinov2LayerScale", "Dinov2WithRegistersLayerScale")
-_GATED = ("DINOv3ViTGatedMLP", "Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN")
-_PLAIN = ("DINOv3ViTMLP", "Dinov2MLP", "Dinov2WithRegistersMLP")
+_OWN = tuple(f"transformers.models.{family}." for family in ("dinov2", "dinov2_with_registers", "dinov3_vit"))
+# Names and contents of parts have changed since transformers 5.0. Within these models contents say what a part is.
+_BLOCK = contents("norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2")
+_SCALE = contents("lambda1")
+_ATTENTION = contents("q_proj k_proj v_proj o_proj")
+_NESTED = contents("attention output"), contents("query key value"), contents("dense dropout")  # DINOv2 in 5.17
+_ACTIVATIONS = ("act_fn", "activation_fn", "activation")
+_GATED = contents("gate_proj up_proj down_proj", " ".join(_ACTIVATIONS))
+_PLAIN = [(first, last, contents(f"{first} {last}", " ".join(_ACTIVATIONS)))
+          for first, last in (("up_proj", "down_proj"), ("fc1", "fc2"))]  # fmt: skip
+_PACKED = contents("weights_in weights_out")  # gate and value in one, SiLU as a function
+_DINOV2_EMBEDDINGS = contents("cls_token patch_embeddings position_embeddings dropout", "mask_token register_tokens")
+_DINOV3_EMBEDDINGS = contents("cls_token patch_embeddings register_tokens", "mask_token")
+_DROPS = ("dropout", "attention_dropout", "dropout_prob")  # of attention's weights
 
 
-def _is(module: nn.Module, names: tuple[str, ...]) -> bool:
-    return kind_of(module) in [f"transformers.{name}" for name in names]
+def _made_of(module: nn.Module, known: Contents) -> bool:
+    """Whether a module is one of these models' own, and consists of just this."""
+    return comes_from(module, _OWN) and consists_of(module, known)
 
 
 class HuggingFaceBlock(BlockParts):
-    """`DINOv3ViTLayer` and the layers of both DINOv2s, of transformers 5 with its renamed projections."""
+    """`DINOv3ViTLayer` and the layers of both DINOv2s, of transformers 5."""
 
     def call_attention(self, normed: Tensor, sincos: SinCos | None) -> Tensor:
         settings = {} if sincos is None else {"position_embeddings": sincos[::-1]}
         out = self.block.attention(normed, **settings)
         return out[0] if isinstance(out, tuple) else out
 
+    def _within(self) -> nn.Module:
+        """The module that attends: DINOv2's was inside another, beside the projection, up to transformers 5.17."""
+        return getattr(self.block.attention, "attention", self.block.attention)
+
     def attention(self) -> Attention:
-        found = self.block.attention
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        if not _is(found, _ATTENTIONS) or not all([hasattr(found, name) for name in names]):
+        found, within = self.block.attention, self._within()
+        if _made_of(found, _ATTENTION):
+            qkv, output, part = (found.q_proj, found.k_proj, found.v_proj), found.o_proj, Part([found])
+        elif _made_of(found, _NESTED[0]) and _made_of(within, _NESTED[1]) and _made_of(found.output, _NESTED[2]):
+            qkv, output = (within.query, within.key, within.value), found.output.dense
+            part = Part([found, within, found.output], [found.output.dropout])
+        else:
             return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
-        if found.config._attn_implementation != "sdpa":
-            chosen = f"the model's attention is {found.config._attn_implementation!r}"
-            return Attention(found, Part(unknown=f"{chosen}; only 'sdpa' is replaced"))
-        drop = getattr(found, "dropout", getattr(found, "attention_dropout", 0))
-        unknown = f"it drops {drop:g} of its weights in training" if found.training and drop else None
-        return Attention(
-            found,
-            Part([found], unknown=unknown),
-            (found.q_proj, found.k_proj, found.v_proj),
-            heads=getattr(found, "num_heads", None) or found.num_attention_heads,
-            scale=found.scaling,
-            output=found.o_proj,
-        )
+        drop = next((p for p in (getattr(within, name, None) for name in _DROPS) if p is not None), 0)
+        if (chosen := within.config._attn_implementation) != "sdpa":
+            part = Part(unknown=f"the model's attention is {chosen!r}; only 'sdpa' is replaced")
+        elif getattr(within, "is_causal", False):
+            part = Part(unknown="it is causal")
+        elif within.training and drop:
+            part = Part(unknown=f"it drops {drop:g} of its weights in training")
+        heads = getattr(within, "num_heads", None) or within.num_attention_heads
+        return Attention(found, part, qkv, heads, scale=within.scaling, output=output)
 
     def mlp(self) -> Mlp:
         found = self.block.mlp
-        act = next((m for m in (getattr(found, n, None) for n in ("act_fn", "activation_fn", "activation")) if m), None)
-        if act is not None and _is(found, _GATED) and known_activation(act, "silu") and hasattr(found, "gate_proj"):
+        if _made_of(found, _PACKED):
+            return Mlp(found, Part([found]), "swiglu", (found.weights_in,), found.weights_out)
+        act = next((m for m in (getattr(found, name, None) for name in _ACTIVATIONS) if m), None)
+        if act is not None and _made_of(found, _GATED) and known_activation(act, "silu"):
             return Mlp(found, Part([found, act]), "swiglu", (found.gate_proj, found.up_proj), found.down_proj)
-        if act is not None and _is(found, _PLAIN) and known_activation(act, "gelu"):
-            names = ("up_proj", "down_proj") if hasattr(found, "up_proj") else ("fc1", "fc2")
-            first, last = [getattr(found, name) for name in names]
-            return Mlp(found, Part([found, act]), "gelu", (first,), last)
+        for first, last, known in _PLAIN:
+            if act is not None and _made_of(found, known) and known_activation(act, "gelu"):
+                return Mlp(found, Part([found, act]), "gelu", (getattr(found, first),), getattr(found, last))
         with_act = "" if act is None else f" with {kind_of(act)}"
         return Mlp(found, Part(unknown=f"{kind_of(found)}{with_act} is of an unknown kind"))
 
     def settings(self) -> Sequence[Any]:
-        return (getattr(getattr(self.block.attention, "config", None), "_attn_implementation", None),)
+        return (getattr(getattr(self._within(), "config", None), "_attn_implementation", None),)
 
     def scale(self, number: int) -> Scale:
         found, drop = getattr(self.block, f"layer_scale{number}"), self.block.drop_path
-        drops = () if is_identity(drop) else (drop,)
-        unknown = None if _is(found, _SCALES) else f"{kind_of(found)} is of an unknown kind"
-        return Scale(getattr(found, "lambda1", None), Part([found], drops, unknown), (found, drop))
+        unknown = None if _made_of(found, _SCALE) else f"{kind_of(found)} is of an unknown kind"
+        return Scale(getattr(found, "lambda1", None), Part([found], [drop], unknown), (found, drop))
 
 
 class _HuggingFace(Adapter):
     """What both families have in common."""
 
     def parts(self, block: nn.Module) -> BlockParts | str:
-        return HuggingFaceBlock(block) if _is(block, _BLOCKS) else f"{kind_of(block)} is of an unknown kind"
+        return HuggingFaceBlock(block) if _made_of(block, _BLOCK) else f"{kind_of(block)} is of an unknown kind"
 
     def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
         wanted = getattr(block, "gradient_checkpointing", False) and block.training
@@ -111,7 +138,7 @@ class HuggingFaceDINOv3(_HuggingFace):
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         found = self.model.embeddings
-        if kind_of(found) != "transformers.DINOv3ViTEmbeddings" or watched(found) is not None:
+        if not _made_of(found, _DINOV3_EMBEDDINGS) or watched(found) is not None:
             return super().embed_parts(images)
         patches = found.patch_embeddings(images.to(found.patch_embeddings.weight.dtype)).flatten(2).mT  # (N, L, C)
         return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)
@@ -163,16 +190,15 @@ class HuggingFaceDinov2(_HuggingFace):
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         found = self.model.embeddings
-        kinds = ("transformers.Dinov2Embeddings", "transformers.Dinov2WithRegistersEmbeddings")
-        drops = found.dropout.training and found.dropout.p
-        if kind_of(found) not in kinds or watched(found) is not None or watched(found.dropout) is not None or drops:
+        known = _made_of(found, _DINOV2_EMBEDDINGS)
+        if not known or Part([found], [found.dropout]).why_not() or not hasattr(found.patch_embeddings, "projection"):
             return super().embed_parts(images)
+        images = images.to(found.patch_embeddings.projection.weight.dtype)  # the embeddings' to do in transformers 5.0
         patches = found.patch_embeddings(images)  # (N, L, C)
         cls = found.cls_token
-        if found.position_embeddings is not None:
-            counted = torch.cat([cls, patches[:1]], dim=1)  # one slice: the method wants to see its length
-            positions = found.interpolate_pos_encoding(counted, *images.shape[2:])  # (1, 1 + L, C)
-            patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
+        counted = torch.cat([cls, patches[:1]], dim=1)  # one slice: the method wants to see its length
+        positions = found.interpolate_pos_encoding(counted, *images.shape[2:])  # (1, 1 + L, C)
+        patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
         registers = getattr(found, "register_tokens", None)
         return patches, cls if registers is None else torch.cat([cls, registers], dim=1)
 

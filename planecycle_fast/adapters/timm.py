@@ -12,9 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..parts import Attention, BlockParts, Mlp, Part, Scale, is_identity, kind_of, known_activation, watched
+from ..parts import (
+    Attention,
+    BlockParts,
+    Mlp,
+    Part,
+    Scale,
+    comes_from,
+    consists_of,
+    contents,
+    is_identity,
+    kind_of,
+    known_activation,
+    watched,
+)
 from ..rope import Rope
 from .base import Adapter, SinCos, is_exactly, pair
+
+_CONTENTS = {  # of timm's modules; they alone do not tell a GluMlp from an Mlp
+    "Block": contents("norm1 attn norm2 mlp", "ls1 drop_path1 ls2 drop_path2"),
+    "EvaBlock": contents("norm1 attn norm2 mlp", "gamma_1 drop_path1 gamma_2 drop_path2"),
+    "Attention": contents("qkv proj", "q_norm k_norm norm gate attn_drop proj_drop"),
+    "EvaAttention": contents("qkv proj", "q_norm k_norm norm gate attn_drop proj_drop q_bias k_bias v_bias"),
+    "Mlp": contents("fc1 act fc2", "norm drop1 drop2"),
+    "GluMlp": contents("fc1 act fc2", "norm drop1 drop2"),
+    "SwiGLU": contents("fc1_g fc1_x act fc2", "norm drop1 drop2"),
+    "LayerScale": contents("gamma"),
+}
+
+
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether a module is one of timm's of these names, and consists of what that is known to."""
+    name = type(module).__name__
+    return name in names and comes_from(module, ("timm.",)) and consists_of(module, _CONTENTS[name])
 
 
 class _TimmBlock(BlockParts):
@@ -23,7 +53,7 @@ class _TimmBlock(BlockParts):
     def mlp(self) -> Mlp:
         found = self.block.mlp
         kind = kind_of(found)
-        if kind not in ("timm.Mlp", "timm.GluMlp", "timm.SwiGLU") or not is_identity(found.norm):
+        if not _is(found, "Mlp", "GluMlp", "SwiGLU") or not is_identity(found.norm):
             norm = "" if is_identity(getattr(found, "norm", None)) else " with a norm"
             return Mlp(found, Part(unknown=f"{kind}{norm} is of an unknown kind"))
         gated = kind != "timm.Mlp"
@@ -35,7 +65,7 @@ class _TimmBlock(BlockParts):
 
     def _attention(self, kind: str) -> Attention:
         found = self.block.attn
-        if kind_of(found) != kind or found.qkv is None:
+        if not _is(found, kind):
             return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
         between = (found.q_norm, found.k_norm, found.norm)
         if not is_identity(*between) or getattr(found, "gate", None) is not None:
@@ -53,13 +83,13 @@ class TimmBlock(_TimmBlock):
         return self.block.attn(normed)
 
     def attention(self) -> Attention:
-        return self._attention("timm.Attention")
+        return self._attention("Attention")
 
     def scale(self, number: int) -> Scale:
         found, drop = getattr(self.block, f"ls{number}"), getattr(self.block, f"drop_path{number}")
-        drops = () if is_identity(drop) else (drop,)
-        unknown = None if is_identity(found) or kind_of(found) == "timm.LayerScale" else f"{kind_of(found)} is unknown"
-        return Scale(getattr(found, "gamma", None), Part([found, drop], drops, unknown), (found, drop))
+        known = is_identity(found) or _is(found, "LayerScale")
+        unknown = None if known else f"{kind_of(found)} is of an unknown kind"
+        return Scale(getattr(found, "gamma", None), Part([found], [drop], unknown), (found, drop))
 
 
 class TimmEvaBlock(_TimmBlock):
@@ -69,15 +99,14 @@ class TimmEvaBlock(_TimmBlock):
         return _call_qkv_module(self.block.attn, normed, torch.cat(sincos, dim=-1))
 
     def attention(self) -> Attention:
-        found = self._attention("timm.EvaAttention")
+        found = self._attention("EvaAttention")
         if found.part.unknown is not None or found.module.q_bias is None:
             return found
         return Attention(found.module, found.part, (_BiasedQkv(found.module),), found.heads, output=found.output)
 
     def scale(self, number: int) -> Scale:
         gamma, drop = getattr(self.block, f"gamma_{number}"), getattr(self.block, f"drop_path{number}")
-        drops = () if is_identity(drop) else (drop,)
-        return Scale(gamma, Part([drop], drops), (drop,), parameter=gamma)
+        return Scale(gamma, Part((), [drop]), (drop,), parameter=gamma)
 
 
 class _BiasedQkv:
@@ -188,8 +217,7 @@ class TimmVisionTransformer(_Timm):
         return patches if self.model.pos_embed is None else patches + bare[:, g:], bare[:, :g]
 
     def parts(self, block: nn.Module) -> BlockParts | str:
-        kind = kind_of(block)
-        return TimmBlock(block) if kind == "timm.Block" else f"{kind} is of an unknown kind"
+        return TimmBlock(block) if _is(block, "Block") else f"{kind_of(block)} is of an unknown kind"
 
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return self._run(block, tokens)
@@ -225,8 +253,7 @@ class TimmDINOv3(_Timm):
         return self._embedded(images) if self._embeds_in_parts() else super().embed_parts(images)
 
     def parts(self, block: nn.Module) -> BlockParts | str:
-        kind = kind_of(block)
-        return TimmEvaBlock(block) if kind == "timm.EvaBlock" else f"{kind} is of an unknown kind"
+        return TimmEvaBlock(block) if _is(block, "EvaBlock") else f"{kind_of(block)} is of an unknown kind"
 
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return self._run(partial(_call_qkv_module, block), tokens, rope=torch.cat(sincos, dim=-1))
@@ -241,6 +268,7 @@ class TimmDINOv3(_Timm):
             max_period=rope.max_period if periods_given else None,
             normalize=rope.normalize_coords,
             coord_dtype=torch.float32,
+            coords_as_periods=True,  # which up to timm 1.0.30 are cast with the model
             shift=rope.shift_coords,
             jitter=rope.jitter_coords,
             rescale=rope.rescale_coords,

@@ -69,6 +69,8 @@ def arguments_of(
 ) -> tuple:
     """What the operations take after x."""
     turned = x.shape[2] if turned is None else turned
+    if isinstance(angles, Axial) and angles.rope.narrows:  # kernels know wider periods only
+        angles = angles.tables()
     if isinstance(angles, Tables):
         sin, cos = [[t if t.stride() == (t.stride(0), 1) else t.contiguous() for t in ts] for ts in angles]
         if [t.stride() for t in sin] != [t.stride() for t in cos]:

@@ -41,6 +41,17 @@ def test_tables_are_those_of_rope(kind, grid):
             torch.testing.assert_close(got.to(table.dtype), table, rtol=0, atol=torch.finfo(table.dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_coordinates_that_are_rounded_to_the_periods_dtype(dtype):
+    """As timm does where periods were cast with the model: tables, for the kernel promotes."""
+    periods = make_periods(8, 100.0).to(dtype)
+    rounded, promoted = [Axial(Rope(periods, coords_as_periods=narrow), (5, 3)) for narrow in (True, False)]
+    for got, table in zip(tables_of(rounded, 15, 32), reversed(rounded.rope.sincos((5, 3)))):
+        assert table.dtype == dtype
+        check_bits("rounded", got.to(dtype), table[:, :16])
+    assert not torch.equal(tables_of(promoted, 15, 32)[0].to(dtype), tables_of(rounded, 15, 32)[0].to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("largest", [3, 100, 6000])
 def test_sine_and_cosine_of_large_angles(dtype, largest):
