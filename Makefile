@@ -58,7 +58,7 @@ compile-check: $(COMPILE_CHECK)/.installed
 	$(COMPILE_CHECK)/bin/python -m tests.compilecheck
 
 $(COMPILE_CHECK)/.installed: tests/compilecheck/requirements.txt
-	$(PYTHON) -m venv $(COMPILE_CHECK)
+	$(PYTHON) -m venv --clear $(COMPILE_CHECK)
 	$(COMPILE_CHECK)/bin/python -m pip install --quiet torch==$(TORCH) -r $<
 	touch $@
 

@@ -66,8 +66,8 @@ def _turned(
 
 
 def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
-    """For kernels the settings, where they are known; else tables, which blocks share."""
-    if backend == "triton" and angles.rope is not None:
+    """For kernels the settings, where they are known and kernels follow them; else tables, which blocks share."""
+    if backend == "triton" and angles.rope is not None and not angles.rope.narrows:
         return Axial(angles.rope, angles.grid, angles.augmentation, angles.periods())
     return Tables(*[(half,) for half in angles.halves()])
 

@@ -52,6 +52,12 @@ def comes_from(module: nn.Module, packages: tuple[str, ...]) -> bool:
     return kind.__module__.startswith(packages) and forward.startswith(packages)
 
 
+def _is(module: nn.Module, *kinds: str) -> bool:
+    """Whether a module is of one of these kinds (`kind_of`), and its forward is its library's."""
+    kind = kind_of(module)
+    return kind in kinds and comes_from(module, (f"{kind.split('.')[0]}.",))
+
+
 class Contents(NamedTuple):
     """Names of children, parameters and buffers."""
 
@@ -237,8 +243,8 @@ class Snapshot(BlockParts):
 def known_norm(module: nn.Module, channels: int | None = None) -> tuple[Norm | None, str | None]:
     """A host's norm as operations take it, or the reason why it must be called."""
     kind = kind_of(module)
-    if kind not in ("torch.LayerNorm", "timm.LayerNorm", "torch.RMSNorm"):
-        return None, f"{kind} is no {' or '.join(NORMS)}"
+    if not _is(module, "torch.LayerNorm", "timm.LayerNorm", "torch.RMSNorm"):
+        return None, f"{kind} is no {' or '.join(NORMS)} with the forward of its library"
     if (reason := watched(module)) is not None:
         return None, reason
     if getattr(module, "_fast_norm", False):
@@ -251,18 +257,17 @@ def known_norm(module: nn.Module, channels: int | None = None) -> tuple[Norm | N
 def known_activation(module: nn.Module, kind: str) -> bool:
     """Whether a module computes the exact GELU ("gelu"), or SiLU ("silu")."""
     if kind == "silu":
-        return kind_of(module) in ("torch.SiLU", "transformers.SiLUActivation")
-    if kind_of(module) == "transformers.GELUActivation":
+        return _is(module, "torch.SiLU", "transformers.SiLUActivation")
+    if _is(module, "transformers.GELUActivation"):
         return getattr(module, "act", None) is nn.functional.gelu
-    return kind_of(module) == "torch.GELU" and module.approximate == "none"
+    return _is(module, "torch.GELU") and module.approximate == "none"
 
 
 def known_dropout(module: nn.Module) -> bool:
     """Whether a module is torch's Dropout or a library's DropPath, and so the identity outside training."""
     kind = kind_of(module)
-    return kind in ("torch.Dropout", "timm.DropPath") or (
-        kind.startswith("transformers.") and kind.endswith("DropPath")
-    )
+    own = kind.startswith("transformers.") and kind.endswith("DropPath")
+    return _is(module, "torch.Dropout", "timm.DropPath", *([kind] if own else []))
 
 
 def is_identity(*modules: nn.Module | None) -> bool:

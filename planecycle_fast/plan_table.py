@@ -215,7 +215,7 @@ def _about_host(machine: Machine) -> str:
         source = "measured on one slow host,\n--launch-us and --block-us are for others"
     return (
         f"The host takes {launch:.0f} us per launch and {block:.0f} us per block, in finetune {PASSES['finetune']} "
-        f"times\nthat, at worst as if {HOST:.0%} as fast: {source}.\n"
+        f"times\nthe latter, at worst as if {HOST:.0%} as fast: {source}.\n"
     )
 
 

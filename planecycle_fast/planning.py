@@ -92,8 +92,9 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if isinstance(model, str):
         model = model_without_weights(model)
+    cast = _shell(model, torch.device("meta")).to(dtype)  # by the model, which may keep buffers: timm's RoPE does
     with _without_data(kind) as planned_device:
-        shell = _shell(model, dtype, planned_device).train(step == "finetune")
+        shell = _shell(cast, planned_device).train(step == "finetune")
         lifted = lift(shell, mode=mode, pool_method=pool_method, backend=backend, **settings)
         volume = torch.empty(shape, dtype=dtype, device=planned_device)
         head = None if step == "inference" else make_head(lifted, volume)
@@ -188,11 +189,11 @@ def _gpu_attention(
     return efficient(q, k, v, attn_mask, grad, dropout_p, is_causal, scale=scale)[0]
 
 
-def _shell(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A copy of a model whose parameters and buffers have no data. Call it within `_without_data`."""
+def _shell(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a model whose parameters and buffers have no data: on "meta", or within `_without_data`."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
-        made = torch.empty_like(t, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
+        made = torch.empty_like(t, device=device)
         memo[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
     return copy.deepcopy(model, memo)
 

@@ -1,14 +1,15 @@
 """The parts of a block as they were read last, for as long as nothing in the block changes.
 
-Parts are what a pass may rely on, so they follow every module, hook, parameter and setting of a block. Reading them
-takes hundreds of calls; seeing that everything is still the same object as before is one comparison.
+Parts are what a pass may rely on, so they follow every module, its class's forward, hook, parameter, buffer and
+setting of a block. Reading them takes hundreds of calls; seeing that everything is still the same object as before is
+one comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .parts import BlockParts, Snapshot
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD = attrgetter("__class__.forward")  # which somebody may replace in a class
 _END = object()  # of what was seen: nothing equals it but itself
 
 
@@ -44,7 +46,7 @@ class Reading:
     def _watch(self, modules: list[nn.Module]) -> None:
         attributes = [m.__dict__ for m in modules]
         self._modules, self._attributes = modules, attributes
-        children = [found[name] for found in attributes for name in ("_modules", "_parameters")]
+        children = [found[name] for found in attributes for name in ("_modules", "_parameters", "_buffers")]
         self._children = [some for some in children if some]
         self._empty = [none for none in children if not none]
         self._empty += [found[name] for found in attributes for name in _HOOKS]  # most of them
@@ -54,6 +56,7 @@ class Reading:
         return chain(
             map(len, self._attributes),
             map(type, self._modules),
+            map(_FORWARD, self._modules),
             chain.from_iterable(map(dict.values, self._attributes)),
             chain.from_iterable(map(dict.values, self._children)),
             map(bool, self._empty) if any(self._empty) else (),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import planecycle_fast as pcf
+from planecycle_fast.parts import known_activation, known_dropout, known_norm
 
 from .hosts import BY_NAME
 from .test_hosts import all_tokens, host_features
@@ -84,12 +85,14 @@ def test_what_is_not_known_is_the_hosts(name, change):
     if change in NAMED_ONLY and name.startswith("facebook"):
         pytest.skip("its repository has no package by which a class could be known")
     with torch.no_grad():
-        plain = host_features(host, model, volume)
+        plain, early = host_features(host, model, volume), pcf.lift(model, mode="slice2d")
+        assert torch.equal(all_tokens(early(volume)), plain)
         apply(block)
         expected = host_features(host, model, volume)
         assert torch.equal(expected, plain) == (change in UNTOUCHED)
         lifted = pcf.lift(model, mode="slice2d")
-        assert torch.equal(all_tokens(lifted(volume)), expected)
+        for one in (lifted, early):  # whether it has seen the block before or not
+            assert torch.equal(all_tokens(one(volume)), expected)
     assert [set(plan.reasons()) for plan in lifted.plans()] == [set(), parts, set(), set(), set()]
     assert all("is of an unknown kind" in reason for reason in lifted.plans()[1].reasons().values())
 
@@ -98,12 +101,26 @@ def test_what_is_not_known_is_the_hosts(name, change):
 def test_a_class_whose_forward_was_replaced(name, monkeypatch):
     host = BY_NAME[name]
     model, volume = host.make(), host.volume()
-    kind = type(pcf.lift(model).adapter.blocks[0].mlp)
-    monkeypatch.setattr(kind, "forward", doubled(kind.forward))
     lifted = pcf.lift(model, mode="slice2d")
+    kind = type(lifted.adapter.blocks[0].mlp)
     with torch.no_grad():
-        assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
-    assert [set(plan.reasons()) for plan in lifted.plans()] == [{"mlp"}] * 5
+        lifted(volume)
+        monkeypatch.setattr(kind, "forward", doubled(kind.forward))
+        for one in (lifted, pcf.lift(model, mode="slice2d")):
+            assert torch.equal(all_tokens(one(volume)), host_features(host, model, volume))
+            assert [set(plan.reasons()) for plan in one.plans()] == [{"mlp"}] * 5
+
+
+def test_norms_and_activations_whose_forward_was_replaced(monkeypatch):
+    for module, known in (
+        (nn.LayerNorm(4), lambda m: known_norm(m)[0] is not None),
+        (nn.GELU(), lambda m: known_activation(m, "gelu")),
+        (nn.SiLU(), lambda m: known_activation(m, "silu")),
+        (nn.Dropout(), known_dropout),
+    ):
+        assert known(module)
+        monkeypatch.setattr(type(module), "forward", doubled(type(module).forward))
+        assert not known(module)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("hf")])

@@ -115,13 +115,19 @@ class Watch(logging.Handler):
                 self.ttirs.clear()
                 try:
                     original(pool, name, source, *more, **options)
-                    self.compiled[source] = _narrow(self.ttirs, self.lengths.get(kernel, ()))
+                    self.compiled[source] = _narrow(self.ttirs, self._lengths(kernel, source))
                 except Exception as error:
                     self.compiled[source] = root(error)
             if self.compiled[source]:
                 self.seen.fail(f"{kernel}: {self.compiled[source]}")
 
         return compile_kernel
+
+    def _lengths(self, kernel, source):
+        """Of rows: names of arguments, and values of those that Inductor made constants."""
+        names = self.lengths.get(kernel, set())
+        constants = [(name, int(value)) for name, value in re.findall(r"'(\w+)': (\d+)\b", source)]
+        return names | {value for name, value in constants if name in names and value > 1}
 
     def _listen(self, *, metadata_group, **_):
         self.ttirs += [Path(path).read_text() for name, path in metadata_group.items() if name.endswith(".ttir")]

@@ -6,19 +6,15 @@ torch 2.11 and older make constants of all ints. Everything here runs on a CPU b
 runs Inductor itself.
 """
 
-from contextlib import contextmanager
 from unittest import mock
 
 import torch
 import triton
 from torch._higher_order_ops import triton_kernel_wrap
-from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, mangle_type
 
-from .launches import Variant
-
-TARGET = GPUTarget("cuda", 90, 32)
+from .launches import NoGpu, Variant
 
 
 class WritesError(AssertionError):
@@ -33,7 +29,7 @@ def arguments_of(launch):
 
 def inductor_variant(launch):
     """What Inductor would compile of a launch, its tensors aligned."""
-    backend = make_backend(TARGET)
+    backend = make_backend(NoGpu().get_current_target())
     signature, constants, attrs = {}, {}, {}
     for i, (parameter, (name, value)) in enumerate(zip(launch.kernel.params, arguments_of(launch).items())):
         signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
@@ -70,7 +66,8 @@ def written(launch, all_constant):
         for name, value in arguments_of(launch).items()
     }
     kernel = _with_constants(launch.kernel, given) if all_constant else launch.kernel
-    with _no_gpu_needed(), mock.patch.object(triton_kernel_wrap.log, "warning", _raise):
+    driver = mock.patch.object(triton.runtime.driver, "_active", NoGpu())
+    with driver, mock.patch.object(triton_kernel_wrap.log, "warning", _raise):
         if hasattr(triton_kernel_wrap, "identify_mutated_tensors"):  # until torch 2.12
             return set(triton_kernel_wrap.identify_mutated_tensors(kernel, given, {}))
         accesses = triton_kernel_wrap.identify_accessed_tensors(kernel, given, {})
@@ -106,15 +103,3 @@ def _with_constants(kernel, given):
 
 def _raise(message, *_, **__):
     raise RuntimeError(message)
-
-
-@contextmanager
-def _no_gpu_needed():
-    """Within it triton takes an sm_90 that is not there for the current GPU."""
-
-    class Driver:
-        def get_current_target(self):
-            return TARGET
-
-    with mock.patch.object(triton.runtime.driver, "_active", Driver()):
-        yield
