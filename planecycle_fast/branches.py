@@ -104,17 +104,14 @@ def is_plain(linear: object) -> bool:
     return (type(linear) is nn.Linear or type(linear).__name__ == "LinearKMaskedBias") and watched(linear) is None
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def autocast_dtype(module: nn.Module, linears: Sequence[object]) -> torch.dtype | None:
     """What autocast would make of a norm in each of these layers, so that it is written as that at once; or None."""
     weight = module.weight
     if weight is None or not linears or weight.dtype == torch.float64:
         return None
     device = weight.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):  # torch 2.11 cannot trace it
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if all([is_plain(linear) for linear in linears]) else None
