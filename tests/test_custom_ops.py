@@ -74,6 +74,11 @@ def test_volumes_that_are_too_large_are_refused(sizes, g):
         switch(x, sizes, g)
 
 
+def test_rows_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="tokens of 1073741832 channels, .* expected at most"):
+        switch(torch.empty(2, 3, 2**30 + 8, device="meta"), (2, 3, 1), 0)
+
+
 def test_many_rows_are_not_too_large():
     sizes = (1000, 1000, 1000)
     assert switch(torch.empty(1000, 5 + 1000 * 1000, 4096, device="meta"), sizes, 5).shape == (1000, 1000005, 4096)

@@ -277,7 +277,7 @@ def _add_norm_backward(
     global_steps = triton.cdiv(global_tiles, GLOBAL_PROGRAMS) if global_tiles else 1
     global_programs = triton.cdiv(global_tiles, global_steps)
     programs = global_programs + triton.cdiv(tiles, steps)
-    shapes.check(programs)
+    shapes.check(tiles + global_tiles)
     acc = torch.float64 if y.dtype == torch.float64 else torch.float32
     partials = y.new_empty((sum(wanted), programs, y.shape[2]), dtype=acc)
     rows = iter(range(sum(wanted)))

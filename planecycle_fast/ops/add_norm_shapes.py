@@ -100,8 +100,8 @@ class Shapes(NamedTuple):
         first, last = Transition(self.old.slices(self.sizes), self.new.slices(self.sizes), self.via).bands()
         return int((last - first + 1).sum())
 
-    def check(self, programs: int) -> None:
+    def check(self, programs: int) -> None:  # or tiles, where a program takes several
         """Raises ValueError for more than Triton kernels can count."""
         from .plane_switch_triton import _check_limits
 
-        _check_limits(self.old, self.new, self.sizes, self.num_globals, self.via, programs)
+        _check_limits(self.old, self.new, self.sizes, self.channels, self.num_globals, self.via, programs)

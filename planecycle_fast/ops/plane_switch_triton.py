@@ -241,7 +241,7 @@ def _plane_switch(
     pool = "none" if g == 0 else "mean" if mean else "bands"
     global_programs = batch * blocks * {"none": 0, "mean": g, "bands": num_out * triton.cdiv(g, BLOCK_G)}[pool]
     programs = global_programs + batch * blocks * n0 * triton.cdiv(n1 * n2, block_r)
-    _check_limits(before, after, sizes, g, via, programs)
+    _check_limits(before, after, sizes, channels, g, via, programs)
     out_seq = out.shape[1] * channels
     out_0 = out_seq if after.batch else n1 * n2 * channels
     x_strides = [stride // unit for stride in (num_in * x_seq, x_seq, x_row, *x_axes)]
@@ -255,17 +255,19 @@ def _plane_switch(
     return out
 
 
-def _check_limits(before: Plane, after: Plane, sizes: list[int], g: int, via: int, programs: int) -> None:
+def _check_limits(
+    before: Plane, after: Plane, sizes: list[int], channels: int, g: int, via: int, programs: int
+) -> None:
     both = before.slices(sizes), after.slices(sizes)
-    counted = [math.prod(sizes)]  # each by itself: torch.compile would remember which of them is the largest
+    counted = [math.prod(sizes), channels]  # each by itself: torch.compile would remember which of them is the largest
     if g:  # 64-bit division, which longer products need, spills
         counted += [slices * other for slices in both for other in (g, via + 1)]
     if any([count > LIMIT for count in counted]) or programs > MAX_PROGRAMS:
         slices = max(both)
         raise ValueError(
-            f"x is too large for backend 'triton': {tuple(sizes)} tokens, {slices} slices of {g} globals by way of "
-            f"{via}, {programs} programs; expected at most 2**30 tokens, 2**30 globals, 2**30 as the product of slices "
-            "where there are globals, and 2**31 - 1 programs"
+            f"x is too large for backend 'triton': {tuple(sizes)} tokens of {channels} channels, {slices} slices of "
+            f"{g} globals by way of {via}, {programs} programs; expected at most 2**30 tokens, channels and globals, "
+            "2**30 as the product of slices where there are globals, and 2**31 - 1 programs"
         )
 
 
@@ -331,7 +333,7 @@ def plane_switch_triton(
     Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a volume of more than 2**30 tokens or 2**30 globals; with globals, more than 2**30 slices times
+        ValueError: a volume of more than 2**30 tokens, channels or globals; with globals, more than 2**30 slices times
             those of the transition's step (32,767 by way of as many go); more than 2**31 - 1 programs.
     """
     via = transition.num_prev if transition.via is None else transition.via

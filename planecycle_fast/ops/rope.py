@@ -111,7 +111,7 @@ def rope(
         TypeError: x, a table or what else makes angles is not a floating-point tensor, or of the wrong kind.
         ValueError: shapes or dtypes that do not belong together, `inplace` on a tensor that needs a gradient or whose
             elements share memory, or a backend that is unknown or not usable. On "triton" and "cpu" also angles that
-            need a gradient, on "triton" heads of more than 1024 channels and more than 2**30 rows.
+            need a gradient, on "triton" heads of more than 1024 channels and more than 2**30 rows or heads.
     """
     _check(x, angles, num_globals, turned, inplace)
     chosen = pick(backend, x.device, op="rope")

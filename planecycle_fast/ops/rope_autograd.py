@@ -99,7 +99,8 @@ def rope_triton(
     """`rope_ref` in one launch, with derivatives in forward and reverse mode, any number of times, for x alone.
 
     Raises:
-        ValueError: angles that need a gradient; more than 2**30 rows, 1024 channels of a head or 2**31 - 1 programs.
+        ValueError: angles that need a gradient; more than 2**30 rows or heads, 1024 channels of a head or 2**31 - 1
+            programs.
     """
     arguments = arguments_of(x, angles, num_globals, turned, in_table_dtype)
     check_fixed(arguments, "triton")

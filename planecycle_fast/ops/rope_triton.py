@@ -22,7 +22,7 @@ from .scalars_triton import scalars
 
 HEADS = 8  # of a program at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 1024
-LIMIT = 2**30  # of rows in all, which are counted in 32 bits; offsets are 64-bit
+LIMIT = 2**30  # of rows in all, and of heads, which are counted in 32 bits; offsets are 64-bit
 MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 THREADS = 128  # of a program
 _TYPES = {
@@ -254,10 +254,10 @@ def _run(
     block_r = max(1, THREADS * 16 // x.element_size() // block_j)  # a thread has 16 bytes of half a head
     per_group = triton.cdiv(heads, triton.cdiv(heads, HEADS))
     programs = triton.cdiv(count, block_r) * triton.cdiv(heads, per_group)
-    if count > LIMIT or programs > MAX_PROGRAMS or head_dim > MAX_HEAD_DIM:
+    if count > LIMIT or heads > LIMIT or programs > MAX_PROGRAMS or head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"x is too large for backend 'triton': {count} rows, {heads} heads, hd = {head_dim}, {programs} programs; "
-            f"expected at most 2**30 rows, hd = {MAX_HEAD_DIM} and 2**31 - 1 programs"
+            f"expected at most 2**30 rows, 2**30 heads, hd = {MAX_HEAD_DIM} and 2**31 - 1 programs"
         )
     launch(
         kernel, (programs,), x.device,

@@ -211,7 +211,8 @@ def test_angles_that_need_a_gradient_are_refused():
         ((2**30, 2, 1, 2), "2147483648 rows"),
         ((1, 2, 1, 2048), "hd = 2048"),
         ((2**28, 2, 2**12, 512), "programs"),
-        ((1, 1, 8 * 2**31, 2), "2147483648 programs"),
+        ((2**30, 1, 2**13, 2), "2147483648 programs"),
+        ((1, 1, 2**31, 2), "2147483648 heads"),
     ],
     ids=str,
 )
@@ -224,10 +225,10 @@ def test_what_is_too_large_is_refused(x, message):
 
 def test_as_many_programs_as_a_grid_takes():
     angles = Tables(*[(torch.empty(1, 1, device="meta"),)] * 2)
-    x = torch.empty(1, 1, 8 * (2**31 - 1), 2, device="meta")
+    x = torch.empty(512 * (2**21 - 1), 1, 8 * 2**10, 2, device="meta")  # 512 rows and 8 heads of a program
     with probing() as probe:
         OP.body(x, *arguments_of(x, angles, 0, None, False))
-    assert probe.launch.grid == (2**31 - 1, 1, 1)
+    assert probe.launch.grid == (2**31 - 2**10, 1, 1)
 
 
 class Seen(Observer):
