@@ -49,7 +49,7 @@ def test_sdpa_is_torchs_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(8, 21, 6, 64), (3, 77, 2, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 21, 6, 64), pytest.param((3, 77, 2, 128), marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 def test_within_the_budget(name, shape, dtype):
     """What `test_gpu_attention` checks of every attention."""

@@ -195,7 +195,7 @@ def test_a_thousand_times(): pass
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.full), 2])
 def test_gpu_tests_run_in_parallel_then_alone(tmp_path, monkeypatch, workers):
     if workers:
         pytest.importorskip("xdist")

@@ -72,8 +72,13 @@ UNTOUCHED = {"attention with a norm of queries", "attention with sinks", "attent
 NAMED_ONLY = {"attention of another forward", "mlp of another forward", "LayerScale of another forward"}
 
 
+FEW = ("hf-dinov3", "hf-dinov2-swiglu", "timm-dinov3-s", "timm-dinov2-g", "facebook-stand-in")  # one of each kind
+
+
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.full) for name in FAMILIES]
+)
 def test_what_is_not_known_is_the_hosts(name, change):
     host, (apply, parts) = BY_NAME[name], CHANGES[change]
     model, volume = host.make(), host.volume()

@@ -134,7 +134,14 @@ def planned_for_h100(cell):
     return plan(name, shape, dtype=dtype, device="cuda", step=cell["step"], **MODES[cell["mode"]])
 
 
-@pytest.mark.parametrize("row", MEASURED_ON_GPU, ids=lambda row: "-".join(map(str, row["cell"].values())))
+def shown(row):
+    """All of `make test-full`, in `make test` those of PlaneCycle itself, without graphs."""
+    name, cell = "-".join(map(str, row["cell"].values())), row["cell"]
+    few = cell["mode"] == "PCg" and cell["code"] == FAST
+    return pytest.param(row, id=name, marks=[] if few else pytest.mark.full)
+
+
+@pytest.mark.parametrize("row", [shown(row) for row in MEASURED_ON_GPU])
 def test_what_an_h100_measured(row):
     """Its time lies in the range, which is not just wide, and its peak of memory within 10 %."""
     pytest.importorskip("triton", reason="plans Triton kernels")
