@@ -57,7 +57,7 @@ def record(library: Path) -> Path:
 
 
 def damage(library: Path) -> str | None:
-    """In which way a library is not the file that was compiled, or None. Loading one that is damaged can kill a process.
+    """How a library differs from the file that was compiled, or None. Loading one that is damaged can kill a process.
 
     Raises OSError where it cannot be read.
     """
