@@ -11,7 +11,7 @@ from .backends import choose
 from .layer import Layer
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
 from .ops.rope_within import rope_within, turns_within
-from .parts import BlockParts, Plan, watched
+from .parts import Attention, BlockParts, Plan, watched
 from .rope import PlaneAngles
 
 
@@ -25,21 +25,27 @@ def attention_branch(
     found = parts.attention()
     if todo.attention is not None:
         return parts.call_attention(normed, layer.sincos)
+    q, k, v = queries_keys_values(found, normed, layer)
+    out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
+    del q, k, v  # memory that the projection can have
+    return found.output(out.flatten(2))
+
+
+def queries_keys_values(
+    found: Attention,
+    normed: Tensor,  # (N, rows, C)
+    layer: Layer,
+) -> list[Tensor]:  # (N, rows, heads, hd) each
+    """By the host's linear layers; queries and keys turned, as RoPE wants it on this plane."""
     heads, g = found.heads, layer.num_globals
     projected = [linear(normed) for linear in found.qkv]
     packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
     made = [t.unflatten(-1, (3 * heads if packed else heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
-    own = _is_ours(found.qkv)
-    if layer.angles is None:
-        turned = made
-    else:
-        backend = choose(layer.backend, normed.device, "rope", layer.strict)
+    if layer.angles is not None:
+        backend, own = choose(layer.backend, normed.device, "rope", layer.strict), _is_ours(found.qkv)
         angles = _angles(layer.angles, backend)
-        turned = _turned(made, angles, g, heads, own, found.in_table_dtype, backend)
-    q, k, v = [head for t in turned for head in t.split(heads, dim=2)]
-    out = attention(q, k, v, found.scale, layer.attention)  # (N, rows, heads, hd)
-    del projected, made, turned, q, k, v  # memory that the projection can have
-    return found.output(out.flatten(2))
+        made = _turned(made, angles, g, heads, own, found.in_table_dtype, backend)
+    return [head for t in made for head in t.split(heads, dim=2)]
 
 
 def _turned(

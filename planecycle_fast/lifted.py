@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .attention_maps import AttentionMap, attention_map, check_patch
 from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirrored, run_lifted
 from .embedding import embed
 from .features import VolumeFeatures
@@ -138,14 +140,18 @@ class LiftedModel(SharedModule):
     def forward(
         self,
         volume: Tensor,  # (B, 3, D, height, width), pixels
+        **others: Any,
     ) -> VolumeFeatures:
         """Features of the last layer after the model's final norm.
 
         Raises:
-            TypeError: volume is not a floating-point tensor.
+            TypeError: volume is not a floating-point tensor, or an argument of the 2D model's forward, such as
+                Hugging Face's output_attentions: the message says what does its work here.
             ValueError: wrong rank, channels or size, an empty volume, or another device or dtype than
                 the model's.
         """
+        if others:
+            raise TypeError(_not_taken(next(iter(others))))
         sizes = self._check(volume)
         return self._run(volume, sizes, 1, norm=True)[0]
 
@@ -167,8 +173,52 @@ class LiftedModel(SharedModule):
         sizes = self._check(volume)
         return self._run(volume, sizes, n, norm)
 
-    def _run(self, volume: Tensor, sizes: Sizes, n: int | Sequence[int], norm: bool) -> list[VolumeFeatures]:
-        """Runs the layers up to the last one wanted; the features after each one wanted."""
+    def attention_maps(
+        self,
+        volume: Tensor,  # (B, 3, D, height, width), pixels
+        layers: int | Sequence[int] = 1,
+        patch: Sequence[int] | None = None,
+    ) -> list[AttentionMap]:
+        """Where class tokens, and a chosen patch, look in some layers, on the plane of each; in layer order.
+
+        Args:
+            volume: as for `forward`.
+            layers: how many of the last ones, or their indices (negative ones count from the end).
+            patch: (d, h, w), the indices of a patch; None: class tokens alone.
+
+        Returns: an `AttentionMap` of each layer, with weights (B, heads, D, H, W) in float32, or in the model's dtype
+        if that is wider. `viz.attention_picture` draws them.
+
+        Raises:
+            TypeError: layers or patch are no indices.
+            ValueError: layers that the model lacks, a patch outside the volume, no patch for a model without a class
+                token, attention that runs in the model's own code (`report()` says why), and whatever `forward` raises.
+        """
+        sizes = self._check(volume)
+        wanted_layers(layers, len(self.blocks), "layers")
+        chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, []
+        if chosen is None and not has_cls:
+            raise ValueError("patch must be given for a model without a class token, got None")
+
+        def see(i: int, block: nn.Module, stream: Stream, layer: Layer) -> Stream:
+            maps.append(attention_map(i, self.lifted_blocks[i].reading.now(), stream, layer, has_cls, chosen))
+            return block(stream, layer)
+
+        self._run(volume, sizes, layers, norm=False, see=see)
+        return maps
+
+    def _run(
+        self,
+        volume: Tensor,  # (B, 3, D, height, width)
+        sizes: Sizes,
+        n: int | Sequence[int],
+        norm: bool,
+        see: Callable[[int, nn.Module, Stream, Layer], Stream] | None = None,
+    ) -> list[VolumeFeatures]:
+        """Runs the layers up to the last one wanted; the features after each one wanted.
+
+        `see` takes the place of calling those: it is given index, block, stream and layer.
+        """
         blocks, features, layers = list(self.blocks), [], {}
         wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
@@ -182,7 +232,7 @@ class LiftedModel(SharedModule):
             if tables.augments or key not in layers:  # each block may have angles of its own
                 old, new = planes[(i - 1) % len(planes) if i else 0], planes[i % len(planes)]
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
-            return blocks[i], layers[key]
+            return blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i]), layers[key]
 
         done, last = 0, max(wanted)
         for end in range(last + 1) if tables.augments else sorted(wanted):  # draws are made block by block
@@ -247,3 +297,14 @@ class LiftedModel(SharedModule):
         self.adapter.check_image_size(*volume.shape[3:])
         patch_h, patch_w = self.adapter.patch_size
         return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w
+
+
+def _not_taken(name: str) -> str:
+    """Why forward takes no argument of this name."""
+    instead = {
+        "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
+        "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
+        "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
+        "return_dict": "it returns VolumeFeatures",
+    }
+    return f"a lifted model takes a volume alone, got {name}; {instead.get(name, 'settings are those of lift')}"

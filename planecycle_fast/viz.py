@@ -1,9 +1,10 @@
-"""Pictures of features: principal components as colours, in three views."""
+"""Pictures in three views: features, their principal components as colours, and attention, as heat."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_maps import AttentionMap
 from .optional import require
 
 FOREGROUND = 0.1  # mean intensity of a token, of 1, above which it is shown and counted
@@ -54,6 +56,59 @@ def pca_colours(
 def _sample(rows: Tensor, most: int = 100_000) -> Tensor:
     """Evenly spaced rows: quantiles of very many rows cost much and say the same."""
     return rows[:: -(-len(rows) // most)]
+
+
+def heat_colours(
+    weights: Tensor,  # (D, H, W), not negative
+) -> Tensor:  # (D, H, W, 3) in [0, 1]
+    """From black, 0, over red to yellow, the largest 0.5% of the weights that are not 0: a few would outshine all.
+
+    Raises MissingPackageError without matplotlib.
+    """
+    colormaps = require("matplotlib", "demo").colormaps
+    weights = weights.float()
+    shown = weights[weights > 0]
+    top = torch.quantile(_sample(shown), 0.995) if len(shown) else torch.tensor(1.0)
+    return torch.from_numpy(colormaps["inferno"]((weights / top).clamp(0, 1).numpy())[..., :3])
+
+
+def attention_picture(
+    maps: Sequence[AttentionMap],
+    image: Tensor,  # (D, height, width) in [0, 1], what the volume shows
+    path: str | Path,
+    title: str = "attention",
+    patch: tuple[int, int, int] | None = None,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    axes: str | None = None,
+) -> None:
+    """Writes a picture of what `LiftedModel.attention_maps` returned for one volume: heads averaged, a column each.
+
+    Args:
+        maps: of layers, each with columns for its class tokens and its chosen patch, as far as they are there.
+        image: voxels of the volume, any number of them per patch.
+        path: of the picture, which appears whole or not at all.
+        title: above all columns.
+        patch: (d, h, w) where the views are cut: the chosen patch; None: in the middle.
+        spacing: of patches along D, H, W, for the proportions.
+        axes: in which directions D, H and W increase, such as "SPR"; None: it is not known.
+
+    Raises:
+        ValueError: no maps, or maps of several volumes.
+        MissingPackageError, OSError: as `three_views`.
+    """
+    columns = {}
+    for each in maps:
+        for name, weights in (("class token", each.cls), ("patch", each.patch)):  # (B, heads, D, H, W)
+            if weights is None:
+                continue
+            if len(weights) != 1:
+                raise ValueError(f"maps must be of one volume, got weights of {len(weights)}")
+            columns[f"layer {each.layer}, {each.plane}: {name}"] = heat_colours(weights[0].detach().mean(0).cpu())
+    if not columns:
+        raise ValueError("maps must hold a map, got none")
+    sizes = next(iter(columns.values())).shape[:3]
+    at = (0.5, 0.5, 0.5) if patch is None else tuple([(i + 0.5) / n for i, n in zip(patch, sizes)])
+    three_views(image, columns, path, title, at, spacing, axes)
 
 
 def three_views(

@@ -87,7 +87,7 @@ def test_bad_input(settings, message):
 @pytest.mark.parametrize("size, depth", [(96, 50), (224, 24), (32, 4000)])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_first_rounds_tell_the_peak(mode, size, depth):
-    """Of loops over groups of slices and sequences, of which there are several here, and which planning need not end."""
+    """Of loops over groups of slices and sequences, of which there are several here."""
     host, shape = model(), (1, 3, depth, size, size)
     whole = plan(host, shape, **MODES[mode])
     with first_rounds_only():
@@ -246,7 +246,7 @@ def test_rows_appear_as_they_are_known(capsys, monkeypatch):
     monkeypatch.setattr(plan_table, "deepest", lambda *_: 123456)
     assert main(["plan", "vit_small_patch16_dinov3", "--volume", "1x2x32", "--modes", "PCg,PCm"]) == 0
     assert [settings["pool_method"] for settings, _ in seen] == ["PCg", "PCm"] and seen[0][1] == ""
-    title, head, row = seen[1][1].splitlines()
+    _, head, row = seen[1][1].splitlines()
     assert row.startswith("PCg ") and row.endswith(" 123,456") and len(row) == len(head) == max(map(len, (head, row)))
     assert capsys.readouterr().out.splitlines()[0].startswith("PCm ")
 
