@@ -22,13 +22,14 @@ from .ops import Norm
 WHOLE = "its adapter does not take blocks apart"
 NORMS = ("LayerNorm of torch or timm", "RMSNorm of torch")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_IDLE = "transformers.utils.output_capturing"  # leaves hooks behind, which record only in the 2D model's own forward
 
 
 def watched(module: nn.Module) -> str | None:
     """Why calling this module cannot be told from not calling it: it has hooks, or is patched or compiled. Or None."""
     members = module.__dict__
     for hooks in _HOOKS:
-        if members[hooks]:
+        if members[hooks] and not all([getattr(hook, "__module__", None) == _IDLE for hook in members[hooks].values()]):
             return "it has hooks"
     if "forward" in members:
         return "its forward is patched"
