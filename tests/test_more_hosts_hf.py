@@ -271,6 +271,17 @@ def test_what_transformers_hooks_for_outputs_is_no_reason_but_a_users_hook_is():
     torch.testing.assert_close(again.patches, expected.patches, rtol=0, atol=1e-5)
 
 
+def test_a_forward_that_was_put_back_is_not_patched():
+    model = BY_NAME["hf-vit"].make()
+    lifted, blocks = pcf.lift(model), pcf.lift(model).adapter.blocks
+    blocks[1].mlp.forward = blocks[1].mlp.forward
+    assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5
+    blocks[1].mlp.forward = blocks[2].mlp.forward  # another's
+    blocks[3].mlp.forward = lambda x: x
+    patched = {"mlp": f"{type(blocks[1].mlp).__name__}: its forward is patched"}
+    assert [plan.reasons() for plan in lifted.plans()] == [{}, patched, {}, patched, {}]
+
+
 def test_slice_sizes():
     siglip = hf(*SIGLIP, image_size=70)()  # as so400m-patch14-384: the last 6 pixels are in no patch
     volume = torch.randn(1, 3, 2, 70, 70)

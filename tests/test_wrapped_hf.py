@@ -32,7 +32,7 @@ def lora(model):
 
 def to_save(model):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embeddings"])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "query"], modules_to_save=["embeddings"])
     peft.inject_adapter_in_model(config, model)
     assert type(core(model).embeddings).__name__ == "ModulesToSaveWrapper"
 
@@ -56,20 +56,20 @@ def parametrised(model):
     nn.utils.parametrizations.weight_norm(getattr(parent, name))
 
 
-def wrapped(part):
+def checkpointed(module):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(module)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def wrapped(part, wrap):
     def change(model):
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
         parent, name = (core(model), "embeddings") if part == "embeddings" else convolution(model)
-        setattr(parent, name, checkpoint_wrapper(getattr(parent, name)))
-
-    return change
-
-
-def compiled(part):
-    def change(model):
-        parent, name = (core(model), "embeddings") if part == "embeddings" else convolution(model)
-        setattr(parent, name, torch.compile(getattr(parent, name), backend="eager"))
+        setattr(parent, name, wrap(getattr(parent, name)))
 
     return change
 
@@ -78,7 +78,7 @@ def another_norm(model):
     """Final norms in a wrapper, where there are some."""
     for name in ("norm", "layernorm", "post_layernorm"):
         if hasattr(core(model), name):
-            setattr(core(model), name, torch.compile(getattr(core(model), name), backend="eager"))
+            setattr(core(model), name, compiled(getattr(core(model), name)))
 
 
 WRAPPED = {
@@ -86,10 +86,10 @@ WRAPPED = {
     "modules to save": to_save,
     "quantised": quantised,
     "parametrised": parametrised,
-    "checkpointed convolution": wrapped("convolution"),
-    "checkpointed embeddings": wrapped("embeddings"),
-    "compiled convolution": compiled("convolution"),
-    "compiled embeddings": compiled("embeddings"),
+    "checkpointed convolution": wrapped("convolution", checkpointed),
+    "checkpointed embeddings": wrapped("embeddings", checkpointed),
+    "compiled convolution": wrapped("convolution", compiled),
+    "compiled embeddings": wrapped("embeddings", compiled),
     "compiled norm": another_norm,
 }
 WRAPPED_HOSTS = ["hf-dinov3", "hf-dinov2-registers", "hf-vit", "hf-clip", *(
@@ -111,6 +111,23 @@ def test_modules_that_adapters_read_may_be_wrapped(name, change, on_reference):
             assert torch.equal(all_tokens(lifted(volume)), expected)
     if change in ("LoRA", "quantised"):  # which change what is computed
         assert not torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, pytest.param(compiled, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["hf-dinov3", "hf-dinov2-swiglu", "hf-vit", "hf-clip-gelu", "hf-siglip"])
+def test_every_module_of_a_block_may_be_wrapped(name, wrap, on_reference):
+    host = BY_NAME[name]
+    model, volume = host.make(), host.volume(batch=1, depth=2)
+    block = pcf.lift(model).adapter.blocks[1]
+    with torch.no_grad():
+        expected = host_features(host, model, volume)
+        for path in [path for path, _ in block.named_modules() if path]:
+            parent, at = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            plain = getattr(parent, at)
+            setattr(parent, at, wrap(plain))
+            torch._dynamo.reset()
+            assert torch.equal(all_tokens(pcf.lift(model, mode="slice2d")(volume)), expected), path
+            setattr(parent, at, plain)
 
 
 @pytest.mark.parametrize("name", ["hf-dinov3", "hf-dinov2", "hf-vit", "hf-clip", "hf-siglip"])

@@ -89,7 +89,7 @@ class HuggingFaceBlock(BlockParts):
         found = self.block.mlp
         if made_of(found, _PACKED):
             return Mlp(found, Part([found]), "swiglu", (found.weights_in,), found.weights_out)
-        act = next((m for m in (getattr(found, name, None) for name in _ACTIVATIONS) if m), None)
+        act = next((m for m in (getattr(found, name, None) for name in _ACTIVATIONS) if m is not None), None)
         if act is not None and made_of(found, _GATED) and known_activation(act, "silu"):
             return Mlp(found, Part([found, act]), "swiglu", (found.gate_proj, found.up_proj), found.down_proj)
         for first, last, known in _PLAIN:
