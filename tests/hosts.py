@@ -8,6 +8,7 @@ stand-ins (tests/standins.py), and its own code where DINOV3_REPO names a checko
 import os
 from dataclasses import dataclass
 
+import pytest
 import timm
 import torch
 import transformers as tr
@@ -219,3 +220,5 @@ MORE_HOSTS += [
 # End of Hugging Face
 
 BY_NAME = {host.name: host for host in [*HOSTS, *MORE_HOSTS]}
+EVERY_HOST = [pytest.param(host, id=host.name, marks=pytest.mark.full if host in MORE_HOSTS else ())
+              for host in [*HOSTS, *MORE_HOSTS]]  # fmt: skip

@@ -274,11 +274,11 @@ def test_what_transformers_hooks_for_outputs_is_no_reason_but_a_users_hook_is():
 def test_a_forward_that_was_put_back_is_not_patched():
     model = BY_NAME["hf-vit"].make()
     lifted, blocks = pcf.lift(model), pcf.lift(model).adapter.blocks
-    blocks[1].mlp.forward = blocks[1].mlp.forward
+    blocks[1].attention.forward = blocks[1].attention.forward
     assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5
-    blocks[1].mlp.forward = blocks[2].mlp.forward  # another's
-    blocks[3].mlp.forward = lambda x: x
-    patched = {"mlp": f"{type(blocks[1].mlp).__name__}: its forward is patched"}
+    blocks[1].attention.forward = blocks[2].attention.forward  # another's
+    blocks[3].attention.forward = lambda x: x
+    patched = {"attention": f"{type(blocks[1].attention).__name__}: its forward is patched"}
     assert [plan.reasons() for plan in lifted.plans()] == [{}, patched, {}, patched, {}]
 
 
