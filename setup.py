@@ -39,7 +39,7 @@ class Build(build_ext):
         package = ROOT if self.inplace else Path(self.build_lib)
         folder = package / "planecycle_fast"
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("planecycle_fast_cpu-*.so"):
+        for old in folder.glob("planecycle_fast_cpu-*"):
             old.unlink()
         for variant in tools.variants():
             try:
@@ -50,8 +50,8 @@ class Build(build_ext):
                 self.warn(f"csrc was not compiled for {variant}: {error}")
                 return
 
-    def get_outputs(self):
-        return [str(path) for path in (Path(self.build_lib) / "planecycle_fast").glob("planecycle_fast_cpu-*.so")]
+    def get_outputs(self):  # each with the record of its size and digest
+        return [str(path) for path in (Path(self.build_lib) / "planecycle_fast").glob("planecycle_fast_cpu-*")]
 
     get_output_mapping = dict  # of editable installs: nothing is linked, files are where they are used
 

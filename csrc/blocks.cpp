@@ -188,12 +188,14 @@ Tensor run(
     const Block& block, const Settings& settings,
     const OptionalTensor& sin,  // (L, hd/2)
     const OptionalTensor& cos,  // like sin
-    int64_t group_bytes) {      // of the widest activations of a group
+    int64_t group_bytes,        // of the widest activations of a group
+    int64_t most_groups) {      // that run, 0: all; a plan of memory needs the first one
   auto count = x.size(0);
   auto bytes = x.size(1) * block.first[0].weight.size(0) * static_cast<int64_t>(x.element_size());
   auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   auto sequences = ceil(count, ceil(count, std::max<int64_t>(1, group_bytes / bytes)));  // groups of equal size
-  for (int64_t start = 0; start < count; start += sequences) {
+  auto end = most_groups ? std::min(count, most_groups * sequences) : count;
+  for (int64_t start = 0; start < end; start += sequences) {
     auto size = std::min(sequences, count - start);
     auto rows = x.narrow(0, start, size), norms = normed.narrow(0, start, size);
     add_norm(rows, attend(norms, block, settings, sin, cos), block.gamma1, block.norm2, norms);  // norm1 is not needed any more
@@ -227,7 +229,7 @@ std::tuple<Tensor, Tensor> blocks_(
     std::string_view last, double last_eps,                    // "none": there is no last norm
     at::TensorList sin,  // of each block (L, hd/2), see rope; none: nothing turns
     at::TensorList cos,  // like sin
-    int64_t group_bytes) {
+    int64_t group_bytes, int64_t most_groups) {
   Settings settings{heads, scale, num_globals, in_table_dtype, is_gated, fused};
   auto x = take(x_), normed = take(normed_);
   Tensor branch;
@@ -244,7 +246,7 @@ std::tuple<Tensor, Tensor> blocks_(
     auto block = block_of(tensors, i, num_qkv, num_first, norms, eps);
     if (i) change(i, block.norm1);
     auto angles = [&](at::TensorList tables) { return tables.empty() ? OptionalTensor() : tables[i]; };
-    branch = run(x, normed, block, settings, angles(sin), angles(cos), group_bytes);
+    branch = run(x, normed, block, settings, angles(sin), angles(cos), group_bytes, most_groups);
     gamma = block.gamma2;
   }
   if (last == "none") return {x, branch};

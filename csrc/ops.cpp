@@ -33,5 +33,5 @@ TORCH_LIBRARY(planecycle_fast_cpu, m) {
       "blocks_(Tensor(a0!) x, Tensor(a1!) normed, Tensor?[] tensors, int num_qkv, int num_first, str[] norms, float[] eps, "
       "int heads, float? scale, bool in_table_dtype, bool gated, bool fused, str[] planes, int[] sizes, int num_globals, "
       "int[] vias, bool[] means, Tensor? weight, Tensor? bias, str last, float last_eps, Tensor[] sin, Tensor[] cos, "
-      "int group_bytes) -> (Tensor, Tensor)");
+      "int group_bytes, int most_groups) -> (Tensor, Tensor)");
 }

@@ -117,6 +117,7 @@ def _build(arguments: list[str] | None):
         from .extract import plan as plan_files
         from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
+        from .scan_options import ScanOptions
         from .torchvision_fix import mend_torchvision
 
         mend_torchvision()
@@ -129,7 +130,7 @@ def _build(arguments: list[str] | None):
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),
-            axes=axes,
+            reading=ScanOptions(axes=axes),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
         )

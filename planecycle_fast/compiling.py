@@ -51,6 +51,26 @@ def library_name(variant: str) -> str:
     return f"planecycle_fast_cpu-{variant}-torch{torch.__version__}.so"
 
 
+def record(library: Path) -> Path:
+    """The file beside a library that tells its size and SHA-256."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def damage(library: Path) -> str | None:
+    """How a library differs from the file that was compiled, or None. Loading one that is damaged can kill a process.
+
+    Raises OSError where it cannot be read.
+    """
+    found = library.read_bytes()
+    try:
+        size, digest = record(library).read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return "nothing beside it tells its size and digest"
+    if str(len(found)) != size:
+        return f"it has {len(found)} bytes, expected {size}"
+    return None if hashlib.sha256(found).hexdigest() == digest else "its digest is not the one that was recorded"
+
+
 def compiler() -> str | None:
     """The C++ compiler: CXX if set, else c++ or g++. None without one. (On Linux clang's OpenMP is not torch's.)"""
     for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]:
@@ -99,7 +119,9 @@ def key(csrc: Path, variant: str) -> str:
 
 
 def compile_library(csrc: Path, target: Path, variant: str) -> None:
-    """Compiles `csrc` into the file `target`, which appears whole or not at all. MAX_JOBS files at a time.
+    """Compiles `csrc` into the file `target`, with a `record` beside it, MAX_JOBS files at a time.
+
+    Both appear whole or not at all, the record last: until then the library counts as damaged.
 
     Raises BuildError where there is no compiler, or it fails.
     """
@@ -123,7 +145,10 @@ def compile_library(csrc: Path, target: Path, variant: str) -> None:
             with ThreadPoolExecutor(_jobs()) as pool:
                 list(pool.map(_output, commands))
             _output(link)
+        made = library.read_bytes()
+        record(library).write_text(f"{len(made)} {hashlib.sha256(made).hexdigest()}\n", encoding="ascii")
         os.replace(library, target)
+        os.replace(record(library), record(target))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

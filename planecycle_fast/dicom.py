@@ -16,6 +16,7 @@ import numpy as np
 from .dicom_pixels import decoded
 from .optional import require
 from .scan_checks import DAMAGED, Refused, check_header, one_line, reason
+from .scan_options import ScanOptions
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -35,7 +36,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 ROUNDING = 0.1  # mm, to which some scanners write positions
 
 
-def read_dicom(folder: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def read_dicom(folder: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """The one image series in a folder, sorted along the normal of its slices, rescaled to its units.
 
     Returns voxels (k, j, i) float32: slice, row, column; and the affine (4, 4) of (i, j, k) to DICOM's own

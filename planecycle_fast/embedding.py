@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import Adapter
 from .ops.registry import transforms_active
 from .parts import watched
+from .repeats import rounds
 
 ROWS = 1024  # patches at a time
 
@@ -27,15 +28,18 @@ def embed(
     at_once = max(1, ROWS // length)
     if len(images) <= at_once or backend != "cpu" or not _in_groups(adapter, images):
         return adapter.embed_parts(images)
-    patches, globals_ = None, []
-    for start in range(0, len(images), at_once):
-        some, g = adapter.embed_parts(images[start : start + at_once])
+    patches = globals_ = alike = None
+    for start in rounds(range(0, len(images), at_once)):
+        here = slice(start, start + at_once)
+        some, g = adapter.embed_parts(images[here])
         if patches is None:
             patches = some.new_empty(len(images), *some.shape[1:])
-        patches[start : start + at_once] = some
-        globals_.append(g)
-    alike = at_once > 1 and len(globals_[0]) == 1  # of a single slice nobody can tell
-    return patches, globals_[0] if alike else torch.cat(globals_)
+            alike = at_once > 1 and len(g) == 1  # of a single slice nobody can tell
+            globals_ = g if alike else g.new_empty(len(images), *g.shape[1:])
+        patches[here] = some
+        if not alike:
+            globals_[here] = g
+    return patches, globals_
 
 
 def _in_groups(adapter: Adapter, images: Tensor) -> bool:

@@ -27,6 +27,7 @@ from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
 from .progress import progress_of
 from .scan_checks import reason
 from .scan_files import load_scan, scan_name
+from .scan_options import PLAIN, ScanOptions
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
 
@@ -46,7 +47,7 @@ class Settings:
     layers: tuple[int, ...] | None = None  # None: the last one, under plain names
     pool: bool = False  # only one vector per volume
     window: Window = PERCENTILES
-    axes: str | None = None  # None: SPR for scans that have an orientation
+    reading: ScanOptions = PLAIN
     spacing: tuple[float, float, float] | None = None
     fit: str = "pad"
 
@@ -127,8 +128,9 @@ def run_features(
         require("safetensors", "scans")
     if settings.fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {settings.fit!r}")
-    if settings.axes is not None:
-        check_axes(settings.axes)
+    reading = settings.reading
+    if reading.axes is not None:
+        settings = replace(settings, reading=replace(reading, axes=check_axes(reading.axes)))
     settings, lifted, identity = _model(settings, usable_device(device), random_weights)
     complaints = []
     with progress_of(lifted, len(jobs)) as progress:
@@ -175,8 +177,6 @@ def _model(
     if settings.layers is not None:
         layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
         settings = replace(settings, layers=tuple(sorted(layers)))
-    if settings.axes is not None:
-        settings = replace(settings, axes=check_axes(settings.axes))
     mean, std = normalisation(host, settings.model)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
     lifted.to(device)
@@ -197,7 +197,7 @@ def _one(
             return "was there already"
     elif picture and job.picture.exists() and not overwrite:
         raise ValueError(f"out must leave its picture a new file, got {job.picture}; --overwrite replaces it")
-    scan = load_scan(job.scan, axes=settings.axes)
+    scan = load_scan(job.scan, **vars(settings.reading))
     patch, (mean, std) = lifted.adapter.patch_size, (identity["mean"], identity["std"])
     given = prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
     features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
@@ -253,6 +253,7 @@ def compute(
 def _described(settings: Settings) -> dict[str, Any]:
     """Settings as JSON values."""
     described = asdict(settings) | {"window": str(settings.window)}
+    described |= described.pop("reading")
     return {name: list(value) if isinstance(value, tuple) else value for name, value in described.items()}
 
 

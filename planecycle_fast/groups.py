@@ -22,6 +22,7 @@ from .layer import Layer, Own, Stream
 from .ops.add_norm import Norm
 from .ops.registry import transforms_active
 from .parts import Plan, Snapshot
+from .repeats import most_rounds
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
 CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end
@@ -122,7 +123,9 @@ def run_in_groups(
     angles = [] if layer.angles is None else [each.angles.halves() for each in layers[: len(blocks)]]
     vias, means = [each.via for each in layers[1:]], [each.transition.mean for each in layers[1:]]
     where = [each.new.name for each in layers], layer.sizes, layer.num_globals, vias, means
-    made = _loaded[0](x, normed, blocks, found.settings, _has_onednn(dtype), *where, last, angles, GROUP_BYTES)
+    made = _loaded[0](
+        x, normed, blocks, found.settings, _has_onednn(dtype), *where, last, angles, GROUP_BYTES, most_rounds()
+    )
     return (Own(*made, blocks[-1][-1]) if last is None else made), len(layers)
 
 

@@ -5,7 +5,8 @@ reference where that fails, with one line in the log; "require" raises instead; 
 
 A library that was built with the package lies beside it. Others are in PLANECYCLE_FAST_CACHE, or in planecycle_fast
 within XDG_CACHE_HOME or ~/.cache, by a key of all that they depend on. Code that is loaded from there runs as the user,
-so the folder must be the user's own, with no access for others, and no symbolic link.
+so the folder must be the user's own, with no access for others, and no symbolic link. A library is loaded only while it
+is the file that was built, by its recorded size and digest: a damaged one is built again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .compiling import BuildError, capability, compile_library, compiler, key, library_name, sources
+from .compiling import BuildError, capability, compile_library, compiler, damage, key, library_name, sources
 
 BUILD = "PLANECYCLE_FAST_BUILD"
 CACHE = "PLANECYCLE_FAST_CACHE"
@@ -58,14 +59,18 @@ def build_setting() -> str:
 
 
 def shipped() -> Path | None:
-    """The library that was built ahead of time for this torch and CPU, if there is one."""
+    """The library that was built ahead of time for this torch and CPU, if there is one that is whole."""
     path = Path(__file__).parent / library_name(capability())
-    return path if path.is_file() else None
+    return path if _is_whole(path) else None
 
 
 def found() -> Path | None:
     """The library that is there already, shipped or built before, or None."""
-    return shipped() or (_cached() if _cached().is_file() else None)
+    return shipped() or (_cached() if _is_whole(_cached()) else None)
+
+
+def _is_whole(library: Path) -> bool:
+    return library.is_file() and damage(library) is None
 
 
 def why_not_native() -> str | None:
@@ -75,7 +80,7 @@ def why_not_native() -> str | None:
     try:
         if shipped() is not None:
             return None
-        if _cached().is_file():
+        if _is_whole(_cached()):
             return _distrust(cache()) or _distrust(_cached().parent)
         return _why_not_built()
     except (BuildError, OSError, RuntimeError) as error:  # Path.home() where there is none
@@ -83,12 +88,13 @@ def why_not_native() -> str | None:
 
 
 def _why_not_built() -> str | None:
-    """Why nothing is built where there is no library yet, or None: then it will be tried."""
+    """Why nothing is built where there is no whole library, or None: then it will be tried."""
+    state = "damaged" if _cached().is_file() else "not built"
     if build_setting() == "never":
-        return f"its library is not built, and {BUILD} is never; build it with: planecycle-fast build"
+        return f"its library is {state}, and {BUILD} is never; build it with: planecycle-fast build"
     if compiler() is None:
         named = os.environ.get("CXX")
-        return f"no C++ compiler was found{f' at CXX={named}' if named else ''}, and its library is not built"
+        return f"no C++ compiler was found{f' at CXX={named}' if named else ''}, and its library is {state}"
     if not sources(csrc()):
         return f"there are no sources in {csrc()}"
     return _distrust(cache())
@@ -98,7 +104,7 @@ def _cached() -> Path:
     """Where the library is or will be. Without a compiler: one that some compiler has made of the same, if any has."""
     folder, name = key(csrc(), capability()), library_name(capability())
     if compiler() is None:
-        made = sorted(cache().glob(f"{folder.split('-')[0]}-*/{name}"))
+        made = sorted(cache().glob(f"{folder.split('-')[0]}-*/{name}"), key=lambda path: (not _is_whole(path), path))
         return made[0] if made else cache() / folder / name
     return cache() / folder / name
 
@@ -125,7 +131,7 @@ def _load() -> str | None:
         library = shipped()
         if library is None:
             library = _cached()
-            if not library.is_file() and build_setting() == "never":
+            if not _is_whole(library) and build_setting() == "never":
                 return _why_not_built()
             library = build(say=True)
         torch.ops.load_library(str(library))
@@ -137,13 +143,13 @@ def _load() -> str | None:
 
 
 def build(say: bool = False) -> Path:
-    """Builds the library into the cache unless it is there; returns its path. Other processes wait meanwhile.
+    """Builds the library into the cache unless it is there, whole; returns its path. Other processes wait meanwhile.
 
     Raises BuildError where it cannot be built: no compiler, a cache that cannot be trusted or written to, a lock that
     another process does not give back.
     """
     library = _cached()
-    if library.is_file():
+    if _is_whole(library):
         for folder in (cache(), library.parent):
             if (reason := _distrust(folder)) is not None:
                 raise BuildError(reason)
@@ -153,11 +159,12 @@ def build(say: bool = False) -> Path:
     for folder in (cache(), library.parent):
         _make_private(folder)
     with _locked(library.parent / "lock"):
-        if not library.is_file():
+        if not _is_whole(library):
             for left in library.parent.glob(".building-*"):  # of a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
             if say:
-                log.warning("building the operations of backend 'cpu', once, about half a minute (%s)", library)
+                again = f"again, {damage(library)}" if library.is_file() else "once"
+                log.warning("building the operations of backend 'cpu', %s, about half a minute (%s)", again, library)
             compile_library(csrc(), library, capability())
     return library
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from .optional import require
 from .scan_checks import Refused, check_gzip, check_header, reason
+from .scan_options import ScanOptions
 
 MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
 TRAILING = 2**20  # bytes that may follow the voxels
 
 
-def read_nifti(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def read_nifti(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (i, j, k) float32 and their affine (4, 4) to RAS+ millimetres.
 
     Where neither sform nor qform is set there is no orientation: voxels (k, j, i), and the millimetres along

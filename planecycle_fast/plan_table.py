@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import NamedTuple
 
 import torch
 
 from .gpus import MEASURED_HOST, Machine, gpu, this_cpu
-from .optional import require
+from .models import model_without_weights
 from .planning import PASSES, Planned, plan
+from .repeats import first_rounds_only
 from .torchvision_fix import mend_torchvision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,6 +27,10 @@ MODES = {
 # Of the ceilings at worst: matrix products, then bandwidth, with a wait for each launch, while the host is as slow as
 # it was at times. Between this and all at once, as fast as any was measured, lies the time.
 PRODUCTS, BANDWIDTH, HOST = 0.33, 0.6, 0.6
+COLUMNS = {  # and their widths
+    "mode": 9, "FLOPs": 7, "moved": 7, "launches": 8, "at best": 7, "at worst": 8, "limit": 9, "peak": 7, "in all": 7,
+    "slices": 9,
+}  # fmt: skip
 MOST, SECANTS = 2**20, 8  # slices; steps
 USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between allocations
 
@@ -93,14 +98,14 @@ def costs(
     device: str,
     step: str,
     modes: list[str],
-) -> list[Cost]:
-    """All modes, in order."""
-    made = []
+) -> Iterator[Cost]:
+    """All modes, in order, each when it is known."""
+    host = model_without_weights(model)
     for mode in modes:
 
         def planned(depth: int, mode: str = mode) -> Planned:
             at = (*shape[:2], depth, *shape[3:])
-            return plan(model, at, dtype=dtype, device=device, step=step, **MODES[mode])
+            return plan(host, at, dtype=dtype, device=device, step=step, **MODES[mode])
 
         one, kept = planned(shape[2]), {}
         kept[shape[2]] = one.total_bytes
@@ -109,14 +114,14 @@ def costs(
         def needs(depth: int, kept: dict[int, int] = kept, planned: Callable[[int], Planned] = planned) -> int:
             if depth not in kept:
                 try:
-                    kept[depth] = planned(depth).total_bytes
+                    with first_rounds_only():
+                        kept[depth] = planned(depth).total_bytes
                 except ValueError:  # more than an operation takes
                     kept[depth] = sys.maxsize
             return kept[depth]
 
         fits = deepest(needs, USABLE * machine.memory, shape[2])
-        made.append(Cost(mode, one, seconds(one, machine, dtype), fits))
-    return made
+        yield Cost(mode, one, seconds(one, machine, dtype), fits)
 
 
 def chosen_machine(
@@ -174,23 +179,21 @@ def run_plan(
     chosen = [one.strip() for one in modes.split(",")] if modes else list(MODES)
     if unknown := [one for one in chosen if one not in MODES]:
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {unknown[0]!r}")
-    rich_table, console = require("rich.table", "bench"), require("rich.console", "bench").Console()
     mend_torchvision()
     machine = chosen_machine(gpu_name, DTYPES[dtype], graph, launch_us, block_us)
-    found = costs(model, shape, machine, DTYPES[dtype], "cpu" if gpu_name is None else "cuda", step, chosen)
-    console.width = max(console.width, 100)  # a narrower terminal wraps lines, rather than losing figures
     title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}{', as a CUDA graph' if graph else ''}"
-    table = rich_table.Table(box=None, padding=(0, 1, 0, 0))
-    for name in ("mode", "FLOPs", "moved", "launches", "at best", "at worst", "limit", "peak", "in all", "slices"):
-        table.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
-    for cost in found:
+    found = []
+    for cost in costs(model, shape, machine, DTYPES[dtype], "cpu" if gpu_name is None else "cuda", step, chosen):
+        if not found:  # what is wrong with the model or the volume has been refused by now
+            print(f"{title}\n{_line(COLUMNS)}")
         p, times = cost.planned, cost.times
-        table.add_row(
-            cost.mode, _si(p.flops), _si(p.read + p.written, "B"), str(p.launches), _si(times.shortest, "s"),
-            _si(times.longest, "s"), times.limit, _si(p.peak_bytes, "B"), _si(p.total_bytes, "B"), f"{cost.depth:,}",
+        row = (
+            cost.mode, _si(p.flops), _si(p.read + p.written, "B"), str(p.launches),
+            _si(times.shortest, "s"), _si(times.longest, "s"), times.limit,
+            _si(p.peak_bytes, "B"), _si(p.total_bytes, "B"), f"{cost.depth:,}",
         )  # fmt: skip
-    print(title)
-    console.print(table)
+        print(_line(row), flush=True)
+        found.append(cost)
     one = found[0].planned
     products, bandwidth = machine.reached
     print(
@@ -204,6 +207,12 @@ def run_plan(
         f"{_si(machine.memory, 'B')} of memory, and that operations take."
     )
     return int(any([cost.planned.total_bytes > USABLE * machine.memory for cost in found]))
+
+
+def _line(values: Iterable[str]) -> str:
+    """A row of the table, in columns that are known before its other rows are."""
+    first, *rest = zip(values, COLUMNS.values())
+    return " ".join([f"{first[0]:<{first[1]}}", *[f"{value:>{width}}" for value, width in rest]])
 
 
 def _about_host(machine: Machine) -> str:

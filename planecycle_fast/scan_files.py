@@ -22,6 +22,7 @@ from .nifti import read_nifti
 from .optional import MissingPackageError
 from .orientation import AXIAL, check_axes, spans_space, turned
 from .scan_checks import DAMAGED, Refused, check_gzip, check_header, one_line, quiet_itk, reason
+from .scan_options import ScanOptions
 from .volumes import MAX_BYTES, Scan
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".npy", ".npz")
@@ -55,10 +56,9 @@ def load_scan(path: str | Path, axes: str | None = None, max_bytes: int = MAX_BY
         ValueError: axes are not as above, or the scan is missing, may not be read, is damaged, of another format,
             not 3D, needs more than max_bytes, or holds NaN or infinite voxels, or only one value.
     """
-    path = Path(path)
-    axes = None if axes is None else check_axes(axes)
+    path, options = Path(path), ScanOptions(None if axes is None else check_axes(axes))
     try:
-        scan = _read(path, axes, max_bytes)
+        scan = _read(path, options, max_bytes)
     except MissingPackageError:
         raise
     except Exception as error:  # a damaged file can raise anything in the libraries that read it
@@ -93,10 +93,10 @@ def _suffix(name: str) -> str:
     return max((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
 
 
-def _read(path: Path, axes: str | None, max_bytes: int) -> Scan:
+def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
     if path.is_dir():
-        voxels, affine = read_dicom(path, max_bytes)
-        return _oriented(voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine, axes)
+        voxels, affine = read_dicom(path, options, max_bytes)
+        return _oriented(voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine, options)
     if not path.is_file():
         raise Refused("must be a file, or a folder of DICOM files, got a path where there is neither")
     suffix = _suffix(path.name)
@@ -104,24 +104,25 @@ def _read(path: Path, axes: str | None, max_bytes: int) -> Scan:
         raise Refused(f"must be a file ending in {', '.join(SUFFIXES)}, or a folder of DICOM files")
     with path.open("rb") as file:  # what the system refuses, it says best itself
         file.read(1)
-    voxels, place = _READERS[suffix](path, max_bytes)
+    voxels, place = _READERS[suffix](path, options, max_bytes)
     if place.shape == (4, 4):
-        return _oriented(voxels, place, axes)
-    if axes is not None:
-        raise Refused(f"must say how its axes lie to be turned to axes {axes!r}, but it does not")
+        return _oriented(voxels, place, options)
+    if options.axes is not None:
+        raise Refused(f"must say how its axes lie to be turned to axes {options.axes!r}, but it does not")
     return Scan(_tensor(voxels), np.diag([*place, 1.0]))
 
 
 def _oriented(
     voxels: np.ndarray,  # (i, j, k)
     affine: np.ndarray,  # (4, 4), of i, j, k to RAS+
-    axes: str | None,
+    options: ScanOptions,
 ) -> Scan:
     affine = np.asarray(affine, dtype=np.float64)
     if not spans_space(affine):
         raise Refused(f"must have an affine whose axes span space, got {affine[:3].tolist()}")
-    voxels, affine = turned(voxels, affine, axes or AXIAL)
-    return Scan(_tensor(voxels), affine, axes or AXIAL)
+    axes = options.axes or AXIAL
+    voxels, affine = turned(voxels, affine, axes)
+    return Scan(_tensor(voxels), affine, axes)
 
 
 def _tensor(voxels: np.ndarray) -> torch.Tensor:
@@ -130,7 +131,7 @@ def _tensor(voxels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(voxels.copy() if min(voxels.strides) < 0 else voxels)
 
 
-def _read_nrrd(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (i, j, k) float32, affine (4, 4) to RAS+."""
     begin, packed = _check_nrrd(path)
     with quiet_itk() as sitk:
@@ -188,7 +189,7 @@ def _check_nrrd(path: Path) -> tuple[int, bool]:
     return end.end(), fields.get("encoding") in ("gzip", "gz")
 
 
-def _read_npy(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_npy(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W), millimetres along D, H, W."""
     with path.open("rb") as file:
         shape, dtype, _ = _array_header(file)
@@ -196,7 +197,7 @@ def _read_npy(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.load(path, allow_pickle=False), np.ones(3)
 
 
-def _read_npz(path: Path, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W), millimetres along D, H, W."""
     with zipfile.ZipFile(path) as archive:
         names = sorted({name[:-4] for name in archive.namelist() if name.endswith(".npy")})

@@ -63,7 +63,8 @@ def test_first_use_builds_with_one_line_and_the_second_finds_it(tmp_path, source
     [folder] = [p for p in (tmp_path / "cache").iterdir()]
     for private in (tmp_path / "cache", folder):
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    assert {p.name for p in folder.iterdir()} == {"lock", compiling.library_name(compiling.capability())}
+    library = compiling.library_name(compiling.capability())
+    assert {p.name for p in folder.iterdir()} == {"lock", library, f"{library}.sha256"}
     assert run(READY, tmp_path, SOURCES=sources) == ("True", [], 0)
 
 
@@ -236,6 +237,114 @@ def test_a_library_in_a_cache_of_others_is_not_loaded(tmp_path, sources, setting
     assert status == 1 and "can be used by others: mode 755, expected 700" in lines[-1]
 
 
+def _cut_to(size):
+    def damage(library):
+        library.write_bytes(library.read_bytes()[: size or library.stat().st_size // 2])
+
+    return damage
+
+
+def _empty(library):
+    library.write_bytes(b"")
+
+
+def _longer(library):
+    library.write_bytes(library.read_bytes() + b"\0")
+
+
+def _one_byte_is_another(library):
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def _without_a_record(library):
+    compiling.record(library).unlink()
+
+
+def _with_an_empty_record(library):
+    compiling.record(library).write_text("")
+
+
+def _with_a_record_of_garbage(library):
+    compiling.record(library).write_bytes(b"\xff\xfe 7")
+
+
+DAMAGES = {  # and what the one line says of each
+    "100 bytes": (_cut_to(100), "it has 100 bytes, expected"),
+    "5000 bytes": (_cut_to(5000), "it has 5000 bytes, expected"),
+    "half": (_cut_to(None), "bytes, expected"),
+    "empty": (_empty, "it has 0 bytes, expected"),
+    "longer": (_longer, "bytes, expected"),
+    "one byte": (_one_byte_is_another, "its digest is not the one that was recorded"),
+    "no record": (_without_a_record, "nothing beside it tells its size and digest"),
+    "empty record": (_with_an_empty_record, "nothing beside it tells its size and digest"),
+    "garbage": (_with_a_record_of_garbage, "nothing beside it tells its size and digest"),
+}
+
+
+@pytest.fixture(scope="module")
+def copying_compiler(tmp_path_factory):
+    """A compiler that makes no objects and always the same library, quickly."""
+    folder = tmp_path_factory.mktemp("compiler")
+    (folder / "csrc").mkdir()
+    (folder / "csrc" / "tiny.cpp").write_text(TINY)
+    compiling.compile_library(folder / "csrc", folder / "made.so", compiling.capability())
+    path = folder / "c++"
+    body = f"""import shutil, sys
+if "--version" not in sys.argv:
+    shutil.copy({str(folder / "made.so")!r}, sys.argv[sys.argv.index("-o") + 1])
+"""
+    path.write_text(f"#!{sys.executable}\n{body}")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_library_is_built_again(tmp_path, sources, monkeypatch, caplog, copying_compiler, name):
+    """Of some sizes it would kill the process that loads it."""
+    damage, why = DAMAGES[name]
+    monkeypatch.setenv("CXX", copying_compiler)
+    monkeypatch.setenv("PLANECYCLE_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "csrc", lambda: sources)
+    library = native.build()
+    whole = library.read_bytes()
+    assert compiling.damage(library) is None and native.found() == library
+    damage(library)
+    assert why in compiling.damage(library) and native.found() is None
+    monkeypatch.setenv("PLANECYCLE_FAST_BUILD", "never")
+    assert "its library is damaged, and PLANECYCLE_FAST_BUILD is never" in native._why_not_built()
+    monkeypatch.delenv("PLANECYCLE_FAST_BUILD")
+    assert native.build(say=True) == library and library.read_bytes() == whole and native.found() == library
+    [line] = [each.getMessage() for each in caplog.records]
+    assert line.startswith("building the operations of backend 'cpu', again, ") and why in line
+
+
+@needs_compiler
+def test_half_a_library_kills_nobody(tmp_path, sources, copying_compiler):
+    assert run(READY, tmp_path, SOURCES=sources, CXX=copying_compiler)[0] == "True"
+    [library] = (tmp_path / "cache").glob("*/*.so")
+    _cut_to(None)(library)
+    never = run(READY, tmp_path, SOURCES=sources, CXX=copying_compiler, PLANECYCLE_FAST_BUILD="never")
+    assert never == ("False", [], 0)
+    out, lines, status = run(READY, tmp_path, SOURCES=sources, CXX=copying_compiler)
+    assert (out, status) == ("True", 0) and len(lines) == 1 and "again, it has" in lines[0]
+
+
+@needs_compiler
+def test_a_damaged_library_that_came_with_the_package_is_not_loaded(tmp_path, sources, monkeypatch, copying_compiler):
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
+    monkeypatch.setenv("CXX", copying_compiler)
+    library = package / compiling.library_name(compiling.capability())
+    compiling.compile_library(sources, library, compiling.capability())
+    assert native.shipped() == library
+    _cut_to(5000)(library)
+    assert native.shipped() is None
+
+
 @needs_compiler
 def test_a_library_outlives_its_compiler(tmp_path, sources):
     """Built in one stage, used in another that has no compiler, and where nothing can be written."""
@@ -301,8 +410,9 @@ def test_ahead_of_time(tmp_path):
     [made] = tmp_path.glob("*.whl")
     assert made.name.endswith(f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
     shutil.unpack_archive(made, tmp_path / "site", "zip")
-    found = sorted(path.name for path in (tmp_path / "site" / "planecycle_fast").glob("*.so"))
-    assert found == sorted(map(compiling.library_name, compiling.variants()))
+    found = sorted(path.name for path in (tmp_path / "site" / "planecycle_fast").glob("*.so*"))
+    names = list(map(compiling.library_name, compiling.variants()))
+    assert found == sorted([*names, *[f"{name}.sha256" for name in names]])
     code = "import planecycle_fast as p; print(p.__file__); from planecycle_fast import native; print(native.ready())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PLANECYCLE_FAST_BUILD": "never"}
     environment["PLANECYCLE_FAST_CACHE"] = str(tmp_path / "none")

@@ -15,6 +15,7 @@ from planecycle_fast.cli import main
 from planecycle_fast.gpus import GPUS, MEASURED_HOST, Host, Machine, gpu
 from planecycle_fast.plan_table import MODES, chosen_machine, deepest, parse_shape, seconds
 from planecycle_fast.planning import Planned, make_head, plan, take_step
+from planecycle_fast.repeats import first_rounds_only
 
 from .hosts import BY_NAME
 
@@ -80,6 +81,27 @@ def test_the_model_stays_as_it_is():
 def test_bad_input(settings, message):
     with pytest.raises(ValueError, match=message):
         plan(model(), **({"shape": (1, 3, 2, 64, 64)} | settings))
+
+
+@pytest.mark.skipif(not native.ready(), reason="plans what backend 'cpu' does")
+@pytest.mark.parametrize("size, depth", [(96, 50), (224, 24), (32, 4000)])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_rounds_tell_the_peak(mode, size, depth):
+    """Of loops over groups of slices and sequences, of which there are several here, and which planning need not end."""
+    host, shape = model(), (1, 3, depth, size, size)
+    whole = plan(host, shape, **MODES[mode])
+    with first_rounds_only():
+        first = plan(host, shape, **MODES[mode])
+    assert first.launches < whole.launches and first.total_bytes == whole.total_bytes
+
+
+@pytest.mark.skipif(not native.ready(), reason="plans what backend 'cpu' does")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_deep_volume_is_planned_as_quickly_as_a_flat_one(mode):
+    host = model()
+    with first_rounds_only():
+        flat, deep = [plan(host, (1, 3, depth, 64, 64), **MODES[mode]) for depth in (8, 200_000)]
+    assert deep.launches < 2 * flat.launches and deep.peak_bytes > 10_000 * flat.peak_bytes
 
 
 @pytest.mark.parametrize("needs", [lambda d: 1000 + 7 * d, lambda d: 1000 + d * d, lambda d: 1000 + 64 * (d // 64)])
@@ -210,6 +232,23 @@ def test_the_table(capsys, monkeypatch):
     assert main(command) == 1
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("PCg"))
     assert row.split()[-1] == "0"
+
+
+def test_rows_appear_as_they_are_known(capsys, monkeypatch):
+    """The first mode's is there before the second one is planned, and columns stand below their names."""
+    seen, real = [], plan_table.plan
+
+    def planned(*args, **settings):
+        seen.append((settings, capsys.readouterr().out))
+        return real(*args, **settings)
+
+    monkeypatch.setattr(plan_table, "plan", planned)
+    monkeypatch.setattr(plan_table, "deepest", lambda *_: 123456)
+    assert main(["plan", "vit_small_patch16_dinov3", "--volume", "1x2x32", "--modes", "PCg,PCm"]) == 0
+    assert [settings["pool_method"] for settings, _ in seen] == ["PCg", "PCm"] and seen[0][1] == ""
+    title, head, row = seen[1][1].splitlines()
+    assert row.startswith("PCg ") and row.endswith(" 123,456") and len(row) == len(head) == max(map(len, (head, row)))
+    assert capsys.readouterr().out.splitlines()[0].startswith("PCm ")
 
 
 def test_the_table_says_what_limits_and_for_which_host(capsys, monkeypatch):

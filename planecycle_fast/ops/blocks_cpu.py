@@ -32,6 +32,7 @@ def blocks_in_place(
     last: Norm | None,  # after the last block
     angles: Sequence[tuple[Tensor, Tensor]],  # of each block, sine and cosine (L, hd/2); or nothing
     group_bytes: int,  # of the widest activations of a group
+    most_groups: int,  # that run, 0: all; see `repeats`
 ) -> tuple[Tensor, Tensor]:  # (B*P, g + L, C) each: the residual and the last MLP's branch; or their sum and its norm
     """Blocks of plain linear layers, all of x's dtype; in bfloat16 with fewer roundings than one by one."""
     final = (None, None, "none", 0.0)
@@ -39,5 +40,5 @@ def blocks_in_place(
         final = (last.weight, last.bias, "rms" if last.rms else "layer", last.eps)
     return OP(
         x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, means, *final,
-        [table[0] for table in angles], [table[1] for table in angles], group_bytes,
+        [table[0] for table in angles], [table[1] for table in angles], group_bytes, most_groups,
     )  # fmt: skip

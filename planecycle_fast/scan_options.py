@@ -1,0 +1,15 @@
+"""How a scan is to be read, where its file leaves a choice or would be refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """Options of `load_scan`, which says what they do."""
+
+    axes: str | None = None  # the directions in which D, H, W increase; None: SPR for scans that have an orientation
+
+
+PLAIN = ScanOptions()
