@@ -22,19 +22,25 @@ from .ops import Norm
 WHOLE = "its adapter does not take blocks apart"
 NORMS = ("LayerNorm of torch or timm", "RMSNorm of torch")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_IDLE = "transformers.utils.output_capturing"  # leaves hooks behind, which record only in the 2D model's own forward
 
 
 def watched(module: nn.Module) -> str | None:
     """Why calling this module cannot be told from not calling it: it has hooks, or is patched or compiled. Or None."""
     members = module.__dict__
     for hooks in _HOOKS:
-        if members[hooks]:
+        if members[hooks] and not all([getattr(hook, "__module__", None) == _IDLE for hook in members[hooks].values()]):
             return "it has hooks"
-    if "forward" in members:
+    if "forward" in members and not _is_own(members["forward"], module):
         return "its forward is patched"
     if members.get("_compiled_call_impl") is not None:
         return "it is compiled"
     return "all modules have hooks" if _has_any_global_hook() else None
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward among a module's attributes is its class's after all: transformers 5.0 leaves them behind."""
+    return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
 
 
 def kind_of(module: Any) -> str:

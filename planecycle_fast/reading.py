@@ -59,7 +59,7 @@ class Reading:
             map(_FORWARD, self._modules),
             chain.from_iterable(map(dict.values, self._attributes)),
             chain.from_iterable(map(dict.values, self._children)),
-            map(bool, self._empty) if any(self._empty) else (),
+            chain(map(bool, self._empty), *map(dict.values, self._empty)) if any(self._empty) else (),
             (_has_any_global_hook(), *self.parts.settings(), _END),
         )
 

@@ -8,6 +8,7 @@ stand-ins (tests/standins.py), and its own code where DINOV3_REPO names a checko
 import os
 from dataclasses import dataclass
 
+import pytest
 import timm
 import torch
 import transformers as tr
@@ -26,6 +27,7 @@ class Host:
     head_dim: int
     rope: bool = True
     normalize: str = "separate"
+    forward: object = None  # (model, images) -> tokens, where `tokens` does not know how
 
     def make(self, **settings):
         model = self.build(**settings).eval()
@@ -36,6 +38,8 @@ class Host:
         return torch.randn(batch, 3, depth, grid[0] * self.patch, grid[1] * self.patch, dtype=dtype)
 
     def tokens(self, model, images):
+        if self.forward is not None:
+            return self.forward(model, images)
         if self.name.startswith("hf"):
             return model(images).last_hidden_state
         if self.name.startswith("facebook"):
@@ -146,4 +150,75 @@ if "DINOV3_REPO" in os.environ:
         Host("facebook-mlp", facebook_real(n_storage_tokens=4, mask_k_bias=True), 5, 16, 32),
         Host("facebook-swiglu", facebook_real(ffn_layer="swiglu", untie_cls_and_patch_norms=True), 1, 16, 32),
     ]
-BY_NAME = {host.name: host for host in HOSTS}
+
+# Those that tests for every host leave out: `tests/test_more_hosts_*.py` are theirs.
+MORE_HOSTS = []
+
+# Hugging Face: more families
+HF_SMALL = dict(hidden_size=64, num_attention_heads=2, num_hidden_layers=5, intermediate_size=96, patch_size=16)
+
+
+def hf(model, config, **small):
+    def build(**settings):
+        return getattr(tr, model)(getattr(tr, config)(**(HF_SMALL | {"image_size": 64} | small | settings)))
+
+    return build
+
+
+def hf_interpolated(model, images, **settings):
+    """Of a model that has positions for one size, and interpolates them if it is asked to."""
+    trained = model.config.image_size
+    trained = tuple(trained) if isinstance(trained, (tuple, list)) else (trained, trained)
+    settings["interpolate_pos_encoding"] = tuple(images.shape[2:]) != trained
+    return model(images, **settings).last_hidden_state
+
+
+def hf_unmasked(model, images):
+    """Of a MAE: nothing masked, nothing shuffled."""
+    patches = images.shape[2] // 16 * (images.shape[3] // 16)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]  # PEFT copies some
+    ratio = model.config.mask_ratio
+    for config in configs:
+        config.mask_ratio = 0.0
+    rising = torch.linspace(0, 1, patches, device=images.device).expand(len(images), -1)
+    tokens = hf_interpolated(model, images, noise=rising)
+    for config in configs:
+        config.mask_ratio = ratio
+    return tokens
+
+
+def hf_stage(model, images):
+    """Of a backbone with reshape_hidden_states=False: all tokens of its last stage. DINOv3's maps hold patches only."""
+    normed = []
+    handle = getattr(model, "norm", model).register_forward_hook(lambda _, args, out: normed.append(out))
+    stage = model(images).feature_maps[-1]
+    handle.remove()
+    if not isinstance(model, tr.DINOv3ViTBackbone):
+        return stage
+    assert torch.equal(normed[-1][:, -stage.shape[1] :], stage)
+    return normed[-1]
+
+
+CLIP, SIGLIP = ("CLIPVisionModel", "CLIPVisionConfig"), ("SiglipVisionModel", "SiglipVisionConfig")
+AS_TOKENS = dict(reshape_hidden_states=False)
+MORE_HOSTS += [
+    Host("hf-vit", hf("ViTModel", "ViTConfig"), 1, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-mae", hf("ViTMAEModel", "ViTMAEConfig"), 1, 16, 32, rope=False, forward=hf_unmasked),
+    Host("hf-ijepa", hf("IJepaModel", "IJepaConfig"), 0, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-clip", hf(*CLIP), 1, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-clip-gelu", hf(*CLIP, hidden_act="gelu"), 1, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-siglip", hf(*SIGLIP), 0, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-siglip-gelu", hf(*SIGLIP, hidden_act="gelu"), 0, 16, 32, rope=False, forward=hf_interpolated),
+    Host("hf-dinov2-backbone", hf("Dinov2Backbone", "Dinov2Config", **AS_TOKENS), 1, 16, 32, rope=False,
+         forward=hf_stage),
+    Host("hf-dinov2-registers-backbone",
+         hf("Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", **AS_TOKENS), 5, 16, 32, rope=False,
+         forward=hf_stage),
+    Host("hf-dinov3-backbone", hf("DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=4, **AS_TOKENS),
+         5, 16, 32, forward=hf_stage),
+]  # fmt: skip
+# End of Hugging Face
+
+BY_NAME = {host.name: host for host in [*HOSTS, *MORE_HOSTS]}
+EVERY_HOST = [pytest.param(host, id=host.name, marks=pytest.mark.full if host in MORE_HOSTS else ())
+              for host in [*HOSTS, *MORE_HOSTS]]  # fmt: skip

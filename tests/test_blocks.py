@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 import planecycle_fast as pcf
 
-from .hosts import BY_NAME, HOSTS
+from .hosts import BY_NAME, EVERY_HOST
 from .test_hosts import all_tokens, host_features
 from .toy import ToyAdapter, ToyViT
 
@@ -18,7 +18,7 @@ NAMES = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov2-s-reg4", "faceb
 families = pytest.mark.parametrize("host", [BY_NAME[name] for name in NAMES], ids=lambda h: h.name)
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
+@pytest.mark.parametrize("host", EVERY_HOST)
 def test_walking_through_a_lifted_model_meets_lifted_blocks(host):
     model = host.make()
     lifted = pcf.lift(model)

@@ -9,9 +9,10 @@ from torch._inductor.utils import run_and_get_code
 
 import planecycle_fast as pcf
 
-from .hosts import BY_NAME
+from .hosts import BY_NAME, MORE_HOSTS
 
 ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]
+ONE_GRAPH += [pytest.param(host.name, marks=pytest.mark.full) for host in MORE_HOSTS]
 
 
 @pytest.fixture(autouse=True)

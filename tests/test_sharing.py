@@ -10,7 +10,7 @@ import torch
 
 import planecycle_fast as pcf
 
-from .hosts import BY_NAME, HOSTS
+from .hosts import BY_NAME, EVERY_HOST
 from .toy import PATCH, ToyAdapter, ToyViT, toy_lift
 
 NAMES = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]
@@ -28,7 +28,7 @@ def same_objects(a, b):
     return list(a) == list(b) and all(a[k] is b[k] for k in a)
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
+@pytest.mark.parametrize("host", EVERY_HOST)
 def test_same_keys_same_objects_and_the_host_untouched(host):
     model = host.make()
     volume = host.volume()

@@ -6,12 +6,25 @@ from torch import nn
 
 from .base import Adapter
 from .dinov3 import FacebookDINOv3
-from .huggingface import HuggingFaceDinov2, HuggingFaceDINOv3
+from .huggingface_clip import HuggingFaceCLIP, HuggingFaceSiglip
+from .huggingface_dino import HuggingFaceDinov2, HuggingFaceDinov2Backbone, HuggingFaceDINOv3
+from .huggingface_vit import HuggingFaceIJepa, HuggingFaceMAE, HuggingFaceViT
 from .timm import TimmDINOv3, TimmVisionTransformer
 
-ADAPTERS = (FacebookDINOv3, HuggingFaceDINOv3, HuggingFaceDinov2, TimmDINOv3, TimmVisionTransformer)
+HUGGING_FACE = (
+    HuggingFaceDINOv3,
+    HuggingFaceDinov2,
+    HuggingFaceDinov2Backbone,
+    HuggingFaceViT,
+    HuggingFaceMAE,
+    HuggingFaceIJepa,
+    HuggingFaceCLIP,
+    HuggingFaceSiglip,
+)
+ADAPTERS = (FacebookDINOv3, *HUGGING_FACE, TimmDINOv3, TimmVisionTransformer)
+_NAMES = [name for adapter in HUGGING_FACE for name in adapter.names]
 SUPPORTED = (
-    "transformers DINOv3ViTModel, Dinov2Model and Dinov2WithRegistersModel; "
+    f"transformers {', '.join(name for name in _NAMES if not name.endswith('Transformer'))}; "
     "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers); "
     "facebookresearch/dinov3 DinoVisionTransformer"
 )
@@ -37,9 +50,19 @@ def find_adapter(model: nn.Module) -> type[Adapter]:
             f"model {got} attends in windows with relative positions of a fixed size (SAM), which cannot be "
             f"moved to another plane; supported: {SUPPORTED}"
         )
-    inner = next((name for name, child in model.named_modules() if name and _known(child)), None)
-    hint = f"; model.{inner} is supported: lift that" if inner else ""
+    inner = [f"model.{name}" for name in _outermost(model)]
+    hint = f"; {' and '.join(inner)} are supported: lift one of them" if inner else ""
+    if len(inner) == 1:
+        hint = f"; {inner[0]} is supported: lift that"
     raise ValueError(f"model must be of a supported class, got {got}{hint}; supported: {SUPPORTED}; {HOW_TO}")
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the supported modules in a model that are not within each other."""
+    found = []
+    for name, child in model.named_children():
+        found += [prefix + name] if _known(child) else _outermost(child, f"{prefix}{name}.")
+    return found
 
 
 def _known(module: nn.Module) -> bool:

@@ -124,9 +124,13 @@ class Adapter(ABC):
 
 
 def is_instance_of(model: Any, *qualified: str) -> bool:
-    """Whether the model's class or a base is called `package.ClassName`, without importing the package."""
-    names = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__}
-    return not names.isdisjoint(qualified)
+    """Whether the model's class or a base is called `package.ClassName`, without importing the package.
+
+    Its forward must be that class's: a subclass with one of its own (FSDP2's have none) may compute something else.
+    """
+    kind = type(model)
+    named = [c for c in kind.__mro__ if f"{c.__module__.split('.')[0]}.{c.__name__}" in qualified]
+    return any([c.forward is kind.forward for c in named])
 
 
 def is_exactly(model: Any, qualified: str) -> bool:

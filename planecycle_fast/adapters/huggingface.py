@@ -1,209 +1,167 @@
-"""Hugging Face transformers (version 5): DINOv3ViTModel, Dinov2Model, Dinov2WithRegistersModel."""
+"""What the adapters for Hugging Face transformers (version 5) have in common; families are in `huggingface_*.py`.
+
+What is between pixels and tokens may be wrapped (LoRA, activation checkpointing, torch.compile), parametrised or
+quantised: modules are called, and asked for channels and a dtype only where they are convolutions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..parts import (
-    Attention,
-    BlockParts,
-    Contents,
-    Mlp,
-    Part,
-    Scale,
-    comes_from,
-    consists_of,
-    contents,
-    kind_of,
-    known_activation,
-    watched,
-)
-from ..rope import Rope
+from ..parts import BlockParts, Contents, Part, contents, watched
 from .base import Adapter, SinCos, is_instance_of, pair
+from .huggingface_parts import block_parts, made_of
 
-_OWN = tuple(f"transformers.models.{family}." for family in ("dinov2", "dinov2_with_registers", "dinov3_vit"))
-# Names and contents of parts have changed since transformers 5.0. Within these models contents say what a part is.
-_BLOCK = contents("norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2")
-_SCALE = contents("lambda1")
-_ATTENTION = contents("q_proj k_proj v_proj o_proj")
-_NESTED = contents("attention output"), contents("query key value"), contents("dense dropout")  # DINOv2 in 5.17
-_ACTIVATIONS = ("act_fn", "activation_fn", "activation")
-_GATED = contents("gate_proj up_proj down_proj", " ".join(_ACTIVATIONS))
-_PLAIN = [(first, last, contents(f"{first} {last}", " ".join(_ACTIVATIONS)))
-          for first, last in (("up_proj", "down_proj"), ("fc1", "fc2"))]  # fmt: skip
-_PACKED = contents("weights_in weights_out")  # gate and value in one, SiLU as a function
-_DINOV2_EMBEDDINGS = contents("cls_token patch_embeddings position_embeddings dropout", "mask_token register_tokens")
-_DINOV3_EMBEDDINGS = contents("cls_token patch_embeddings register_tokens", "mask_token")
-_DROPS = ("dropout", "attention_dropout", "dropout_prob")  # of attention's weights
+_PROJECTS = contents("projection")  # a module that holds the convolution, in most families
 
 
-def _made_of(module: nn.Module, known: Contents) -> bool:
-    """Whether a module is one of these models' own, and consists of just this."""
-    return comes_from(module, _OWN) and consists_of(module, known)
+class HuggingFace(Adapter):
+    """What all families have in common. `names` are those of their classes."""
 
+    names: tuple[str, ...] = ()
 
-class HuggingFaceBlock(BlockParts):
-    """`DINOv3ViTLayer` and the layers of both DINOv2s, of transformers 5."""
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return is_instance_of(model, *[f"transformers.{name}" for name in cls.names])
 
-    def call_attention(self, normed: Tensor, sincos: SinCos | None) -> Tensor:
-        settings = {} if sincos is None else {"position_embeddings": sincos[::-1]}
-        out = self.block.attention(normed, **settings)
-        return out[0] if isinstance(out, tuple) else out
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.patch_size = pair(self.config.patch_size)
 
-    def _within(self) -> nn.Module:
-        """The module that attends: DINOv2's was inside another, beside the projection, up to transformers 5.17."""
-        return getattr(self.block.attention, "attention", self.block.attention)
+    @property
+    def core(self) -> nn.Module:
+        """The module that holds embeddings and blocks."""
+        return self.model
 
-    def attention(self) -> Attention:
-        found, within = self.block.attention, self._within()
-        if _made_of(found, _ATTENTION):
-            qkv, output, part = (found.q_proj, found.k_proj, found.v_proj), found.o_proj, Part([found])
-        elif _made_of(found, _NESTED[0]) and _made_of(within, _NESTED[1]) and _made_of(found.output, _NESTED[2]):
-            qkv, output = (within.query, within.key, within.value), found.output.dense
-            part = Part([found, within, found.output], [found.output.dropout])
-        else:
-            return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
-        drop = next((p for p in (getattr(within, name, None) for name in _DROPS) if p is not None), 0)
-        if (chosen := within.config._attn_implementation) != "sdpa":
-            part = Part(unknown=f"the model's attention is {chosen!r}; only 'sdpa' is replaced")
-        elif getattr(within, "is_causal", False):
-            part = Part(unknown="it is causal")
-        elif within.training and drop:
-            part = Part(unknown=f"it drops {drop:g} of its weights in training")
-        heads = getattr(within, "num_heads", None) or within.num_attention_heads
-        return Attention(found, part, qkv, heads, scale=within.scaling, output=output)
+    @property
+    def config(self) -> Any:
+        return self.core.config
 
-    def mlp(self) -> Mlp:
-        found = self.block.mlp
-        if _made_of(found, _PACKED):
-            return Mlp(found, Part([found]), "swiglu", (found.weights_in,), found.weights_out)
-        act = next((m for m in (getattr(found, name, None) for name in _ACTIVATIONS) if m), None)
-        if act is not None and _made_of(found, _GATED) and known_activation(act, "silu"):
-            return Mlp(found, Part([found, act]), "swiglu", (found.gate_proj, found.up_proj), found.down_proj)
-        for first, last, known in _PLAIN:
-            if act is not None and _made_of(found, known) and known_activation(act, "gelu"):
-                return Mlp(found, Part([found, act]), "gelu", (getattr(found, first),), getattr(found, last))
-        with_act = "" if act is None else f" with {kind_of(act)}"
-        return Mlp(found, Part(unknown=f"{kind_of(found)}{with_act} is of an unknown kind"))
+    @property
+    def in_channels(self) -> int:
+        found = self._convolution()
+        return self.config.num_channels if found is None else found.in_channels
 
-    def settings(self) -> Sequence[Any]:
-        return (getattr(getattr(self._within(), "config", None), "_attn_implementation", None),)
+    def _convolution(self) -> nn.Conv2d | None:
+        """The patch embedding's, also where something is wrapped around it: what LoRA adds comes after it."""
+        return next((m for m in self.core.embeddings.modules() if isinstance(m, nn.Conv2d)), None)
 
-    def scale(self, number: int) -> Scale:
-        found, drop = getattr(self.block, f"layer_scale{number}"), self.block.drop_path
-        unknown = None if _made_of(found, _SCALE) else f"{kind_of(found)} is of an unknown kind"
-        return Scale(getattr(found, "lambda1", None), Part([found], [drop], unknown), (found, drop))
-
-
-class _HuggingFace(Adapter):
-    """What both families have in common."""
+    def _cast(
+        self,
+        images: Tensor,  # (N, in_channels, height, width)
+    ) -> Tensor:  # (N, in_channels, height, width)
+        """To the dtype of the patch embedding, as the models do."""
+        found = self._convolution()
+        weight = None if found is None else found.weight
+        return images if weight is None or not weight.is_floating_point() else images.to(weight.dtype)
 
     def parts(self, block: nn.Module) -> BlockParts | str:
-        return HuggingFaceBlock(block) if _made_of(block, _BLOCK) else f"{kind_of(block)} is of an unknown kind"
+        return block_parts(block)
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self.core.layernorm(tokens)
+
+    def final_norm(self) -> nn.Module | None:
+        return self.core.layernorm
 
     def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
         wanted = getattr(block, "gradient_checkpointing", False) and block.training
         return block._gradient_checkpointing_func if wanted else None
 
 
-class HuggingFaceDINOv3(_HuggingFace):
-    """`DINOv3ViTModel`: RoPE, class token and `config.num_register_tokens` registers."""
+class LearnedPositions(HuggingFace):
+    """Families with learned positions in each slice, none along D, and at most a class token that has one.
 
-    has_cls = True
+    At another size than the trained one positions are interpolated, as the models do if they are asked to
+    (``interpolate_pos_encoding=True``).
+    """
 
-    @staticmethod
-    def matches(model: nn.Module) -> bool:
-        return is_instance_of(model, "transformers.DINOv3ViTModel")
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        config = model.config
-        self.num_globals = 1 + config.num_register_tokens
-        self.patch_size, self.in_channels = pair(config.patch_size), config.num_channels
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return getattr(self.model, "model", self.model).layer  # moved into an encoder after transformers 5.0
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.model.embeddings(images)
-
-    def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
-        sin, cos = sincos
-        return block(tokens, position_embeddings=(cos, sin))
-
-    def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model.embeddings
-        if not _made_of(found, _DINOV3_EMBEDDINGS) or watched(found) is not None:
-            return super().embed_parts(images)
-        patches = found.patch_embeddings(images.to(found.patch_embeddings.weight.dtype)).flatten(2).mT  # (N, L, C)
-        return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        return self.model.norm(tokens)
-
-    def final_norm(self) -> nn.Module:
-        return self.model.norm
-
-    def rope(self, dtype: torch.dtype) -> Rope:
-        embedding, config = self.model.rope_embeddings, self.model.config
-        return Rope(
-            periods=embedding.inv_freq,
-            periods_are_inverse=True,
-            base=embedding.base,
-            coord_dtype=torch.float32,  # whatever the model's dtype
-            table_dtype=dtype,
-            shift=config.pos_embed_shift,
-            jitter=config.pos_embed_jitter,
-            rescale=config.pos_embed_rescale,
-        )
-
-
-class HuggingFaceDinov2(_HuggingFace):
-    """`Dinov2Model`, `Dinov2WithRegistersModel`: learned positions in each slice, none along D."""
-
-    has_cls = True
-
-    @staticmethod
-    def matches(model: nn.Module) -> bool:
-        return is_instance_of(model, "transformers.Dinov2Model", "transformers.Dinov2WithRegistersModel")
+    known: Contents  # of `embeddings`
+    projection = "patch_embeddings.projection"  # in `embeddings`: the convolution
+    cls = "cls_token"  # in `embeddings`; "" for none
+    asked = True  # to interpolate, where a size is not the trained one; False: interpolates by itself, at any size
+    block_arguments: tuple[None, ...] = ()  # after the tokens
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        config = model.config
-        self.num_globals = 1 + getattr(config, "num_register_tokens", 0)
-        self.patch_size, self.in_channels = pair(config.patch_size), config.num_channels
+        self.image_size = pair(self.config.image_size)  # (height, width) that positions were trained for
+        self.has_cls = bool(self.cls)
+        self.num_globals = int(self.has_cls)
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.encoder.layer
+    def check_image_size(self, height: int, width: int) -> None:
+        if self._is_trained(height, width):
+            return
+        super().check_image_size(height, width)
+        rows, columns = (n // p for n, p in zip(self.image_size, self.patch_size))
+        if rows != columns or (self.asked and not isinstance(self.config.patch_size, int)):
+            raise ValueError(
+                f"volume's slices must have the model's own size, {self.image_size[0]} x {self.image_size[1]} pixels, "
+                f"got {height} x {width}: transformers interpolates positions only where the model's own grid of "
+                f"patches is square, and its patch_size one number; it is {rows} x {columns}, {self.config.patch_size}"
+            )
+
+    def _is_trained(self, height: int, width: int) -> bool:
+        """Whether positions are taken as they are."""
+        return (height, width) == self.image_size and (self.asked or height == width)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.model.embeddings(images)
+        settings = {"interpolate_pos_encoding": not self._is_trained(*images.shape[2:])} if self.asked else {}
+        return self._before_blocks(self._embedded(self._cast(images), settings))
 
-    def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
-        return block(tokens)
+    def _embedded(
+        self,
+        images: Tensor,  # (N, in_channels, height, width)
+        settings: dict[str, Any],
+    ) -> Tensor:  # (N, g + L, C)
+        """All tokens, by the model's own embeddings."""
+        return self.core.embeddings(images, **settings)
+
+    def _before_blocks(
+        self,
+        tokens: Tensor,  # (N, rows, C)
+    ) -> Tensor:  # (N, rows, C)
+        """What else comes before the first block."""
+        return tokens
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model.embeddings
-        known = _made_of(found, _DINOV2_EMBEDDINGS)
-        if not known or Part([found], [found.dropout]).why_not() or not hasattr(found.patch_embeddings, "projection"):
+        found = self.core.embeddings
+        if not self._is_known(found):
             return super().embed_parts(images)
-        images = images.to(found.patch_embeddings.projection.weight.dtype)  # the embeddings' to do in transformers 5.0
-        patches = found.patch_embeddings(images)  # (N, L, C)
-        cls = found.cls_token
-        counted = torch.cat([cls, patches[:1]], dim=1)  # one slice: the method wants to see its length
-        positions = found.interpolate_pos_encoding(counted, *images.shape[2:])  # (1, 1 + L, C)
-        patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
-        registers = getattr(found, "register_tokens", None)
-        return patches, cls if registers is None else torch.cat([cls, registers], dim=1)
+        patches = attrgetter(self.projection)(found)(self._cast(images)).flatten(2).mT  # (N, L, C)
+        positions, g = self._positions(found, patches, *images.shape[2:]), int(self.has_cls)  # (1, g + L, C)
+        patches, first = patches + positions[:, g:], positions[:, :g]
+        globals_ = first + getattr(found, self.cls) if self.cls else first
+        if (registers := getattr(found, "register_tokens", None)) is not None:
+            globals_ = torch.cat([globals_, registers], dim=1)
+        return self._before_blocks(patches), self._before_blocks(globals_)
 
-    def norm(self, tokens: Tensor) -> Tensor:
-        return self.model.layernorm(tokens)
+    def _is_known(self, found: nn.Module) -> bool:
+        """Whether the embeddings do what `embed_parts` does, and nobody sees that they are not called."""
+        if not made_of(found, self.known) or Part([found], [getattr(found, "dropout", None)]).why_not() is not None:
+            return False
+        holder = getattr(found, self.projection.split(".")[0])
+        return "." not in self.projection or (made_of(holder, _PROJECTS) and watched(holder) is None)
 
-    def final_norm(self) -> nn.Module:
-        return self.model.layernorm
+    def _positions(
+        self,
+        found: nn.Module,
+        patches: Tensor,  # (N, L, C)
+        height: int,
+        width: int,
+    ) -> Tensor:  # (1, g + L, C)
+        """Of the class token and the patches of a slice."""
+        if self.asked and self._is_trained(height, width):
+            return self._own_positions(found)
+        counted = patches.new_empty(1, int(self.has_cls) + patches.shape[1], patches.shape[2])  # it looks at sizes
+        return found.interpolate_pos_encoding(counted, height, width)
+
+    def _own_positions(self, found: nn.Module) -> Tensor:  # (1, g + L, C)
+        return found.position_embeddings
+
+    def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
+        return block(tokens, *self.block_arguments)
