@@ -20,6 +20,7 @@ from .graphs import cuda_graph
 from .layer import Stream
 from .lift import lift, unlift
 from .lifted import LiftedModel
+from .models import load_model
 from .operator import plane_cycle
 from .version import __version__
 
@@ -37,6 +38,7 @@ __all__ = [
     "cuda_graph",
     "lift",
     "load_features",
+    "load_model",
     "ops",
     "plane_cycle",
     "restore",

@@ -20,7 +20,8 @@ from .features import VolumeFeatures
 from .inputs import wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
-from .models import load_model, normalisation
+from .models import load_model
+from .normalisation import normalisation
 from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
@@ -177,7 +178,7 @@ def _model(
         settings = replace(settings, layers=tuple(sorted(layers)))
     if settings.axes is not None:
         settings = replace(settings, axes=check_axes(settings.axes))
-    mean, std = normalisation(host, settings.model)
+    mean, std = normalisation(host, settings.model, lifted.adapter.in_channels)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
     lifted.to(device)
     return settings, lifted, identity | {"weights": note}
