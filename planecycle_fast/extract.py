@@ -17,9 +17,10 @@ from torch import Tensor
 from . import feature_files
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
-from .inputs import wanted_layers
+from .inputs import dtype_of, wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
+from .loaded_keys import check_finite
 from .models import load_model
 from .normalisation import normalisation
 from .optional import require
@@ -50,6 +51,7 @@ class Settings:
     axes: str | None = None  # None: SPR for scans that have an orientation
     spacing: tuple[float, float, float] | None = None
     fit: str = "pad"
+    dtype: str = "fp32"  # of the pass; files hold float32
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _model(
     settings: Settings, device: torch.device, random_weights: bool
 ) -> tuple[Settings, LiftedModel, dict[str, Any]]:
     """Settings in one of the ways they can be written, the lifted model, and what the metadata says of it."""
+    dtype = dtype_of(settings.dtype)
     host, note = load_model(settings.model)
     if note.startswith("RANDOM") and not random_weights:
         raise ValueError(f"model {settings.model} must have weights, got {note}; --random-weights computes them anyway")
@@ -180,6 +183,9 @@ def _model(
         settings = replace(settings, axes=check_axes(settings.axes))
     mean, std = normalisation(host, settings.model, lifted.adapter.in_channels)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
+    if any([p.dtype != dtype for p in host.parameters()]):
+        lifted.to(dtype)
+        check_finite(f"{settings.model} in {settings.dtype}", host)
     lifted.to(device)
     return settings, lifted, identity | {"weights": note}
 
@@ -228,7 +234,7 @@ def _one(
 
 def compute(
     model: LiftedModel,
-    pixels: Tensor,  # (1, 3, D, height, width)
+    pixels: Tensor,  # (1, channels, D, height, width), any dtype
     layers: Sequence[int] | None = None,
     pool: bool = False,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
@@ -240,7 +246,8 @@ def compute(
     count = len(model.blocks)
     wanted = [count - 1] if layers is None else sorted(wanted_layers(layers, count))
     with torch.inference_mode():
-        features = model.intermediate(pixels.to(next(model.parameters()).device), wanted)
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        features = model.intermediate(pixels.to(like), wanted)
         tensors = {}
         for i, each in zip(wanted, features):
             prefix = "" if layers is None else f"layer{i}."

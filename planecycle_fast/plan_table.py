@@ -10,13 +10,17 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from .adapters import find_adapter
 from .gpus import MEASURED_HOST, Machine, gpu, this_cpu
+from .inputs import dtype_of
+from .models import model_without_weights
 from .optional import require
 from .planning import PASSES, Planned, plan
 from .torchvision_fix import mend_torchvision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = ("fp32", "bf16", "fp16")  # of `inputs.DTYPES`: what ceilings are known for
 MODES = {
     "slice2d": {"mode": "slice2d"},
     "PCg": {"pool_method": "PCg"},
@@ -55,6 +59,14 @@ def parse_shape(text: str) -> tuple[int, int, int, int, int]:
     return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
 
 
+def with_channels(
+    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module,
+) -> tuple[int, ...]:  # (B, channels, D, height, width)
+    """The shape of a volume for a model, which may have other than three channels."""
+    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]
+
+
 def seconds(planned: Planned, machine: Machine, dtype: torch.dtype) -> Times:
     """A range from a roofline. A GPU and its host work at the same time: the slower one decides."""
     products, moved = planned.flops / machine.flops[dtype], (planned.read + planned.written) / machine.bandwidth
@@ -86,8 +98,8 @@ def deepest(needs: Callable[[int], int], available: float, depth: int) -> int:
 
 
 def costs(
-    model: str,
-    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module | str,
+    shape: tuple[int, ...],  # (B, channels, D, height, width)
     machine: Machine,
     dtype: torch.dtype,
     device: str,
@@ -169,15 +181,16 @@ def run_plan(
     """
     shape = parse_shape(volume)
     dtype = dtype or ("fp32" if gpu_name is None else "bf16")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    number = dtype_of(dtype, DTYPES)
     chosen = [one.strip() for one in modes.split(",")] if modes else list(MODES)
     if unknown := [one for one in chosen if one not in MODES]:
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {unknown[0]!r}")
     rich_table, console = require("rich.table", "bench"), require("rich.console", "bench").Console()
     mend_torchvision()
-    machine = chosen_machine(gpu_name, DTYPES[dtype], graph, launch_us, block_us)
-    found = costs(model, shape, machine, DTYPES[dtype], "cpu" if gpu_name is None else "cuda", step, chosen)
+    machine = chosen_machine(gpu_name, number, graph, launch_us, block_us)
+    host = model_without_weights(model)
+    shape = with_channels(shape, host)
+    found = costs(host, shape, machine, number, "cpu" if gpu_name is None else "cuda", step, chosen)
     console.width = max(console.width, 100)  # a narrower terminal wraps lines, rather than losing figures
     title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}{', as a CUDA graph' if graph else ''}"
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0))
