@@ -81,8 +81,7 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
         if not folder.is_dir():
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out must be a folder or end in {', '.join(feature_files.SUFFIXES)}, got the file {out}")
+        feature_files.check_folder(out, feature_files.SUFFIXES)
         jobs, folder = [Job(scan, out / f"{scan_name(scan)}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}
         for job in jobs:

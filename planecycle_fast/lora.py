@@ -20,7 +20,9 @@ def is_adapter(folder: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """The name of the model that an adapter is for, as `models.load_model` takes it. Raises ValueError for none."""
+    """The name of the model that an adapter is for, as `models.load_model` takes it; a folder of this name is here or
+    beside the adapter's. Raises ValueError for none.
+    """
     file = Path(folder, CONFIG)
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -28,7 +30,8 @@ def base_of(folder: str) -> str:
         raise ValueError(f"{file} must be readable JSON, got: {error}") from error
     if not isinstance(name, str) or not name:
         raise ValueError(f"{file} must name the model that it is for as base_model_name_or_path, got {name!r}")
-    return name
+    beside = Path(folder).parent / name
+    return str(beside) if beside.is_dir() and not Path(name).is_dir() else name
 
 
 def merged(base: nn.Module, folder: str) -> nn.Module:

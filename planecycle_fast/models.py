@@ -57,7 +57,7 @@ def model_without_weights(name: str) -> nn.Module:
         ValueError: no such model, or the weights of another one.
     """
     if Path(name).is_dir() and lora.is_adapter(name):
-        return model_without_weights(_base(name))
+        return model_without_weights(lora.base_of(name))
     with _in_words(name):
         if (source := _timm_source(name)) is not None:
             return timm_models.without_weights(name, source)
@@ -68,10 +68,10 @@ def _load(name: str) -> tuple[nn.Module, str]:
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
     if Path(name).is_dir() and lora.is_adapter(name):
-        base, note = _load(_base(name))
+        base, note = _load(lora.base_of(name))
         if note.startswith("RANDOM"):
             raise ValueError(f"adapter {name} must be for a model that can be found, got {note}")
-        check_finite(_base(name), base)
+        check_finite(lora.base_of(name), base)
         return lora.merged(base, name), f"adapter {name} merged into {note}"
     if (source := _timm_source(name)) is not None:
         model, where = timm_models.load(name, source)
@@ -79,13 +79,6 @@ def _load(name: str) -> tuple[nn.Module, str]:
             return model, f"weights from {name}"
         return model, random_note(name) if where == "random" else f"weights of timm {name} from {where}"
     return _from_hugging_face(name)
-
-
-def _base(folder: str) -> str:
-    """What an adapter is for; a path is one from here, or from beside the adapter."""
-    base = lora.base_of(folder)
-    beside = Path(folder).parent / base
-    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
 
 
 def _timm_source(name: str) -> timm_models.Source | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from . import lora
 from .hub import hub_file
 from .volumes import IMAGENET_MEAN, IMAGENET_STD
 
@@ -57,7 +58,10 @@ def normalisation(model: nn.Module, name: str, channels: int = 3) -> tuple[Value
 
 
 def preprocessor_file(name: str) -> Path | None:
-    """The file that says how pictures become a model's input: in its folder, the cache or the hub."""
+    """The file that says how pictures become a model's input: in its folder, the cache or the hub.
+
+    An adapter's, where it has none of its own, is that of the model that it is for.
+    """
     for file in FILES:
         if Path(name).is_dir():
             found = Path(name, file) if Path(name, file).is_file() else None
@@ -65,7 +69,7 @@ def preprocessor_file(name: str) -> Path | None:
             found = hub_file(name, file) if "/" in name else None
         if found is not None:
             return Path(found)
-    return None
+    return preprocessor_file(lora.base_of(name)) if lora.is_adapter(name) else None
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..extract import usable_device
+from ..feature_files import check_folder
 from ..optional import MissingPackageError
 from ..torchvision_fix import mend_torchvision
 from . import cells as which
@@ -51,8 +52,7 @@ def run_bench(
     }
     on = usable_device(device)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {out}")
+    check_folder(out)
     cells = (which.full if full else which.quick)(on, **chosen)
     limit = QUICK_SECONDS if seconds is None and not full else seconds
     out.mkdir(parents=True, exist_ok=True)
