@@ -22,7 +22,10 @@ from .lift import lift, unlift
 from .lifted import LiftedModel
 from .models import load_model
 from .operator import plane_cycle
+from .torchvision_fix import watch_torchvision
 from .version import __version__
+
+watch_torchvision()
 
 __all__ = [
     "Adapter",

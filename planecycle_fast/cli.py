@@ -78,9 +78,7 @@ def _build(arguments: list[str] | None):
     ) -> None:
         """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
         from .demo import run_demo
-        from .torchvision_fix import mend_torchvision
 
-        mend_torchvision()
         run_demo(model, volume, out, size)
 
     @app.command()
@@ -118,9 +116,7 @@ def _build(arguments: list[str] | None):
         from .extract import plan as plan_files
         from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
-        from .torchvision_fix import mend_torchvision
 
-        mend_torchvision()
         settings = Settings(
             model=model,
             mode=mode,

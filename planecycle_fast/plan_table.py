@@ -18,7 +18,6 @@ from .inputs import dtype_of
 from .models import model_without_weights
 from .optional import require
 from .planning import PASSES, Planned, plan
-from .torchvision_fix import mend_torchvision
 
 DTYPES = ("fp32", "bf16", "fp16")  # of `inputs.DTYPES`: what ceilings are known for
 MODES = {
@@ -186,7 +185,6 @@ def run_plan(
     if unknown := [one for one in chosen if one not in MODES]:
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {unknown[0]!r}")
     rich_table, console = require("rich.table", "bench"), require("rich.console", "bench").Console()
-    mend_torchvision()
     machine = chosen_machine(gpu_name, number, graph, launch_us, block_us)
     host = model_without_weights(model)
     shape = with_channels(shape, host)

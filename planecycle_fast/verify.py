@@ -202,14 +202,12 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     from .models import load_model, random_note
     from .optional import require
     from .plan_table import DTYPES, parse_shape, with_channels
-    from .torchvision_fix import mend_torchvision
 
     shape = parse_shape(volume)
     number = dtype_of(dtype, DTYPES)
     on = usable_device(device)
     named = pick(backend, on, "add_norm")
     table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
-    mend_torchvision()
     loaded, source = load_model(model)
     if source in (random_note(model), random_note(model.removeprefix("timm/"))):
         loaded, source = randomise(loaded), "random weights that show every part"

@@ -9,7 +9,6 @@ from pathlib import Path
 from ..extract import usable_device
 from ..feature_files import check_folder
 from ..optional import MissingPackageError
-from ..torchvision_fix import mend_torchvision
 from . import cells as which
 from .measure import FULL, QUICK
 from .report import report
@@ -43,7 +42,6 @@ def run_bench(
 
     Raises ValueError, naming the argument, before anything is measured.
     """
-    mend_torchvision()
     chosen = {
         "models": which.choices(models, (*which.VITS, *which.PEERS), "models"),
         "volumes": None if volumes is None else [str(which.parse_volume(one.strip())) for one in volumes.split(",")],
