@@ -2,9 +2,7 @@
 
 import torch
 
-from planecycle_fast.torchvision_fix import mend_torchvision
-
-mend_torchvision()
+import planecycle_fast  # noqa: F401  before what imports torchvision
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -56,9 +56,6 @@ def backbone() -> nn.Module:
             n_storage_tokens=GLOBALS - 1, mask_k_bias=True, pos_embed_rope_dtype="fp32",
         )  # fmt: skip
         return peers.randomise(model).eval()
-    from planecycle_fast.torchvision_fix import mend_torchvision
-
-    mend_torchvision()
     import timm
 
     return timm.create_model("vit_small_patch16_dinov3", num_classes=0).eval()

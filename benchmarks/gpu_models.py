@@ -30,7 +30,6 @@ from planecycle_fast.benchmark.networks import Network, network
 from planecycle_fast.benchmark.steps import inference, step_of
 from planecycle_fast.benchmark.timing import Times, compare, interleaved, summary
 from planecycle_fast.optional import MissingPackageError
-from planecycle_fast.torchvision_fix import mend_torchvision
 
 from .budget import Part
 from .gpu_floor import FLOORS, Floor
@@ -58,7 +57,6 @@ class _Ready(NamedTuple):
 
 def run(groups: Sequence[Group], path: Path, about: str, part: Part, device: str = "cuda") -> int:
     """Writes all that is measured. Returns 1 if one of ours failed or a contender was refused."""
-    mend_torchvision()
     table = PartTable(part, {path: lambda rows, note: f"{about}\n{text(rows)}\n{note}"})
     for group in table.each((str(group), group) for group in groups):
         for row in measure(group, device):
@@ -99,7 +97,6 @@ def _measure(group: Group, device: torch.device) -> list[Row]:
 
 def compile_only(group: Group, device: str = "cuda") -> None:
     """One call of what torch.compile makes: its results stay on disk."""
-    mend_torchvision()
     contenders = _Contenders(group, torch.device(device))
     for name in group.compiled:
         contenders.step(name)[1](contenders.volumes[0])

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import planecycle_fast as pcf
 from planecycle_fast import branches, layer, stream
-from planecycle_fast.torchvision_fix import mend_torchvision
 from planecycle_fast.traffic import Traffic
 from tests import peers
 
@@ -155,7 +154,6 @@ def table(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
 
 
 def main() -> None:
-    mend_torchvision()
     torch.manual_seed(0)
     print("| code | planes | moved (C per row) | weight casts | launches | copies |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")

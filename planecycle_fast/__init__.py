@@ -20,8 +20,12 @@ from .graphs import cuda_graph
 from .layer import Stream
 from .lift import lift, unlift
 from .lifted import LiftedModel
+from .models import load_model
 from .operator import plane_cycle
+from .torchvision_fix import watch_torchvision
 from .version import __version__
+
+watch_torchvision()
 
 __all__ = [
     "Adapter",
@@ -37,6 +41,7 @@ __all__ = [
     "cuda_graph",
     "lift",
     "load_features",
+    "load_model",
     "ops",
     "plane_cycle",
     "restore",

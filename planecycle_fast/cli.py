@@ -68,7 +68,7 @@ def _build(arguments: list[str] | None):
     def demo(
         model: str = typer.Option(
             DEMO_MODEL,
-            help="A timm or Hugging Face name, or a folder of save_pretrained. Random weights without a hub.",
+            help="A timm or Hugging Face name, or a folder: docs/models.md. Random weights without a hub.",
         ),
         volume: Optional[Path] = typer.Option(
             None, help="A scan: NIfTI, NRRD, a DICOM folder, .npy, .npz. Default: MNI152."
@@ -78,16 +78,14 @@ def _build(arguments: list[str] | None):
     ) -> None:
         """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
         from .demo import run_demo
-        from .torchvision_fix import mend_torchvision
 
-        mend_torchvision()
         run_demo(model, volume, out, size)
 
     @app.command()
     def features(
         scans: list[Path] = typer.Argument(help="NIfTI (.nii, .nii.gz), NRRD, DICOM folders, arrays (.npy, .npz)."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
-        model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder of save_pretrained."),
+        model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder: docs/models.md."),
         mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
         cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
         pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
@@ -107,6 +105,7 @@ def _build(arguments: list[str] | None):
         picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
         format: str = typer.Option("safetensors", help="Of the files in a folder: safetensors or npz."),
         device: str = typer.Option("auto", help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."),
+        dtype: str = typer.Option("fp32", help="What the model computes in: fp32, bf16, fp16, fp64."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that hold something else."),
         random_weights: bool = typer.Option(
             False, "--random-weights", help="Run a model whose weights cannot be found, with random ones."
@@ -118,9 +117,7 @@ def _build(arguments: list[str] | None):
         from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
         from .scan_options import ScanOptions
-        from .torchvision_fix import mend_torchvision
 
-        mend_torchvision()
         settings = Settings(
             model=model,
             mode=mode,
@@ -133,6 +130,7 @@ def _build(arguments: list[str] | None):
             reading=ScanOptions(axes=axes),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
+            dtype=dtype,
         )
         complaints = run_features(plan_files(scans, out, format), settings, device, picture, overwrite, random_weights)
         for complaint in complaints:
@@ -157,7 +155,9 @@ def _build(arguments: list[str] | None):
 
     @app.command()
     def verify(
-        model: str = typer.Argument(help="A timm or Hugging Face name; without a hub its weights are random."),
+        model: str = typer.Argument(
+            help="A timm or Hugging Face name, or a folder; without a hub a name's weights are random."
+        ),
         volume: str = typer.Option("1x8x64", help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),
         dtype: str = typer.Option("fp32", help="fp32, bf16, fp16."),
         device: str = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one."),
@@ -172,7 +172,7 @@ def _build(arguments: list[str] | None):
 
     @app.command()
     def plan(
-        model: str = typer.Argument(help="A timm or Hugging Face name; weights are not needed."),
+        model: str = typer.Argument(help="A timm or Hugging Face name, or a folder; weights are not needed."),
         volume: str = typer.Option(..., help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),
         gpu: Optional[str] = typer.Option(None, help="h100, h200, a100, ...; it need not be there. Default: this CPU."),
         dtype: Optional[str] = typer.Option(None, help="fp32, bf16, fp16. Default: bf16 on GPUs, fp32 on the CPU."),

@@ -17,6 +17,7 @@ from .backends import pick
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
+from .normalisation import normalisation
 from .optional import MissingPackageError, require
 from .preprocess import PERCENTILES
 from .scan_files import load_scan
@@ -68,12 +69,14 @@ def run_demo(
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise ValueError(f"out must be a .png file in an existing folder, got {out}")
 
-    scan = load_scan(volume or mni152())
     host, note = load_model(model)
+    host.float()  # whatever its checkpoint's dtype
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
+    mean, std = normalisation(host, model, lifted["slice2d"].adapter.in_channels)
+    scan = load_scan(volume or mni152())
     patch = lifted["slice2d"].adapter.patch_size
     image = PERCENTILES.apply(scan.voxels)
-    pixels = model_input(image, scan.spacing, patch, size)
+    pixels = model_input(image, scan.spacing, patch, size, mean, std)
     grid = (pixels.shape[2], pixels.shape[3] // patch[0], pixels.shape[4] // patch[1])
     console.print(f"model   {note}", highlight=False)
     console.print(

@@ -17,10 +17,12 @@ from torch import Tensor
 from . import feature_files
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
-from .inputs import wanted_layers
+from .inputs import dtype_of, wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
-from .models import load_model, normalisation
+from .loaded_keys import check_finite
+from .models import load_model
+from .normalisation import normalisation
 from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
@@ -50,6 +52,7 @@ class Settings:
     reading: ScanOptions = PLAIN
     spacing: tuple[float, float, float] | None = None
     fit: str = "pad"
+    dtype: str = "fp32"  # of the pass; files hold float32
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,7 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
         if not folder.is_dir():
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out must be a folder or end in {', '.join(feature_files.SUFFIXES)}, got the file {out}")
+        feature_files.check_folder(out, feature_files.SUFFIXES)
         jobs, folder = [Job(scan, out / f"{scan_name(scan)}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}
         for job in jobs:
@@ -169,6 +171,7 @@ def _model(
     settings: Settings, device: torch.device, random_weights: bool
 ) -> tuple[Settings, LiftedModel, dict[str, Any]]:
     """Settings in one of the ways they can be written, the lifted model, and what the metadata says of it."""
+    dtype = dtype_of(settings.dtype)
     host, note = load_model(settings.model)
     if note.startswith("RANDOM") and not random_weights:
         raise ValueError(f"model {settings.model} must have weights, got {note}; --random-weights computes them anyway")
@@ -177,8 +180,11 @@ def _model(
     if settings.layers is not None:
         layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
         settings = replace(settings, layers=tuple(sorted(layers)))
-    mean, std = normalisation(host, settings.model)
+    mean, std = normalisation(host, settings.model, lifted.adapter.in_channels)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
+    if any([p.dtype != dtype for p in host.parameters()]):
+        lifted.to(dtype)
+        check_finite(f"{settings.model} in {settings.dtype}", host)
     lifted.to(device)
     return settings, lifted, identity | {"weights": note}
 
@@ -227,7 +233,7 @@ def _one(
 
 def compute(
     model: LiftedModel,
-    pixels: Tensor,  # (1, 3, D, height, width)
+    pixels: Tensor,  # (1, channels, D, height, width), any dtype
     layers: Sequence[int] | None = None,
     pool: bool = False,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
@@ -239,7 +245,8 @@ def compute(
     count = len(model.blocks)
     wanted = [count - 1] if layers is None else sorted(wanted_layers(layers, count))
     with torch.inference_mode():
-        features = model.intermediate(pixels.to(next(model.parameters()).device), wanted)
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        features = model.intermediate(pixels.to(like), wanted)
         tensors = {}
         for i, each in zip(wanted, features):
             prefix = "" if layers is None else f"layer{i}."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -77,6 +79,43 @@ def library() -> str:
     return str(found) if found is not None else "not built yet: on first use, or by planecycle-fast build"
 
 
+def imports() -> dict[str, str]:
+    """Whether the libraries that models are from can be imported here, and if not, why and what would help."""
+    found = {}
+    if importlib.util.find_spec("torchvision") is not None:
+        found["torchvision"] = why_not_torchvision() or "usable"
+    # What they import is read at their first model.
+    for package, model in (("timm", "create_model"), ("transformers", "AutoModel"), ("peft", "PeftModel")):
+        if importlib.util.find_spec(package) is not None:
+            try:
+                getattr(importlib.import_module(package), model)
+                found[package] = "usable"
+            except Exception as error:  # whatever is wrong with an installation
+                found[package] = f"cannot be imported: {_line(error.__cause__ or error)}"
+    return found
+
+
+def why_not_torchvision() -> str | None:
+    """What is wrong with torchvision beside this torch, and what would help; None: nothing."""
+    release = [int(part) for part in torch.__version__.split(".")[:2]]
+    wanted = f"0.{release[1] + 15}" if release[0] == 2 else "that belongs to it"  # 0.15 came with torch 2.0
+    help_ = f"torch {torch.__version__} needs torchvision {wanted}, from where torch was installed from"
+    try:
+        importlib.import_module("torchvision")
+        if importlib.import_module("torchvision.extension")._has_ops():
+            return None
+    except Exception as error:  # whatever is wrong with an installation
+        return f"cannot be imported: {_line(error)}; {help_}"
+    return (
+        "its compiled operations do not load beside this torch. Nothing here needs them, and it can be imported after "
+        f"planecycle_fast, but not before; {help_}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
 def run_info() -> None:
     """Prints all of it. Raises MissingPackageError without rich."""
     console = require("rich.console", "scans").Console(soft_wrap=True, highlight=False, markup=False)
@@ -86,6 +125,7 @@ def run_info() -> None:
         "backend": {name: reason or "usable" for name, reason in backends().items()},
         "library": {"cpu": library()},
         "attention": {name: reason or "usable" for name, reason in attentions().items()},
+        "import": imports(),
         "cache": {name: f"{path}{'' if path.exists() else ' (not there yet)'}" for name, path in caches().items()},
     }
     for title, rows in sections.items():

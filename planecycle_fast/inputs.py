@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def dtype_of(name: str, names: Iterable[str] = tuple(DTYPES)) -> torch.dtype:
+    """torch's dtype by its short name. Raises ValueError unless it is one of `names`."""
+    if name not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names)}, got {name!r}")
+    return DTYPES[name]
+
 
 def check_volume(
     volume: Tensor,  # (B, channels, D, height, width), pixels
@@ -26,9 +35,10 @@ def check_volume(
     if not volume.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {volume.dtype}")
     if volume.ndim != 5 or volume.shape[1] != channels:
+        many = "three" if channels == 3 else channels
         raise ValueError(
             f"{name} must have shape (B, {channels}, D, height, width), got {tuple(volume.shape)}"
-            + ("; repeat the one channel of a scan to three" if volume.ndim == 5 and volume.shape[1] == 1 else "")
+            + (f"; repeat the one channel of a scan to {many}" if volume.ndim == 5 and volume.shape[1] == 1 else "")
         )
     if volume.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(volume.shape)}")

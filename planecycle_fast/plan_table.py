@@ -10,14 +10,16 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from .adapters import find_adapter
 from .gpus import MEASURED_HOST, Machine, gpu, this_cpu
+from .inputs import dtype_of
 from .models import model_without_weights
 from .planning import PASSES, Planned, plan
 from .repeats import first_rounds_only
-from .torchvision_fix import mend_torchvision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = ("fp32", "bf16", "fp16")  # of `inputs.DTYPES`: what ceilings are known for
 MODES = {
     "slice2d": {"mode": "slice2d"},
     "PCg": {"pool_method": "PCg"},
@@ -60,6 +62,14 @@ def parse_shape(text: str) -> tuple[int, int, int, int, int]:
     return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
 
 
+def with_channels(
+    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module,
+) -> tuple[int, ...]:  # (B, channels, D, height, width)
+    """The shape of a volume for a model, which may have other than three channels."""
+    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]
+
+
 def seconds(planned: Planned, machine: Machine, dtype: torch.dtype) -> Times:
     """A range from a roofline. A GPU and its host work at the same time: the slower one decides."""
     products, moved = planned.flops / machine.flops[dtype], (planned.read + planned.written) / machine.bandwidth
@@ -91,8 +101,8 @@ def deepest(needs: Callable[[int], int], available: float, depth: int) -> int:
 
 
 def costs(
-    model: str,
-    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module,
+    shape: tuple[int, ...],  # (B, channels, D, height, width)
     machine: Machine,
     dtype: torch.dtype,
     device: str,
@@ -100,12 +110,11 @@ def costs(
     modes: list[str],
 ) -> Iterator[Cost]:
     """All modes, in order, each when it is known."""
-    host = model_without_weights(model)
     for mode in modes:
 
         def planned(depth: int, mode: str = mode) -> Planned:
             at = (*shape[:2], depth, *shape[3:])
-            return plan(host, at, dtype=dtype, device=device, step=step, **MODES[mode])
+            return plan(model, at, dtype=dtype, device=device, step=step, **MODES[mode])
 
         one, kept = planned(shape[2]), {}
         kept[shape[2]] = one.total_bytes
@@ -174,16 +183,16 @@ def run_plan(
     """
     shape = parse_shape(volume)
     dtype = dtype or ("fp32" if gpu_name is None else "bf16")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    number = dtype_of(dtype, DTYPES)
     chosen = [one.strip() for one in modes.split(",")] if modes else list(MODES)
     if unknown := [one for one in chosen if one not in MODES]:
         raise ValueError(f"modes must be of {', '.join(MODES)}, got {unknown[0]!r}")
-    mend_torchvision()
-    machine = chosen_machine(gpu_name, DTYPES[dtype], graph, launch_us, block_us)
+    machine = chosen_machine(gpu_name, number, graph, launch_us, block_us)
+    host = model_without_weights(model)
+    shape = with_channels(shape, host)
     title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}{', as a CUDA graph' if graph else ''}"
     found = []
-    for cost in costs(model, shape, machine, DTYPES[dtype], "cpu" if gpu_name is None else "cuda", step, chosen):
+    for cost in costs(host, shape, machine, number, "cpu" if gpu_name is None else "cuda", step, chosen):
         if not found:  # what is wrong with the model or the volume has been refused by now
             print(f"{title}\n{_line(COLUMNS)}")
         p, times = cost.planned, cost.times

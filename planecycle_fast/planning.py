@@ -34,7 +34,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Planned:
-    """The cost of one step on one volume, of (B, 3, D, height, width). Bytes, unless it says otherwise."""
+    """The cost of one step on one volume, of (B, channels, D, height, width). Bytes, unless it says otherwise."""
 
     shape: tuple[int, ...]
     flops: int  # operations, two per multiplication and addition of matrix products and attention
@@ -70,7 +70,7 @@ def plan(
 
     Args:
         model: a 2D vision transformer, which stays as it is, on any device, "meta" too; or a name for `models`.
-        shape: of the volume, (B, 3, D, height, width) in pixels.
+        shape: of the volume, (B, channels, D, height, width) in pixels.
         mode, pool_method, backend, settings: as `lift` takes them.
         dtype: of weights and volume.
         device: "cpu", or "cuda" for an NVIDIA GPU, which need not be there.
@@ -86,7 +86,7 @@ def plan(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(shape, str) or len(shape) != 5 or not all([isinstance(n, int) and n > 0 for n in shape]):
-        raise ValueError(f"shape must be five sizes (B, 3, D, height, width), at least 1 each, got {shape!r}")
+        raise ValueError(f"shape must be five sizes (B, channels, D, height, width), at least 1 each, got {shape!r}")
     kind = torch.device(device).type
     if kind not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
@@ -120,7 +120,7 @@ def plan(
 
 def take_step(
     lifted: LiftedModel,
-    volume: Tensor,  # (B, 3, D, height, width)
+    volume: Tensor,  # (B, channels, D, height, width)
     step: str,
     head: nn.Module | None = None,  # (B, C) -> (B, CLASSES)
     target: Tensor | None = None,  # (B,), of int64
@@ -141,7 +141,7 @@ def take_step(
 
 def make_head(
     lifted: LiftedModel,
-    volume: Tensor,  # (B, 3, D, height, width)
+    volume: Tensor,  # (B, channels, D, height, width)
 ) -> nn.Linear:
     """What `take_step` trains on the features of such volumes: a linear layer to `CLASSES` classes."""
     with torch.no_grad():

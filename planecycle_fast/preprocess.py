@@ -10,7 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, resample, three_channels
+from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, in_channels, resample
 
 FITS = ("pad", "resize")
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
@@ -84,7 +84,7 @@ def parse_spacing(text: str) -> tuple[float, float, float]:
 class ModelInput:
     """A model's volume, and what it shows."""
 
-    pixels: Tensor  # (1, 3, D, height, width) float32, mean removed, deviation divided out
+    pixels: Tensor  # (1, channels, D, height, width) float32, mean removed, deviation divided out
     image: Tensor  # (D, height, width) in [0, 1], the same before that
     affine: np.ndarray  # (4, 4) float64, index (d, h, w, 1) of a pixel's centre to mm, like the scan's
     padding: tuple[int, int]  # pixels added at the end of height and width
@@ -100,11 +100,11 @@ def prepare(
     window: Window,
     spacing: tuple[float, float, float] | None = None,  # mm along D, H, W
     fit: str = "pad",
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     max_bytes: int = MAX_BYTES,
 ) -> ModelInput:
-    """A scan's one channel as three equal ones, of a size that is a multiple of the patch.
+    """A scan's one channel as equal ones of the model, of a size that is a multiple of the patch.
 
     Args:
         scan: voxels (D, H, W), any intensities.
@@ -113,7 +113,7 @@ def prepare(
         spacing: resample to this, over the same extent, as nearly as whole voxels allow; None keeps the scan's.
         fit: what makes height and width a multiple of the patch: "pad" at their end, with black, or
             "resize" to the nearest multiple.
-        mean, std: of the model's training images, per channel.
+        mean, std: of the model's training images in [0, 1], per channel; they tell how many channels the model has.
         max_bytes: refuse to make a larger volume.
 
     Raises ValueError for an unknown fit, a volume beyond max_bytes, or a window beside the scan's intensities.
@@ -129,7 +129,7 @@ def prepare(
     else:
         padding = tuple([-n % p for n, p in zip(shape[1:], patch_size)])
     padded = (shape[0], *[n + more for n, more in zip(shape[1:], padding)])
-    if 3 * 4 * math.prod(padded) > max_bytes:
+    if len(mean) * 4 * math.prod(padded) > max_bytes:
         size = " x ".join(map(str, padded))
         raise ValueError(
             f"scan must make a volume of at most {max_bytes / 2**30:.3g} GiB for the model, got {size} pixels; "
@@ -140,7 +140,7 @@ def prepare(
     if shape != list(image.shape):
         image = resample(image, tuple(shape))
     image = F.pad(image, (0, padding[1], 0, padding[0]))
-    return ModelInput(three_channels(image, mean, std), image, scan.affine @ _grid(scale), padding)
+    return ModelInput(in_channels(image, mean, std), image, scan.affine @ _grid(scale), padding)
 
 
 def _grid(scale: tuple[float, float, float] | list[float]) -> np.ndarray:  # (4, 4)

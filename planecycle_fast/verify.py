@@ -51,7 +51,7 @@ def verify(
 
     Args:
         model: a 2D vision transformer; it stays as it is.
-        shape: of the volume, (B, 3, D, height, width) in pixels.
+        shape: of the volume, (B, channels, D, height, width) in pixels.
         backend: of the fast path. The reference runs on "reference".
         seeds: random volumes whose errors tell how large the reference's are.
         settings: as `lift` takes them.
@@ -103,7 +103,7 @@ def _row(what: str, first: dict[str, Groups], largest: dict[tuple[str, str], flo
 
 def _watched(
     lifted: LiftedModel,
-    volume: Tensor,  # (B, 3, D, height, width)
+    volume: Tensor,  # (B, channels, D, height, width)
 ) -> tuple[list[Layer], list[Stream]]:
     """What each block is called with in a pass without gradients."""
     calls, handles = [], []
@@ -120,7 +120,7 @@ def _watched(
 
 def _everything(
     lifted: LiftedModel,
-    volume: Tensor,  # (B, 3, D, height, width)
+    volume: Tensor,  # (B, channels, D, height, width)
     streams: list[Stream],  # of the reference
 ) -> Groups:
     """All that is compared of a model; blocks on these streams."""
@@ -147,7 +147,7 @@ def _tokens(stream: Stream) -> Tensor:  # (B*P, g + L, C), float64
 
 def _gradients(
     lifted: LiftedModel,
-    volume: Tensor,  # (B, 3, D, height, width)
+    volume: Tensor,  # (B, channels, D, height, width)
 ) -> Groups:
     """Of the features, each weighted at random, for the volume and every parameter."""
     volume = volume.detach().requires_grad_()
@@ -198,22 +198,21 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     from .backends import pick
     from .benchmark.contenders import randomise
     from .extract import usable_device
+    from .inputs import dtype_of
     from .models import load_model, random_note
     from .optional import require
-    from .plan_table import DTYPES, parse_shape
-    from .torchvision_fix import mend_torchvision
+    from .plan_table import DTYPES, parse_shape, with_channels
 
     shape = parse_shape(volume)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    number = dtype_of(dtype, DTYPES)
     on = usable_device(device)
     named = pick(backend, on, "add_norm")
     table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
-    mend_torchvision()
     loaded, source = load_model(model)
     if source in (random_note(model), random_note(model.removeprefix("timm/"))):
         loaded, source = randomise(loaded), "random weights that show every part"
-    rows = verify(loaded, shape, dtype=DTYPES[dtype], device=on, backend=backend, mode=mode, pool_method=pool_method)
+    shape = with_channels(shape, loaded)
+    rows = verify(loaded, shape, dtype=number, device=on, backend=backend, mode=mode, pool_method=pool_method)
     print(f"{model}, {source}\nvolume {volume}, {dtype}, {mode}, backend {named} on {on}")
     for name in ("", "error", "reference's", "of its budget", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)

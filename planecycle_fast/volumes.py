@@ -44,11 +44,13 @@ def model_input(
     spacing: tuple[float, float, float],  # mm along D, H, W
     patch_size: tuple[int, int],  # pixels
     size: int,
-) -> Tensor:  # (1, 3, D', height, width)
+    mean: tuple[float, ...] = IMAGENET_MEAN,  # per channel
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:  # (1, channels, D', height, width)
     """An image as a model's volume, resampled so that tokens are as deep as they are wide.
 
     The longest side becomes about `size` pixels of a slice; the others follow the millimetres, rounded
-    to whole tokens. Three equal channels, with ImageNet's mean removed and its deviation divided out.
+    to whole tokens. Channels as `in_channels` makes them.
 
     Raises ValueError if `size` is smaller than a patch, or the volume would need more than MAX_BYTES.
     """
@@ -58,18 +60,25 @@ def model_input(
     token = max(extent) / (size / max(patch_size))  # mm
     depth, rows, columns = (max(1, round(e / token)) for e in extent)
     shape = (depth, rows * patch_size[0], columns * patch_size[1])
-    if 3 * 4 * math.prod(shape) > MAX_BYTES:
+    if len(mean) * 4 * math.prod(shape) > MAX_BYTES:
         raise ValueError(f"size must leave a volume of at most {gib(MAX_BYTES)}, got {size}, which makes it {shape}")
-    return three_channels(resample(image, shape))
+    return in_channels(resample(image, shape), mean, std)
 
 
-def three_channels(
+def in_channels(
     image: Tensor,  # (D, H, W) in [0, 1]
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> Tensor:  # (1, 3, D, H, W)
-    """Three equal channels, with the mean removed and the deviation divided out."""
-    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:  # (1, channels, D, H, W)
+    """The image once for each channel that `mean` and `std` have, less the one and divided by the other.
+
+    Raises ValueError where these are not as many, not finite, or a deviation is not above 0.
+    """
+    if len(mean) != len(std) or not mean:
+        raise ValueError(f"mean and std must have one number per channel, got {len(mean)} and {len(std)}")
+    if not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std)):
+        raise ValueError(f"mean must be finite and std finite and above 0, got {tuple(mean)} and {tuple(std)}")
+    mean, std = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (mean, std))
     return (image[None, None] - mean) / std
 
 

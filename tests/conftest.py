@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from planecycle_fast import use_backend
-from planecycle_fast.torchvision_fix import mend_torchvision
 
 from . import peers, standins
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may depend on a network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-mend_torchvision()
 torch.set_num_threads(1)  # one process per core
 
 try:

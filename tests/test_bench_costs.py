@@ -11,11 +11,9 @@ from planecycle_fast.benchmark.contenders import NotHereError
 from planecycle_fast.benchmark.laws import fit_exponent, laws
 from planecycle_fast.benchmark.peers import WIDTH, ACSConv, peer, to_acs
 from planecycle_fast.planning import plan
-from planecycle_fast.torchvision_fix import mend_torchvision
 
 from .small_bench import small  # noqa: F401
 
-mend_torchvision()
 GLOBALS, CHANNELS, LAYERS = 5, 128, 2
 
 

@@ -196,6 +196,8 @@ def test_out_must_be_a_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["bench", "--out", str(tmp_path / "file")]) == 1
     assert "out must be a folder" in capsys.readouterr().err
+    assert cli.main(["bench", "--out", str(tmp_path / "rows.csv")]) == 1
+    assert "out must be a folder, got" in capsys.readouterr().err and not (tmp_path / "rows.csv").exists()
 
 
 def test_without_matplotlib_there_is_a_report(tmp_path, made, monkeypatch, capsys):

@@ -88,6 +88,15 @@ BAD = [
     (["--out", "f.npz", "--device", "meta"], "device must be 'auto' or one that torch can use here, got 'meta'"),
     (["--out", "no/f.npz"], "out must be in an existing folder, got no/f.npz"),
     (["--out", "a.nii"], "out must be a folder or end in .safetensors, .npz, got the file a.nii"),
+    (
+        ["--out", "x.h5"],
+        "out must be a folder or end in .safetensors, .npz, got x.h5; a new folder whose name ends like",
+    ),
+    (["--out", "x.pt"], "out must be a folder or end in .safetensors, .npz, got x.pt"),
+    (["--out", "features.nii.gz"], "out must be a folder or end in .safetensors, .npz, got features.nii.gz"),
+    (["--out", "new/x.zarr"], "out must be a folder or end in .safetensors, .npz, got new/x.zarr"),
+    (["--out", "x.npy/"], "out must be a folder or end in .safetensors, .npz, got x.npy"),
+    (["--out", "x.CSV"], "out must be a folder or end in .safetensors, .npz, got x.CSV"),
     (["--out", "out", "--format", "csv"], "format must be one of safetensors, npz, got 'csv'"),
     (["b.nii", "--out", "f.npz"], "out must be a folder for 2 scans, got the file f.npz"),
     (["sub/a.nii.gz", "--out", "out"], "scans must have names of their own, got a.nii and sub/a.nii.gz"),
@@ -112,6 +121,15 @@ def test_out_never_replaces_the_scan(run, tmp_path):
         status, _, err = run("a.npz", "--out", out, "--format", "npz", "--overwrite")
         assert status == 1 and "out must not replace a scan" in err[0]
     assert (tmp_path / "a.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["v1.2", "run.2024-01-01", "plain", "of Dr. Smith", ".hidden", "there.h5"])
+def test_folders_may_have_dots(run, tmp_path, name):
+    write_nifti(tmp_path / "a.nii", NOISE)
+    if name == "there.h5":  # whoever made it knows what it is
+        (tmp_path / name).mkdir()
+    assert run("a.nii", "--out", name, "--pool")[0] == 0
+    assert [p.name for p in (tmp_path / name).iterdir()] == ["a.safetensors"]
 
 
 DAMAGED = {

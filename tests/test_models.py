@@ -10,8 +10,10 @@ import timm
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast import models
-from planecycle_fast.models import SATELLITE, hub_reachable, load_model, normalisation
+from planecycle_fast.hub import hub_reachable
+from planecycle_fast.known_models import known_config
+from planecycle_fast.models import load_model
+from planecycle_fast.normalisation import SATELLITE, normalisation
 from planecycle_fast.optional import MissingPackageError
 from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD
 
@@ -87,7 +89,7 @@ PARAMETERS = {"s16": 21.6e6, "s16plus": 28.7e6, "b16": 85.7e6, "l16": 303e6, "h1
 def test_known_configurations_have_the_published_size(size):
     import transformers
 
-    config = models._known_config(transformers, f"facebook/dinov3-vit{size}-pretrain-lvd1689m")
+    config = known_config(transformers, f"facebook/dinov3-vit{size}-pretrain-lvd1689m")
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.005)

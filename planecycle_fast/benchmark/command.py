@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..extract import usable_device
+from ..feature_files import check_folder
 from ..optional import MissingPackageError
-from ..torchvision_fix import mend_torchvision
 from . import cells as which
 from .measure import FULL, QUICK
 from .report import report
@@ -42,7 +42,6 @@ def run_bench(
 
     Raises ValueError, naming the argument, before anything is measured.
     """
-    mend_torchvision()
     chosen = {
         "models": which.choices(models, (*which.VITS, *which.PEERS), "models"),
         "volumes": None if volumes is None else [str(which.parse_volume(one.strip())) for one in volumes.split(",")],
@@ -51,8 +50,7 @@ def run_bench(
     }
     on = usable_device(device)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {out}")
+    check_folder(out)
     cells = (which.full if full else which.quick)(on, **chosen)
     limit = QUICK_SECONDS if seconds is None and not full else seconds
     out.mkdir(parents=True, exist_ok=True)

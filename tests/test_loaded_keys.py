@@ -1,0 +1,368 @@
+"""Weights that are not the model's are refused, by every command and in Python: nothing runs on random ones."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers as tr
+
+import planecycle_fast as pcf
+from planecycle_fast.cli import main
+from planecycle_fast.loaded_keys import BY_DESIGN, check_finite, check_keys, keys_of_error
+from planecycle_fast.models import load_model, model_without_weights
+from planecycle_fast.planning import plan
+
+from .hosts import BY_NAME, randomise
+
+HOSTS = {"dinov3": "hf-dinov3", "dinov2": "hf-dinov2", "registers": "hf-dinov2-registers"}
+
+
+def saved(folder, host="dinov3", **settings):
+    torch.manual_seed(1)
+    model = BY_NAME[HOSTS[host]].make(num_hidden_layers=3)
+    model.save_pretrained(folder, **settings)
+    return model
+
+
+def edit(folder, change):
+    """Replaces the weights of a folder by what `change` makes of them."""
+    file = folder / "model.safetensors"
+    state = {k: v.contiguous() for k, v in change(safetensors.torch.load_file(file)).items()}
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+
+def cut(tensor):  # to another shape
+    return tensor[:-1]
+
+
+FAULTS = {  # what is done to the checkpoint, and what the message says
+    "module": (lambda s: {f"module.{k}": v for k, v in s.items()}, "strip the prefix 'module.' from its keys"),
+    "deep prefix": (lambda s: {f"net.backbone.{k}": v for k, v in s.items()}, "strip the prefix 'net.backbone.'"),
+    "no layer 1": (lambda s: {k: v for k, v in s.items() if ".1." not in k}, r"lacking 1\d \(.*layer\.1\..*, \.\.\.\)"),
+    "one key": (lambda s: {k: v for k, v in s.items() if "cls_token" not in k}, r"lacking 1 \(embeddings.cls_token\)"),
+    "one more": (lambda s: s | {"extra.weight": torch.ones(2)}, r"with unknown 1 \(extra.weight\)"),
+    "shape": (
+        lambda s: {k: cut(v) if "cls_token" not in k and "2.norm1" in k else v for k, v in s.items()},
+        r"with other shapes for 2 \(.*norm1.bias \(63,\) for \(64,\)",
+    ),
+    "nothing": (lambda s: {"nothing": torch.ones(1)}, r"lacking \d+ \(embeddings.cls_token"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_hugging_face_folders(tmp_path, host, fault):
+    saved(tmp_path, host)
+    change, message = FAULTS[fault]
+    edit(tmp_path, change)
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=message) as raised:
+            load(str(tmp_path))
+        assert str(raised.value).startswith(f"model {tmp_path} must have the weights of a ")
+        assert "\n" not in str(raised.value)
+
+
+def test_right_weights_pass_whatever_the_layout(tmp_path):
+    kinds = {"one": {}, "shards": {"max_shard_size": "20KB"}}
+    for kind, settings in kinds.items():
+        model = saved(tmp_path / kind, **settings)
+        loaded, note = load_model(str(tmp_path / kind))
+        assert note == f"weights from {tmp_path / kind}"
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        bare = model_without_weights(str(tmp_path / kind))
+        assert all(p.is_meta for p in bare.parameters()) and bare.state_dict().keys() == model.state_dict().keys()
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+
+
+def of_torch(folder):
+    """As pytorch_model.bin."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return state
+
+
+def test_weights_of_torch_save(tmp_path):
+    model = saved(tmp_path)
+    state = of_torch(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(load_model(str(tmp_path))[0].parameters(), model.parameters()))
+    assert all(p.is_meta for p in model_without_weights(str(tmp_path)).parameters())
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match="strip the prefix 'module.'"):
+            load(str(tmp_path))
+
+
+def test_shards_that_lack_a_layer(tmp_path):
+    saved(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    gone = {key: file for key, file in index["weight_map"].items() if ".1." in key}
+    for file in sorted(set(index["weight_map"].values())):
+        state = safetensors.torch.load_file(tmp_path / file)
+        left = {k: v for k, v in state.items() if k not in gone}
+        safetensors.torch.save_file(left, tmp_path / file, metadata={"format": "pt"})
+    index["weight_map"] = {k: f for k, f in index["weight_map"].items() if k not in gone}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=rf"lacking {len(gone)} \("):
+            load(str(tmp_path))
+
+
+def cached(cache, name, folder):
+    """A folder as a model of the hub's local cache."""
+    snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    return snapshot
+
+
+def test_the_hubs_cache(tmp_path, monkeypatch):
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        if hasattr(sys.modules[module], "HF_HUB_CACHE"):
+            monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = saved(tmp_path / "mine")
+    snapshot = cached(tmp_path / "cache", "some/vit", tmp_path / "mine")
+    loaded, note = load_model("some/vit")
+    assert note == "weights of some/vit from the local cache"
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+    edit(snapshot, FAULTS["module"][0])
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match="model some/vit must have the weights .*strip the prefix 'module.'"):
+            load("some/vit")
+
+
+def test_a_model_with_a_head_is_its_backbone(tmp_path):
+    config = tr.Dinov2Config(
+        hidden_size=64, num_attention_heads=2, num_hidden_layers=2, image_size=56, patch_size=14, num_labels=7
+    )
+    with_head = tr.Dinov2ForImageClassification(config).eval()
+    randomise(with_head)
+    with_head.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert type(loaded).__name__ == "Dinov2Model"
+    for key, value in with_head.dinov2.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert model_without_weights(str(tmp_path)) is not None
+    edit(tmp_path, lambda s: {k: v for k, v in s.items() if "mask_token" not in k})  # of training alone
+    load_model(str(tmp_path))
+    edit(tmp_path, lambda s: {k: v for k, v in s.items() if "layernorm" not in k})
+    with pytest.raises(ValueError, match=r"lacking 2 \(layernorm.bias, layernorm.weight\)$"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["timm-dinov3-s", "facebook-stand-in"])
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+def test_weights_of_another_implementation_name_the_way(tmp_path, source, prefix):
+    saved(tmp_path)
+    foreign = BY_NAME[source].make(depth=3).state_dict()
+    edit(tmp_path, lambda s: {prefix + k: v.clone() for k, v in foreign.items()})
+    with pytest.raises(ValueError, match=r"its keys are those of (timm|dinov3): pcf.convert_state_dict\(") as raised:
+        load_model(str(tmp_path))
+    assert (f"prefix={prefix!r}" in str(raised.value)) == bool(prefix)
+
+
+DAMAGED = {
+    "no header": lambda f: (f / "model.safetensors").write_bytes(b"hello" * 99),
+    "half": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "no configuration": lambda f: (f / "config.json").unlink(),
+    "configuration": lambda f: (f / "config.json").write_text('{"model_type": '),
+    "unknown kind": lambda f: (f / "config.json").write_text('{"model_type": "dinov9"}'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_folders_are_one_line(tmp_path, monkeypatch, capsys, kind):
+    saved(tmp_path / "m")
+    DAMAGED[kind](tmp_path / "m")
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(2, 16, 16)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["features", "a.npy", "--model", "m", "--out", "f.npz"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("planecycle-fast: model m "), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "m"]
+
+
+COMMANDS = {
+    "features": ["features", "a.npy", "--out", "f.npz", "--model", "m"],
+    "demo": ["demo", "--volume", "a.npy", "--out", "p.png", "--size", "32", "--model", "m"],
+    "verify": ["verify", "m", "--volume", "1x2x32", "--device", "cpu"],
+    "plan": ["plan", "m", "--volume", "1x2x32", "--modes", "slice2d", "--gpu", "h100"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("fault", ["module", "no layer 1"])
+def test_every_command_refuses(tmp_path, monkeypatch, capfd, command, fault):
+    saved(tmp_path / "m")
+    edit(tmp_path / "m", FAULTS[fault][0])
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(2, 32, 32)))
+    monkeypatch.chdir(tmp_path)
+    assert main(COMMANDS[command]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1, err
+    assert err.startswith("planecycle-fast: model m must have the weights of a DINOv3ViTModel, got a checkpoint lack")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "m"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    saved(tmp_path)
+
+    def spoil(state):
+        state["layer.1.norm2.weight"][3] = value
+        return state
+
+    edit(tmp_path, spoil)
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 64 values of .*1.norm2.weight \(torch.float32\)$"):
+        load_model(str(tmp_path))
+    model = torch.nn.BatchNorm2d(2)
+    model.running_var.fill_(value)
+    model.weight.data.fill_(value)
+    with pytest.raises(ValueError, match="model x must have finite weights, .* 2 of 2 values of weight .* in 1 more"):
+        check_finite("x", model)
+
+
+# timm
+
+
+def timms(folder, name="vit_small_patch16_dinov3", change=lambda state: state, **settings):
+    """A folder in the layout of timm's save_for_hf."""
+    torch.manual_seed(1)
+    sizes = dict(depth=3, embed_dim=64, num_heads=2) | settings
+    model = timm.create_model(name, **sizes).eval()
+    randomise(model)
+    folder.mkdir()
+    config = {
+        "architecture": name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]},
+        "model_args": {k: v for k, v in sizes.items() if k != "num_classes"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {k: v.contiguous() for k, v in change(model.state_dict()).items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [("vit_small_patch16_dinov3", {}), ("vit_small_patch16_224", {"num_classes": 5}), ("vit_small_patch16_224", {})],
+)
+def test_folders_of_timm(tmp_path, name, more):
+    model = timms(tmp_path / "m", name, **more)
+    loaded, note = load_model(str(tmp_path / "m"))
+    assert note == f"weights from {tmp_path / 'm'}" and loaded.num_classes == 0 and not loaded.training
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    bare = model_without_weights(str(tmp_path / "m"))
+    assert all(p.is_meta for p in bare.parameters()) and bare.state_dict().keys() == loaded.state_dict().keys()
+
+
+def test_timm_written_by_itself(tmp_path):
+    from timm.models import save_for_hf
+
+    model = timm.create_model("vit_small_patch16_224", depth=2, embed_dim=64, num_heads=2, num_classes=3)
+    save_for_hf(model, tmp_path, model_args=dict(depth=2, embed_dim=64, num_heads=2), safe_serialization="both")
+    loaded, _ = load_model(str(tmp_path))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
+
+
+TIMM_FAULTS = {
+    "prefix": (lambda s: {f"backbone.{k}": v for k, v in s.items()}, "strip the prefix 'backbone.'"),
+    "no layer 1": (lambda s: {k: v for k, v in s.items() if ".1." not in k}, r"lacking 1\d \(blocks\.1\."),
+    "one more": (lambda s: s | {"extra.weight": torch.ones(2)}, r"with unknown 1 \(extra.weight\)"),
+    "shape": (lambda s: s | {"norm.weight": torch.ones(3)}, r"shapes for 1 \(norm.weight \(3,\) for \(64,\)\)"),
+}
+
+
+@pytest.mark.parametrize("fault", TIMM_FAULTS)
+@pytest.mark.parametrize("classes", [0, 5])  # timm itself skips what does not fit where heads differ
+def test_folders_of_timm_with_other_weights(tmp_path, fault, classes):
+    change, message = TIMM_FAULTS[fault]
+    timms(tmp_path / "m", "vit_small_patch16_224", change, num_classes=classes)
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=rf"model .* of a VisionTransformer, .*{message}"):
+            load(str(tmp_path / "m"))
+
+
+def test_a_head_that_is_not_there_is_not_missed(tmp_path):
+    for name, classes, change in (
+        ("a", 5, lambda s: {k: v for k, v in s.items() if "head" not in k}),
+        ("b", 0, lambda s: s | {"head.weight": torch.ones(2, 64), "head.bias": torch.ones(2)}),
+    ):
+        model = timms(tmp_path / name, "vit_small_patch16_224", change, num_classes=classes)
+        loaded, _ = load_model(str(tmp_path / name))
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
+
+
+def test_timms_local_cache(tmp_path, monkeypatch):
+    """A checkpoint with a head of 1,000 classes: timm loads it without asking for all keys."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    (tmp_path / "m").mkdir()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "m" / "model.safetensors")
+    snapshot = cached(tmp_path / "cache", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", tmp_path / "m")
+    loaded, note = load_model("vit_tiny_patch16_224")
+    assert note == "weights of timm vit_tiny_patch16_224 from the local cache" and loaded.num_classes == 0
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
+    edit(snapshot, lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.7.")})
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=r"model vit_tiny_patch16_224 must .* lacking 12 \(blocks.7.attn.proj"):
+            load("vit_tiny_patch16_224")
+
+
+def test_names_that_are_no_folders(tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="must be a folder, got a file: weights alone do not tell what model"):
+        load_model(str(file))
+    for name in (str(tmp_path / "nothing"), "./nothing", "a/b/c"):
+        with pytest.raises(ValueError, match=r"must be a folder that exists, or a known name"):
+            load_model(name)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_of_tomorrow"}')
+    with pytest.raises(ValueError, match="must be of an architecture of timm .*, got 'vit_of_tomorrow'"):
+        load_model(str(tmp_path))
+
+
+def test_what_may_be_missing_is_a_short_list():
+    assert set(BY_DESIGN) >= {"dinov2", "dinov2_with_registers", "dinov3_vit", "timm"}
+    assert all(len(missing) + len(unexpected) <= 8 for missing, unexpected in BY_DESIGN.values())
+    model = BY_NAME["timm-dinov3-s"].make()
+    check_keys("x", model, ["head.weight"], ["head.bias"])
+    with pytest.raises(ValueError, match=r"with unknown 4 \(a.2, a.10, b, \.\.\.\)"):
+        check_keys("x", model, [], ["c", "b", "a.10", "a.2"])
+
+
+def test_keys_of_torchs_own_error():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    with pytest.raises(RuntimeError) as raised:
+        model.load_state_dict({"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3), "x.y": torch.ones(1)})
+    assert keys_of_error(raised.value) == (["1.weight", "1.bias"], ["x.y"], [("0.weight", (3, 5), (3, 2))])
+    assert keys_of_error(RuntimeError("out of memory")) is None
+
+
+def test_the_helpers_of_python(tmp_path):
+    model = saved(tmp_path / "m")
+    lifted = pcf.lift(pcf.load_model(str(tmp_path / "m"))[0])
+    volume = torch.randn(1, 3, 2, 32, 32)
+    assert torch.equal(lifted(volume).patches, pcf.lift(model)(volume).patches)
+    edit(tmp_path / "m", FAULTS["module"][0])
+    with pytest.raises(ValueError, match="strip the prefix"):
+        pcf.load_model(str(tmp_path / "m"))
+    with pytest.raises(ValueError, match="strip the prefix"):
+        plan(str(tmp_path / "m"), (1, 3, 2, 32, 32))
+    state = BY_NAME["timm-dinov3-s"].make(depth=3).state_dict()
+    with pytest.raises(ValueError, match="needs 12 of them|that needs"):
+        short = {k: v for k, v in state.items() if not k.startswith("blocks.1.")}
+        pcf.convert_state_dict(short, model=model)
