@@ -12,6 +12,7 @@ import transformers as tr
 
 import planecycle_fast as pcf
 from planecycle_fast.cli import main
+from planecycle_fast.digests import digest_of_model
 from planecycle_fast.loaded_keys import BY_DESIGN, check_finite, check_keys, keys_of_error
 from planecycle_fast.models import load_model, model_without_weights
 from planecycle_fast.planning import plan
@@ -154,6 +155,35 @@ def test_a_model_with_a_head_is_its_backbone(tmp_path):
     load_model(str(tmp_path))
     edit(tmp_path, lambda s: {k: v for k, v in s.items() if "layernorm" not in k})
     with pytest.raises(ValueError, match=r"lacking 2 \(layernorm.bias, layernorm.weight\)$"):
+        load_model(str(tmp_path))
+
+
+def with_heads():
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, image_size=32)
+    sizes["patch_size"] = 16
+    mae = dict(decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_intermediate_size=32)
+    return {
+        "ViTModel": tr.ViTForImageClassification(tr.ViTConfig(**sizes)),
+        "ViTModel of masked images": tr.ViTForMaskedImageModeling(tr.ViTConfig(**sizes)),
+        "ViTMAEModel": tr.ViTMAEForPreTraining(tr.ViTMAEConfig(decoder_num_attention_heads=2, **mae, **sizes)),
+        "IJepaModel": tr.IJepaForImageClassification(tr.IJepaConfig(**sizes)),
+        "CLIPVisionModel": tr.CLIPVisionModelWithProjection(tr.CLIPVisionConfig(**sizes)),
+        "Dinov2Model": tr.Dinov2Backbone(tr.Dinov2Config(mlp_ratio=2, **sizes)),
+        "DINOv3ViTModel": tr.DINOv3ViTBackbone(tr.DINOv3ViTConfig(**sizes)),
+    }
+
+
+@pytest.mark.parametrize("kind", with_heads())
+def test_what_other_heads_have_or_lack_is_by_design(tmp_path, kind):
+    with_heads()[kind].save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    loaded, again = (load_model(str(tmp_path))[0] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(loaded).__name__ == kind.split()[0]
+    assert digest_of_model(loaded) == digest_of_model(again)  # by which a second run knows the first
+    model_without_weights(str(tmp_path))
+    edit(tmp_path, lambda s: {k: v for k, v in s.items() if ".1." not in k})
+    with pytest.raises(ValueError, match=r"got a checkpoint lacking 1\d \([^)]*\.1\.[^)]*\)$"):
         load_model(str(tmp_path))
 
 
