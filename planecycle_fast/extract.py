@@ -182,7 +182,7 @@ def _model(
         settings = replace(settings, layers=tuple(sorted(layers)))
     mean, std = normalisation(host, settings.model, lifted.adapter.in_channels)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
-    if any([p.dtype != dtype for p in host.parameters()]):
+    if any([p.is_floating_point() and p.dtype != dtype for p in host.parameters()]):
         lifted.to(dtype)
         check_finite(f"{settings.model} in {settings.dtype}", host)
     lifted.to(device)

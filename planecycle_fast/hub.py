@@ -39,12 +39,13 @@ def cached(name: str, files: Iterable[str] = WEIGHTS) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def hub_file(name: str, file: str) -> str | None:
-    """A small file of a hub's model, from the cache or the hub; None where neither has it."""
-    found = cached(name, (file,))
+def hub_file(name: str, *files: str) -> str | None:
+    """The first of these small files of a hub's model that the cache has, or else the hub; None: neither."""
+    found = cached(name, files)
     if found is None and hub_reachable():
-        try:
-            return require("huggingface_hub", "hf").hf_hub_download(name, file)
-        except OSError:  # not every model has one
-            return None
+        for file in files:
+            try:
+                return require("huggingface_hub", "hf").hf_hub_download(name, file)
+            except OSError:  # not every model has one
+                continue
     return found

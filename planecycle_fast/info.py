@@ -24,6 +24,7 @@ PACKAGES = (
     "numpy",
     "timm",
     "transformers",
+    "peft",
     "torchvision",
     "flash-attn",
     "nibabel",

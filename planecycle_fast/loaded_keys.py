@@ -25,6 +25,9 @@ BY_DESIGN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dinov2_with_registers": ((_MASK,), (_MASK, *_HEADS)),
     "dinov3_vit": ((_MASK,), (_MASK, *_HEADS)),
     "vit": ((_MASK, "pooler."), (_MASK, "pooler.", "decoder.", *_HEADS)),
+    "vit_mae": ((), ("decoder.", *_HEADS)),
+    "ijepa": ((_MASK, "pooler."), (_MASK, "pooler.", *_HEADS)),
+    "clip_vision_model": ((), ("visual_projection.", *_HEADS)),
     "timm": (("head.",), ("mask_token", "head.", "head_dist.")),
 }
 _OTHERS = ((), _HEADS)
@@ -49,8 +52,9 @@ def check_keys(
     Raises ValueError with how many, the first few, and what may help.
     """
     may_lack, may_have = BY_DESIGN.get(_family(model), _OTHERS)
+    within = f"{getattr(model, 'base_model_prefix', '')}."  # of a model with a head, in which this one is the backbone
     missing = _sorted(key for key in missing if not key.startswith(may_lack))
-    unexpected = _sorted(key for key in unexpected if not key.startswith(may_have))
+    unexpected = _sorted(key for key in unexpected if not key.removeprefix(within).startswith(may_have))
     mismatched = sorted((str(key), tuple(given), tuple(wanted)) for key, given, wanted in mismatched)
     shapes = [f"{key} {given} for {wanted}" for key, given, wanted in mismatched]
     found = [

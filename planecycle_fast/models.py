@@ -156,7 +156,8 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
     is_folder = Path(name).is_dir()
     reachable = not is_folder and hub_reachable()
     if is_folder or reachable or cached(name) is not None:
-        with _quiet(transformers):
+        with _quiet(transformers), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what may be missing, and is not used, is the same every time
             model, info = transformers.AutoModel.from_pretrained(
                 name, local_files_only=not reachable, trust_remote_code=False, **_TOLD
             )

@@ -62,13 +62,11 @@ def preprocessor_file(name: str) -> Path | None:
 
     An adapter's, where it has none of its own, is that of the model that it is for.
     """
-    for file in FILES:
-        if Path(name).is_dir():
-            found = Path(name, file) if Path(name, file).is_file() else None
-        else:
-            found = hub_file(name, file) if "/" in name else None
-        if found is not None:
-            return Path(found)
+    if not Path(name).is_dir():
+        found = hub_file(name, *FILES) if "/" in name else None
+        return None if found is None else Path(found)
+    if here := [Path(name, file) for file in FILES if Path(name, file).is_file()]:
+        return here[0]
     return preprocessor_file(lora.base_of(name)) if lora.is_adapter(name) else None
 
 

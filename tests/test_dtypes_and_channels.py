@@ -15,7 +15,7 @@ from planecycle_fast.preprocess import parse_window, prepare
 from planecycle_fast.scan_files import load_scan
 
 from .hosts import BY_NAME
-from .test_loaded_keys import timms
+from .saved_models import timms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

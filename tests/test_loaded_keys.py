@@ -6,33 +6,18 @@ import sys
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 import transformers as tr
 
 import planecycle_fast as pcf
 from planecycle_fast.cli import main
+from planecycle_fast.digests import digest_of_model
 from planecycle_fast.loaded_keys import BY_DESIGN, check_finite, check_keys, keys_of_error
 from planecycle_fast.models import load_model, model_without_weights
 from planecycle_fast.planning import plan
 
 from .hosts import BY_NAME, randomise
-
-HOSTS = {"dinov3": "hf-dinov3", "dinov2": "hf-dinov2", "registers": "hf-dinov2-registers"}
-
-
-def saved(folder, host="dinov3", **settings):
-    torch.manual_seed(1)
-    model = BY_NAME[HOSTS[host]].make(num_hidden_layers=3)
-    model.save_pretrained(folder, **settings)
-    return model
-
-
-def edit(folder, change):
-    """Replaces the weights of a folder by what `change` makes of them."""
-    file = folder / "model.safetensors"
-    state = {k: v.contiguous() for k, v in change(safetensors.torch.load_file(file)).items()}
-    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+from .saved_models import HOSTS, cached, edit, saved
 
 
 def cut(tensor):  # to another shape
@@ -112,16 +97,6 @@ def test_shards_that_lack_a_layer(tmp_path):
             load(str(tmp_path))
 
 
-def cached(cache, name, folder):
-    """A folder as a model of the hub's local cache."""
-    snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
-    snapshot.parent.mkdir(parents=True)
-    folder.rename(snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    return snapshot
-
-
 def test_the_hubs_cache(tmp_path, monkeypatch):
     for module in ("huggingface_hub.constants", "transformers.utils.hub"):
         if hasattr(sys.modules[module], "HF_HUB_CACHE"):
@@ -154,6 +129,35 @@ def test_a_model_with_a_head_is_its_backbone(tmp_path):
     load_model(str(tmp_path))
     edit(tmp_path, lambda s: {k: v for k, v in s.items() if "layernorm" not in k})
     with pytest.raises(ValueError, match=r"lacking 2 \(layernorm.bias, layernorm.weight\)$"):
+        load_model(str(tmp_path))
+
+
+def with_heads():
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, image_size=32)
+    sizes["patch_size"] = 16
+    mae = dict(decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_intermediate_size=32)
+    return {
+        "ViTModel": tr.ViTForImageClassification(tr.ViTConfig(**sizes)),
+        "ViTModel of masked images": tr.ViTForMaskedImageModeling(tr.ViTConfig(**sizes)),
+        "ViTMAEModel": tr.ViTMAEForPreTraining(tr.ViTMAEConfig(decoder_num_attention_heads=2, **mae, **sizes)),
+        "IJepaModel": tr.IJepaForImageClassification(tr.IJepaConfig(**sizes)),
+        "CLIPVisionModel": tr.CLIPVisionModelWithProjection(tr.CLIPVisionConfig(**sizes)),
+        "Dinov2Model": tr.Dinov2Backbone(tr.Dinov2Config(mlp_ratio=2, **sizes)),
+        "DINOv3ViTModel": tr.DINOv3ViTBackbone(tr.DINOv3ViTConfig(**sizes)),
+    }
+
+
+@pytest.mark.parametrize("kind", with_heads())
+def test_what_other_heads_have_or_lack_is_by_design(tmp_path, kind):
+    with_heads()[kind].save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    loaded, again = (load_model(str(tmp_path))[0] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(loaded).__name__ == kind.split()[0]
+    assert digest_of_model(loaded) == digest_of_model(again)  # by which a second run knows the first
+    model_without_weights(str(tmp_path))
+    edit(tmp_path, lambda s: {k: v for k, v in s.items() if ".1." not in k})
+    with pytest.raises(ValueError, match=r"got a checkpoint lacking 1\d \([^)]*\.1\.[^)]*\)$"):
         load_model(str(tmp_path))
 
 
@@ -228,98 +232,6 @@ def test_weights_that_are_not_finite(tmp_path, value):
     model.weight.data.fill_(value)
     with pytest.raises(ValueError, match="model x must have finite weights, .* 2 of 2 values of weight .* in 1 more"):
         check_finite("x", model)
-
-
-# timm
-
-
-def timms(folder, name="vit_small_patch16_dinov3", change=lambda state: state, **settings):
-    """A folder in the layout of timm's save_for_hf."""
-    torch.manual_seed(1)
-    sizes = dict(depth=3, embed_dim=64, num_heads=2) | settings
-    model = timm.create_model(name, **sizes).eval()
-    randomise(model)
-    folder.mkdir()
-    config = {
-        "architecture": name,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]},
-        "model_args": {k: v for k, v in sizes.items() if k != "num_classes"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    state = {k: v.contiguous() for k, v in change(model.state_dict()).items()}
-    safetensors.torch.save_file(state, folder / "model.safetensors")
-    return model
-
-
-@pytest.mark.parametrize(
-    "name, more",
-    [("vit_small_patch16_dinov3", {}), ("vit_small_patch16_224", {"num_classes": 5}), ("vit_small_patch16_224", {})],
-)
-def test_folders_of_timm(tmp_path, name, more):
-    model = timms(tmp_path / "m", name, **more)
-    loaded, note = load_model(str(tmp_path / "m"))
-    assert note == f"weights from {tmp_path / 'm'}" and loaded.num_classes == 0 and not loaded.training
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value)
-    images = torch.randn(1, 3, 224, 224)
-    assert torch.equal(loaded.forward_features(images), model.forward_features(images))
-    bare = model_without_weights(str(tmp_path / "m"))
-    assert all(p.is_meta for p in bare.parameters()) and bare.state_dict().keys() == loaded.state_dict().keys()
-
-
-def test_timm_written_by_itself(tmp_path):
-    from timm.models import save_for_hf
-
-    model = timm.create_model("vit_small_patch16_224", depth=2, embed_dim=64, num_heads=2, num_classes=3)
-    save_for_hf(model, tmp_path, model_args=dict(depth=2, embed_dim=64, num_heads=2), safe_serialization="both")
-    loaded, _ = load_model(str(tmp_path))
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
-
-
-TIMM_FAULTS = {
-    "prefix": (lambda s: {f"backbone.{k}": v for k, v in s.items()}, "strip the prefix 'backbone.'"),
-    "no layer 1": (lambda s: {k: v for k, v in s.items() if ".1." not in k}, r"lacking 1\d \(blocks\.1\."),
-    "one more": (lambda s: s | {"extra.weight": torch.ones(2)}, r"with unknown 1 \(extra.weight\)"),
-    "shape": (lambda s: s | {"norm.weight": torch.ones(3)}, r"shapes for 1 \(norm.weight \(3,\) for \(64,\)\)"),
-}
-
-
-@pytest.mark.parametrize("fault", TIMM_FAULTS)
-@pytest.mark.parametrize("classes", [0, 5])  # timm itself skips what does not fit where heads differ
-def test_folders_of_timm_with_other_weights(tmp_path, fault, classes):
-    change, message = TIMM_FAULTS[fault]
-    timms(tmp_path / "m", "vit_small_patch16_224", change, num_classes=classes)
-    for load in (load_model, model_without_weights):
-        with pytest.raises(ValueError, match=rf"model .* of a VisionTransformer, .*{message}"):
-            load(str(tmp_path / "m"))
-
-
-def test_a_head_that_is_not_there_is_not_missed(tmp_path):
-    for name, classes, change in (
-        ("a", 5, lambda s: {k: v for k, v in s.items() if "head" not in k}),
-        ("b", 0, lambda s: s | {"head.weight": torch.ones(2, 64), "head.bias": torch.ones(2)}),
-    ):
-        model = timms(tmp_path / name, "vit_small_patch16_224", change, num_classes=classes)
-        loaded, _ = load_model(str(tmp_path / name))
-        assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
-
-
-def test_timms_local_cache(tmp_path, monkeypatch):
-    """A checkpoint with a head of 1,000 classes: timm loads it without asking for all keys."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
-    (tmp_path / "m").mkdir()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "m" / "model.safetensors")
-    snapshot = cached(tmp_path / "cache", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", tmp_path / "m")
-    loaded, note = load_model("vit_tiny_patch16_224")
-    assert note == "weights of timm vit_tiny_patch16_224 from the local cache" and loaded.num_classes == 0
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
-    edit(snapshot, lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.7.")})
-    for load in (load_model, model_without_weights):
-        with pytest.raises(ValueError, match=r"model vit_tiny_patch16_224 must .* lacking 12 \(blocks.7.attn.proj"):
-            load("vit_tiny_patch16_224")
 
 
 def test_names_that_are_no_folders(tmp_path):
