@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..parts import WHOLE, BlockParts
 from ..rope import Rope
+from ..wrapped import own_class
 
 SinCos = tuple[Tensor, Tensor]  # sin and cos, (L, hd) each
 
@@ -130,8 +131,9 @@ def is_instance_of(model: Any, *qualified: str) -> bool:
 
 
 def is_exactly(model: Any, qualified: str) -> bool:
-    """As `is_instance_of`, but of this very class: a subclass may compute something else."""
-    return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}" == qualified
+    """As `is_instance_of`, but of this very class, or one that torch made from it: others may compute something else."""
+    cls = own_class(model)
+    return f"{cls.__module__.split('.')[0]}.{cls.__name__}" == qualified
 
 
 def pair(size: Any) -> tuple[int, int]:

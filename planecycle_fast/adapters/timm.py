@@ -27,6 +27,7 @@ from ..parts import (
     watched,
 )
 from ..rope import Rope
+from ..wrapped import own_class, read, unwrapped
 from .base import Adapter, SinCos, is_exactly, pair
 
 _CONTENTS = {  # of timm's modules; they alone do not tell a GluMlp from an Mlp
@@ -38,6 +39,7 @@ _CONTENTS = {  # of timm's modules; they alone do not tell a GluMlp from an Mlp
     "GluMlp": contents("fc1 act fc2", "norm drop1 drop2"),
     "SwiGLU": contents("fc1_g fc1_x act fc2", "norm drop1 drop2"),
     "LayerScale": contents("gamma"),
+    "PatchEmbed": contents("proj norm"),
 }
 
 
@@ -124,12 +126,14 @@ class _BiasedQkv:
         self,
         x: Tensor,  # (N, rows, C)
     ) -> Tensor:  # (N, rows, 3*heads*hd)
-        weight, bias = self.weight_and_bias()
-        return F.linear(x, weight, bias) if self.fresh else self.attention.qkv(x) + bias
+        return F.linear(x, *self.weight_and_bias()) if self.fresh else self.attention.qkv(x) + self._bias()
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:  # (3*heads*hd, C), (3*heads*hd,)
+        return self.attention.qkv.weight, self._bias()
+
+    def _bias(self) -> Tensor:  # (3*heads*hd,)
         found = self.attention
-        return found.qkv.weight, torch.cat((found.q_bias, found.k_bias, found.v_bias))
+        return torch.cat((found.q_bias, found.k_bias, found.v_bias))
 
 
 class _Timm(Adapter):
@@ -139,16 +143,22 @@ class _Timm(Adapter):
         super().__init__(model)
         self.num_globals = model.num_prefix_tokens
         self.has_cls = model.cls_token is not None
-        self.patch_size, self.in_channels = pair(model.patch_embed.patch_size), model.patch_embed.proj.in_channels
-        if getattr(model.patch_drop, "prob", 0):
+        self.patch_size = pair(read(model.patch_embed, "patch_size", None))
+        self.in_channels = read(model.patch_embed, "in_channels", 3)  # of its convolution
+        if read(model.patch_drop or nn.Identity(), "prob", 0):
             raise ValueError(
                 "model drops patches in training (patch_drop_rate > 0), which leaves no planes to attend along; "
                 "expected patch_drop_rate=0"
             )
+        if not isinstance(self.blocks, (nn.Sequential, nn.ModuleList)):
+            raise ValueError(
+                f"model.blocks are within a {type(self.blocks).__name__}, whose own code would be left out; "
+                "expected a Sequential or ModuleList"
+            )
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        return self.model.blocks
+        return unwrapped(self.model.blocks)
 
     def norm(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
@@ -164,7 +174,7 @@ class _Timm(Adapter):
         images: Tensor,  # (N, in_channels, height, width)
     ) -> Tensor:  # (N, h*w, C), any strides
         embed = self.model.patch_embed
-        if kind_of(embed) != "timm.PatchEmbed" or watched(embed) is not None or embed.dynamic_img_pad:
+        if not _is(embed, "PatchEmbed") or watched(embed) is not None or embed.dynamic_img_pad:
             return embed(images).flatten(1, -2)  # from NHWC with dynamic sizes
         # Past its forward, which formats sizes into messages: torch.compile would take them for constants.
         return embed.norm(embed.proj(images).flatten(2).mT)
@@ -172,13 +182,12 @@ class _Timm(Adapter):
     def _embeds_in_parts(self) -> bool:
         """Whether nothing but positions and globals comes between the patch embedding and the blocks."""
         model = self.model
-        idle = (model.pos_drop, model.patch_drop, model.norm_pre)
-        drops = model.pos_drop.training and getattr(model.pos_drop, "p", 0)
-        return is_identity(*idle[1:]) and not drops and not any([watched(m) for m in idle if m is not None])
+        idle = Part([model.patch_drop, model.norm_pre], [model.pos_drop])
+        return is_identity(model.patch_drop, model.norm_pre) and idle.why_not() is None
 
     def check_image_size(self, height: int, width: int) -> None:
         super().check_image_size(height, width)
-        fixed = tuple(self.model.patch_embed.img_size or ())
+        fixed = tuple(read(self.model.patch_embed, "img_size", None) or ())
         if not self.model.dynamic_img_size and fixed and fixed != (height, width):
             raise ValueError(
                 f"volume's slices must have the model's fixed size, {fixed[0]} x {fixed[1]} pixels, got "
@@ -193,7 +202,8 @@ class _Timm(Adapter):
 
 def _plain_patches(model: nn.Module) -> bool:
     """Not a hybrid, whose patches are those of a CNN's feature map."""
-    return type(model.patch_embed).__name__ == "PatchEmbed"
+    timms = [m for m in model.patch_embed.modules() if own_class(m).__module__.startswith("timm.")]
+    return bool(timms) and own_class(timms[0]).__name__ == "PatchEmbed"  # the first: within whatever is around it
 
 
 class TimmVisionTransformer(_Timm):
@@ -228,11 +238,12 @@ class TimmDINOv3(_Timm):
 
     @staticmethod
     def matches(model: nn.Module) -> bool:
-        rope = getattr(model, "rope", None)
+        if not is_exactly(model, "timm.Eva") or model.rope is None:
+            return False
+        rope = unwrapped(model.rope)
         return (
-            is_exactly(model, "timm.Eva")
-            and _plain_patches(model)
-            and type(rope).__name__ == "RotaryEmbeddingDinoV3"
+            _plain_patches(model)
+            and own_class(rope).__name__ == "RotaryEmbeddingDinoV3"
             and (rope.rotate_half, rope.grid_offset, rope.grid_indexing) == (True, 0, "ij")
             and model.pos_embed is None
         )
@@ -259,7 +270,7 @@ class TimmDINOv3(_Timm):
         return self._run(partial(_call_qkv_module, block), tokens, rope=torch.cat(sincos, dim=-1))
 
     def rope(self, dtype: torch.dtype) -> Rope:
-        rope = self.model.rope
+        rope = unwrapped(self.model.rope)
         periods_given = rope.min_period is not None and rope.max_period is not None
         return Rope(
             periods=rope.periods,
@@ -293,7 +304,7 @@ def _call_qkv_module(block: nn.Module, tokens: Tensor, rope: Tensor) -> Tensor:
 
 
 def _ignores_qkv_module(module: nn.Module) -> bool:
-    if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
+    if vars(module).get("qkv_bias_separate", True) or module.q_bias is None:  # True: of another kind, or around one
         return False
     return _is_more_than_linear(module.qkv)
 
