@@ -20,6 +20,7 @@ from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles
 from .stream import check_strict, run_block
+from .tracing import fix_shape, shape_of
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
 
@@ -38,7 +39,8 @@ class Method:
         """The volume's size in tokens, and the plane whose order the model's own tokens are in. Checks all of it."""
         model = self.model
         check_volume(x, input_channels(model), model, "x")
-        sizes = (x.shape[2], *[n // model.patch_size for n in x.shape[3:]])  # a rest is lost, as it always was
+        depth, *pixels = shape_of(x)[2:]
+        sizes = (depth, *[n // model.patch_size for n in pixels])  # a rest is lost, as it always was
         start = DHW if takes_volumes(model) and model.block_type == "Flatten3D" else HW
         if min(sizes) < 1:
             size = model.patch_size
@@ -60,7 +62,8 @@ class Method:
         first: Plane,
     ) -> Stream:
         """The embedded volume in the order of the first block's plane."""
-        model, images = self.model, x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        model, x = self.model, fix_shape(x)
+        images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         embedded = embed_parts(model, images) if masks is None else None
         if embedded is not None:
             return enter(*embedded, self._layer(HW, first, sizes, Transition(sizes[0], first.slices(sizes))))

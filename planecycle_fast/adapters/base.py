@@ -131,7 +131,7 @@ def is_instance_of(model: Any, *qualified: str) -> bool:
 
 
 def is_exactly(model: Any, qualified: str) -> bool:
-    """As `is_instance_of`, but of this very class, or one that torch made from it: others may compute something else."""
+    """As `is_instance_of`, but of this very class, or one that torch made from it: others may compute another thing."""
     cls = own_class(model)
     return f"{cls.__module__.split('.')[0]}.{cls.__name__}" == qualified
 

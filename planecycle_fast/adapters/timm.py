@@ -177,7 +177,7 @@ class _Timm(Adapter):
         if not _is(embed, "PatchEmbed") or watched(embed) is not None or embed.dynamic_img_pad:
             return embed(images).flatten(1, -2)  # from NHWC with dynamic sizes
         # Past its forward, which formats sizes into messages: torch.compile would take them for constants.
-        return embed.norm(embed.proj(images).flatten(2).mT)
+        return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
 
     def _embeds_in_parts(self) -> bool:
         """Whether nothing but positions and globals comes between the patch embedding and the blocks."""
