@@ -117,6 +117,8 @@ class LiftedBlock(SharedModule):
             out, ran = run_block(self.reading.now(), held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
             parts = self.reading.parts
+            if self.plan().attention is not None:  # made outside: they may be of learned frequencies, and serve others
+                _ = layer.sincos
             run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call)[0])  # noqa: E731
             out, ran = Stream(*checkpoint(run, *held.pop())), 1
         return (_own_scale(out) if self._forward_hooks else out), ran  # FSDP frees the parameter when the block ends

@@ -7,12 +7,23 @@ from torch import nn
 from .base import Adapter
 from .dinov3 import FacebookDINOv3
 from .huggingface import HuggingFaceDinov2, HuggingFaceDINOv3
-from .timm import TimmDINOv3, TimmVisionTransformer
+from .timm import TimmVisionTransformer
+from .timm_beit import TimmBeit
+from .timm_eva import TimmDINOv3, TimmEva
 
-ADAPTERS = (FacebookDINOv3, HuggingFaceDINOv3, HuggingFaceDinov2, TimmDINOv3, TimmVisionTransformer)
+ADAPTERS = (
+    FacebookDINOv3,
+    HuggingFaceDINOv3,
+    HuggingFaceDinov2,
+    TimmDINOv3,
+    TimmEva,
+    TimmBeit,
+    TimmVisionTransformer,
+)
 SUPPORTED = (
     "transformers DINOv3ViTModel, Dinov2Model and Dinov2WithRegistersModel; "
-    "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers); "
+    "timm Eva (DINOv3, EVA, EVA02, Perception Encoder), Beit, "
+    "VisionTransformer and VisionTransformerDistilled (DINOv2 with and without registers, CLIP, SigLIP, DeiT); "
     "facebookresearch/dinov3 DinoVisionTransformer"
 )
 HOW_TO = "for any other ViT subclass planecycle_fast.Adapter and pass it: lift(model, adapter=MyAdapter)"
