@@ -152,6 +152,26 @@ def test_other_sizes(on_reference):
 
 
 @hosts
+def test_under_autocast(host, on_reference):
+    model, volume = host.make(), host.volume(batch=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(all_tokens(pcf.lift(model, mode="slice2d")(volume)), host_features(host, model, volume))
+        rounded = pcf.lift(model)(volume).patches
+    with torch.no_grad():
+        torch.testing.assert_close(rounded.float(), pcf.lift(model)(volume).patches, rtol=0, atol=0.1)
+
+
+def test_siglip_pools_by_attention():
+    host = BY_NAME["timm-siglip"]
+    model, volume = host.make(), host.volume(batch=2, depth=1)
+    lifted = pcf.lift(model, mode="slice2d")
+    with torch.no_grad():
+        features = lifted(volume)
+        torch.testing.assert_close(lifted.attn_pool(features.patches.flatten(1, 3)), model(volume[:, :, 0]))
+    assert features.cls is None and features.registers is None
+
+
+@hosts
 def test_flatten3d(host):
     model, volume = host.make(), host.volume(batch=1)
     if host.name.startswith(TWO_AXES) or host.name == "timm-beitv2":

@@ -69,15 +69,17 @@ def relative_bias(
     """Biases of attention for another grid of patches, and a class token before them.
 
     The table holds one per displacement, row by row, then that from the class token to patches, from patches to it, and
-    its own. It is resampled as BEiTs are for fine-tuning at other sizes, by timm's `set_input_size`: see `_weights`.
+    its own. It is resampled as BEiTs are for fine-tuning at other sizes, by timm's `set_input_size`: see `_between`.
     """
     table, window = module.relative_position_bias_table, module.window_size
     to_patch, to_class, itself = table[-3:]
     heads, length = table.shape[1], grid[0] * grid[1]
     by_displacement = table[:-3].T.unflatten(1, [2 * w - 1 for w in window])  # (heads, 2*w0 - 1, 2*w1 - 1)
     for axis, (w, n) in enumerate(zip(window, grid), 1):  # both: timm resamples along an axis that keeps its size, too
-        weights = _weights(w, n).to(device=table.device, dtype=table.dtype)  # (2*n - 1, 2*w - 1)
-        by_displacement = torch.tensordot(by_displacement, weights, dims=([axis], [1])).movedim(-1, axis)
+        left, right, share = [t.to(table.device) for t in _between(w, n)]
+        share = share.to(table.dtype).view([-1 if a == axis else 1 for a in range(3)])
+        lower, upper = [by_displacement.index_select(axis, at) for at in (left, right)]
+        by_displacement = lower * (1 - share) + upper * share  # no matrix product: autocast would round it
     steps = [torch.arange(n, device=table.device) for n in grid]
     rows, columns = [at[:, None] - at + n - 1 for at, n in zip(steps, grid)]  # (n, n): where displacements are
     patches = by_displacement[:, rows[:, None, :, None], columns[None, :, None, :]]  # (heads, n0, n1, n0, n1)
@@ -88,28 +90,26 @@ def relative_bias(
     return torch.cat([first[:, None], rest], dim=1)
 
 
-def _weights(
+def _between(
     window: int,
     size: int,
-) -> Tensor:  # (2*size - 1, 2*window - 1)
-    """How a table of displacements within `window` patches gives those within `size`, linearly.
+) -> tuple[Tensor, Tensor, Tensor]:  # (2*size - 1,) each
+    """How a table of displacements within `window` patches gives those within `size`: of each, two entries of the table
+    and the share of the second.
 
     The table's displacements are spread over the new range: neighbours stay 1 apart, steps further out grow by a common
     factor such that the outermost arrive, at least by 1.01: for smaller sizes the outer ones fall away.
     """
     count, reach = window - 1, size - 1
+    wanted = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    if count == 0:  # a single patch: its bias serves all
+        return torch.zeros_like(wanted).long(), torch.zeros_like(wanted).long(), torch.zeros_like(wanted)
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         factor = (low + high) / 2
         low, high = (low, factor) if (factor**count - 1) / (factor - 1) > reach else (factor, high)
-    if count == 0:  # a single patch: its bias serves all
-        return torch.ones(2 * size - 1, 1, dtype=torch.float64)
     steps = torch.cumsum(((low + high) / 2) ** torch.arange(count, dtype=torch.float64), 0)  # of 1, 2, ... patches once
     known = torch.cat([-steps.flip(0), torch.zeros(1, dtype=torch.float64), steps])
-    wanted = torch.arange(-reach, reach + 1, dtype=torch.float64)
     right = torch.searchsorted(known, wanted).clamp(1, 2 * count)
     left = right - 1
-    share = ((wanted - known[left]) / (known[right] - known[left])).clamp(0, 1)
-    weights = torch.zeros(len(wanted), len(known), dtype=torch.float64)
-    weights.scatter_add_(1, left[:, None], (1 - share)[:, None])
-    return weights.scatter_add_(1, right[:, None], share[:, None])
+    return left, right, ((wanted - known[left]) / (known[right] - known[left])).clamp(0, 1)

@@ -169,7 +169,7 @@ class TimmEva(Timm):
         return None if self.model.rope is None else HostTables(self._embedding())
 
     def check_planes(self, planes: Sequence[Plane]) -> None:
-        if DHW in planes and self.model.rope is not None and self.rope(torch.float32).mixed:
+        if DHW in planes and self.model.rope is not None and own_class(self._embedding()).__name__ == MIXED:
             raise ValueError(
                 "model's rotary embedding has learned frequencies for two axes (mixed), which say nothing about the "
                 "third of DHW (mode 'flatten3d'); expected planes HW, DW and DH"
