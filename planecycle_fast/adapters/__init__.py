@@ -22,7 +22,7 @@ ADAPTERS = (
 )
 SUPPORTED = (
     "transformers DINOv3ViTModel, Dinov2Model and Dinov2WithRegistersModel; "
-    "timm Eva (DINOv3, EVA, EVA02, Perception Encoder), Beit, "
+    "timm DINOv3 (Eva with RoPE of type 'dinov3'), EVA, EVA02 and Perception Encoder (Eva as well), Beit, "
     "VisionTransformer and VisionTransformerDistilled (DINOv2 with and without registers, CLIP, SigLIP, DeiT); "
     "facebookresearch/dinov3 DinoVisionTransformer"
 )
