@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .adapters.dinov3 import BLOCK, block_parts, embed_parts, norm_parts, takes_volumes
+from .adapters.dinov3 import BLOCK, block_parts, embed_parts, input_channels, norm_parts, takes_volumes
 from .inputs import check_volume, wanted_layers
 from .layer import Layer, SinCos, Stream, enter
 from .ops import Norm
@@ -20,6 +20,7 @@ from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles
 from .stream import check_strict, run_block
+from .tracing import fix_shape, shape_of
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
 
@@ -37,8 +38,9 @@ class Method:
     ) -> tuple[Sizes, Plane]:
         """The volume's size in tokens, and the plane whose order the model's own tokens are in. Checks all of it."""
         model = self.model
-        check_volume(x, model.patch_embed.proj.in_channels, model, "x")
-        sizes = (x.shape[2], *[n // model.patch_size for n in x.shape[3:]])  # a rest is lost, as it always was
+        check_volume(x, input_channels(model), model, "x")
+        depth, *pixels = shape_of(x)[2:]
+        sizes = (depth, *[n // model.patch_size for n in pixels])  # a rest is lost, as it always was
         start = DHW if takes_volumes(model) and model.block_type == "Flatten3D" else HW
         if min(sizes) < 1:
             size = model.patch_size
@@ -60,7 +62,8 @@ class Method:
         first: Plane,
     ) -> Stream:
         """The embedded volume in the order of the first block's plane."""
-        model, images = self.model, x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        model, x = self.model, fix_shape(x)
+        images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         embedded = embed_parts(model, images) if masks is None else None
         if embedded is not None:
             return enter(*embedded, self._layer(HW, first, sizes, Transition(sizes[0], first.slices(sizes))))
@@ -70,7 +73,7 @@ class Method:
 
     def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, angles: PlaneAngles | None = None) -> Layer:
         g = self.model.n_storage_tokens + 1
-        backend = resolve(self.backend, self.model.patch_embed.proj.weight.device)
+        backend = resolve(self.backend, self.model.cls_token.device)
         return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
     def _run(
@@ -254,7 +257,7 @@ class Report(Method):
 
     def __call__(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
-        device = self.model.patch_embed.proj.weight.device
+        device = self.model.cls_token.device
         print(describe(self.plans(), self.backend, self.attention, self.strict, device))
 
 

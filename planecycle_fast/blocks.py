@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class SharedModule(nn.Module):
     def training(self, mode: bool) -> None:
         if "host" in self.__dict__:  # not yet while nn.Module.__init__ runs
             self.host.training = mode
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            "a lifted model cannot be compiled by torch.jit.script; use torch.export, or torch.jit.trace for one shape"
+        )
 
     def train(self, mode: bool = True) -> SharedModule:
         self.host.train(mode)  # hosts override this, to keep norms frozen for example
@@ -112,6 +117,8 @@ class LiftedBlock(SharedModule):
             out, ran = run_block(self.reading.now(), held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
             parts = self.reading.parts
+            if self.plan().attention is not None:  # made outside: they may be of learned frequencies, and serve others
+                _ = layer.sincos
             run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call)[0])  # noqa: E731
             out, ran = Stream(*checkpoint(run, *held.pop())), 1
         return (_own_scale(out) if self._forward_hooks else out), ran  # FSDP frees the parameter when the block ends

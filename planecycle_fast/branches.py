@@ -63,7 +63,7 @@ def _turned(
     if len(made) > 1:
         return [*[rope(t, angles, num_globals, None, *how) for t in made[:2]], *made[2:]]
     [qkv] = made
-    if not qkv.requires_grad:
+    if not qkv.requires_grad or torch.jit.is_tracing():  # a trace is the same with gradients and without
         queries_keys, values = qkv.split([2 * heads, heads], dim=2)
         return [rope(queries_keys, angles, num_globals, None, *how), values]
     if own and turns_within(backend):
@@ -99,8 +99,12 @@ def mlp_branch(
 
 
 def _is_ours(linears: Sequence[object]) -> bool:
-    """Whether what these layers return may be written to. A compiler plans memory better without being told to."""
-    return not torch.compiler.is_compiling() and all([is_plain(linear) for linear in linears])
+    """Whether what these layers return may be written to. A compiler plans memory better without being told to.
+
+    Exporters of traces lose what is written in place.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not recorded and all([is_plain(linear) for linear in linears])
 
 
 def is_plain(linear: object) -> bool:

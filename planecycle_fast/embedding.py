@@ -45,6 +45,8 @@ def embed(
 def _in_groups(adapter: Adapter, images: Tensor) -> bool:
     if images.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
         return False
+    if torch.jit.is_tracing():
+        return False
     if adapter.model.training:  # what it draws depends on how many slices there are
         return False
     return not any([watched(module) for module in _outside(adapter.model, {id(block) for block in adapter.blocks})])

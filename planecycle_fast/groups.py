@@ -87,7 +87,9 @@ def run_in_groups(
     Returns: the stream that goes out, or after a last norm the tokens and their norm, (B*P, g + L, C) each; and how
         many steps that were. None where this block has to run as a whole.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or held[0].residual.device.type != "cpu":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if held[0].residual.device.type != "cpu":
         return None
     if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu") or transforms_active():
         return None

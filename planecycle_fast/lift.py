@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from .adapters import Adapter, find_adapter
 from .attentions import check_attention
 from .backends import pick
 from .lifted import LiftedModel
-from .planes import DEFAULT_CYCLE, DHW, Plane, parse_cycle
+from .planes import DEFAULT_CYCLE, Plane, parse_cycle
 from .pooling import check_pooling
-from .rope import section_sizes
 
 MODES = ("planecycle", "slice2d", "flatten3d")
 
@@ -66,8 +64,7 @@ def lift(
     # The other modes are cycles too. "HW" never pools; "DHW" keeps one set of globals per volume.
     if mode != "planecycle":
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
-    if DHW in cycle and (rope := adapter.rope(torch.float32)) is not None:
-        section_sizes(rope.head_dim, num_axes=3)  # raises for a head dimension that has no three sections
+    adapter.check_planes(cycle)
     return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict)
 
 

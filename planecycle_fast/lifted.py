@@ -24,6 +24,7 @@ from .pooling import Transition, between
 from .report import describe
 from .rope import PlaneAngles, PlaneTables
 from .stream import check_strict
+from .tracing import fix_shape, shape_of, traceable
 
 
 class LiftedModel(SharedModule):
@@ -223,7 +224,7 @@ class LiftedModel(SharedModule):
         wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
-        images = volume.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         backend, planes = resolve(self.backend, volume.device), self.planes
         held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, planes[0], sizes))]
 
@@ -285,18 +286,20 @@ class LiftedModel(SharedModule):
         patches = tokens[:, g:].reshape(batch, *plane.ordered(layer.sizes), channels)
         globals_ = tokens[:, :g].unflatten(0, (batch, slices))  # (B, S, g, C)
         has_cls = int(self.adapter.has_cls)
-        return VolumeFeatures(
+        features = VolumeFeatures(
             patches=patches.permute(permutation(plane, HW)),
             cls=globals_[:, :, 0] if has_cls else None,
             registers=globals_[:, :, has_cls:] if g > has_cls else None,
         )
+        return traceable(features)
 
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
         check_volume(volume, self.adapter.in_channels, self.host)
-        self.adapter.check_image_size(*volume.shape[3:])
+        depth, height, width = shape_of(volume)[2:]
+        self.adapter.check_image_size(height, width)
         patch_h, patch_w = self.adapter.patch_size
-        return volume.shape[2], volume.shape[3] // patch_h, volume.shape[4] // patch_w
+        return depth, height // patch_h, width // patch_w
 
 
 def _not_taken(name: str) -> str:

@@ -54,8 +54,9 @@ def comes_from(module: nn.Module, packages: tuple[str, ...]) -> bool:
     A subclass of somebody else's, and a class whose forward somebody replaced, may compute something else.
     """
     kind = type(module)
-    forward = getattr(kind.forward, "__module__", None) or ""
-    return kind.__module__.startswith(packages) and forward.startswith(packages)
+    if not kind.__module__.startswith(packages):  # first: a scripted module's class has no forward to look at
+        return False
+    return (getattr(kind.forward, "__module__", None) or "").startswith(packages)
 
 
 def _is(module: nn.Module, *kinds: str) -> bool:

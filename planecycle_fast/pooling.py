@@ -109,8 +109,8 @@ def _average(
     if not torch.compiler.is_compiling() and n == m:  # compiled, sizes that are equal by chance would count
         return rows
     bins = torch.arange(m, device=rows.device)
-    first, end = bins * n // m, -(-(bins + 1) * n // m)
-    columns = first[:, None] + torch.arange(-(-n // m) + 1, device=rows.device)  # (m, width), as wide as any bin
+    first, end = bins * n // m, ((bins + 1) * n + m - 1) // m  # rounded up; ONNX evaluators differ below zero
+    columns = first[:, None] + torch.arange((n + m - 1) // m + 1, device=rows.device)  # (m, width), as any bin
     outside = columns >= end[:, None]
     picked = rows[:, columns.clamp(max=n - 1)]  # (B, m, width, K)
     return picked.masked_fill(outside[..., None], 0).sum(2) / (end - first)[:, None]

@@ -39,7 +39,8 @@ class Reading:
             return Snapshot(self.parts)
         if self._snapshot is not None and all(map(is_, self._look(), self._seen)):
             return self._snapshot
-        self._watch(list(self.parts.block.modules()))
+        # What is scripted has no dictionaries to look at, and nothing of it changes.
+        self._watch([m for m in self.parts.block.modules() if not isinstance(m, torch.jit.ScriptModule)])
         self._seen, self._snapshot = [*self._look()], Snapshot(self.parts)
         return self._snapshot
 

@@ -219,6 +219,35 @@ MORE_HOSTS += [
 ]  # fmt: skip
 # End of Hugging Face
 
+
+# timm: more families
+def timm_other(name, **small):
+    return timm_model(name, **({"embed_dim": 64, "num_heads": 2, "depth": 3} | small))
+
+
+TIMM_16, TIMM_14 = dict(img_size=(48, 80)), dict(img_size=(42, 70))  # of GRID
+MORE_TIMM_HOSTS = [
+    Host("timm-siglip", timm_other("vit_base_patch16_siglip_224", **TIMM_16), 0, 16, 32, rope=False),
+    Host("timm-deit3", timm_other("deit3_small_patch16_224", **TIMM_16), 1, 16, 32, rope=False),
+    Host("timm-deit-distilled", timm_other("deit_tiny_distilled_patch16_224", **TIMM_16), 2, 16, 32, rope=False),
+    Host("timm-eva", timm_other("eva_giant_patch14_224", mlp_ratio=4, **TIMM_14), 1, 14, 32, rope=False),
+    Host("timm-eva02-s", timm_other("eva02_small_patch14_224", **TIMM_14), 1, 14, 32),
+    Host("timm-eva02-b", timm_other("eva02_base_patch14_224", dynamic_img_size=True, img_size=56), 1, 14, 32),
+    Host("timm-eva02-clip", timm_other("eva02_base_patch16_clip_224", **TIMM_16), 1, 16, 32),
+    Host("timm-eva02-e", timm_other("eva02_enormous_patch14_clip_224", mlp_ratio=4, **TIMM_14), 1, 14, 32, rope=False),
+    Host("timm-pe", timm_other("vit_pe_core_tiny_patch16_384", **TIMM_16), 1, 16, 32),
+    Host("timm-rope-mixed", timm_other("vit_small_patch16_rope_mixed_224", **TIMM_16), 1, 16, 32),
+    Host("timm-beit", timm_other("beit_base_patch16_224", **TIMM_16), 1, 16, 32, rope=False),
+    Host(
+        "timm-beit-shared",
+        timm_other("beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True, **TIMM_16),
+        *(1, 16, 32, False),
+    ),
+    Host("timm-beitv2", timm_other("beitv2_base_patch16_224", swiglu_mlp=True, **TIMM_16), 1, 16, 32, rope=False),
+]
+MORE_HOSTS += MORE_TIMM_HOSTS
+# End of timm
+
 BY_NAME = {host.name: host for host in [*HOSTS, *MORE_HOSTS]}
 EVERY_HOST = [pytest.param(host, id=host.name, marks=pytest.mark.full if host in MORE_HOSTS else ())
               for host in [*HOSTS, *MORE_HOSTS]]  # fmt: skip

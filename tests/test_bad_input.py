@@ -163,7 +163,6 @@ MODELS = [
     (lambda: nn.Linear(2, 2), ValueError, f"supported class, got torch.nn.modules.linear.Linear; {SUPPORTED}"),
     (lambda: nn.Linear(2, 2), ValueError, "subclass planecycle_fast.Adapter and pass it: lift"),
     (lambda: timm_model("resnet18"), ValueError, f"got timm.models.resnet.ResNet; {SUPPORTED}"),
-    (lambda: timm_model("eva02_tiny_patch14_224"), ValueError, "got timm.models.eva.Eva; supported: .*type 'dinov3'"),
     (lambda: timm_model("samvit_base_patch16"), ValueError, r"VisionTransformerSAM attends in windows .*SAM"),
     (sam, ValueError, r"SamVisionModel attends in windows with relative positions"),
     (
@@ -184,7 +183,7 @@ MODELS = [
         "model drops patches",
     ),
     (lambda: timm_model("vit_small_resnet26d_224"), ValueError, f"VisionTransformer; {SUPPORTED}"),  # a hybrid
-    (lambda: timm_dinov3(rope_rotate_half=False), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
+    (lambda: timm_dinov3(rope_rotate_half=False), ValueError, "got timm.models.eva.Eva; supported: .*type 'dinov3'"),
     (lambda: timm_dinov3(rope_grid_offset=0.5), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
     (lambda: timm_dinov3(rope_grid_indexing="xy"), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),
     (lambda: timm_dinov3(use_abs_pos_emb=True), ValueError, f"got timm.models.eva.Eva; {SUPPORTED}"),

@@ -9,7 +9,9 @@ from .dinov3 import FacebookDINOv3
 from .huggingface_clip import HuggingFaceCLIP, HuggingFaceSiglip
 from .huggingface_dino import HuggingFaceDinov2, HuggingFaceDinov2Backbone, HuggingFaceDINOv3
 from .huggingface_vit import HuggingFaceIJepa, HuggingFaceMAE, HuggingFaceViT
-from .timm import TimmDINOv3, TimmVisionTransformer
+from .timm import TimmVisionTransformer
+from .timm_beit import TimmBeit
+from .timm_eva import TimmDINOv3, TimmEva
 
 HUGGING_FACE = (
     HuggingFaceDINOv3,
@@ -21,11 +23,13 @@ HUGGING_FACE = (
     HuggingFaceCLIP,
     HuggingFaceSiglip,
 )
-ADAPTERS = (FacebookDINOv3, *HUGGING_FACE, TimmDINOv3, TimmVisionTransformer)
+TIMM = (TimmDINOv3, TimmEva, TimmBeit, TimmVisionTransformer)
+ADAPTERS = (FacebookDINOv3, *HUGGING_FACE, *TIMM)
 _NAMES = [name for adapter in HUGGING_FACE for name in adapter.names]
 SUPPORTED = (
     f"transformers {', '.join(name for name in _NAMES if not name.endswith('Transformer'))}; "
-    "timm DINOv3 (Eva with RoPE of type 'dinov3') and VisionTransformer (DINOv2 with and without registers); "
+    "timm DINOv3 (Eva with RoPE of type 'dinov3'), EVA, EVA02 and Perception Encoder (Eva as well), Beit, "
+    "VisionTransformer and VisionTransformerDistilled (DINOv2 with and without registers, CLIP, SigLIP, DeiT); "
     "facebookresearch/dinov3 DinoVisionTransformer"
 )
 HOW_TO = "for any other ViT subclass planecycle_fast.Adapter and pass it: lift(model, adapter=MyAdapter)"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..parts import WHOLE, BlockParts
-from ..rope import Rope
+from ..planes import DHW, Plane
+from ..rope import Rope, section_sizes
+from ..wrapped import own_class
 
 SinCos = tuple[Tensor, Tensor]  # sin and cos, (L, hd) each
 
@@ -114,6 +116,12 @@ class Adapter(ABC):
         """``function(run, *tensors)`` where the model wants this block's activations computed again in backward."""
         return None
 
+    def check_planes(self, planes: Sequence[Plane]) -> None:
+        """Raises ValueError for a plane that the model's positions cannot be moved to."""
+        rope = self.rope(torch.float32) if DHW in planes else None
+        if rope is not None:
+            section_sizes(rope.head_dim, num_axes=3)  # raises for a head dimension that has no three sections
+
     def check_image_size(self, height: int, width: int) -> None:
         """Raises ValueError if the model cannot embed slices of this size, in pixels."""
         patch_h, patch_w = self.patch_size
@@ -134,8 +142,9 @@ def is_instance_of(model: Any, *qualified: str) -> bool:
 
 
 def is_exactly(model: Any, qualified: str) -> bool:
-    """As `is_instance_of`, but of this very class: a subclass may compute something else."""
-    return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}" == qualified
+    """As `is_instance_of`, but of this very class, or one that torch made from it: others may compute another thing."""
+    cls = own_class(model)
+    return f"{cls.__module__.split('.')[0]}.{cls.__name__}" == qualified
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from ..parts import (
     known_activation,
 )
 from ..rope import Rope, make_periods
+from ..wrapped import read, unwrapped
 from .base import Adapter, SinCos
 
 CLASS = "DinoVisionTransformer"
@@ -62,6 +63,11 @@ def is_converted(model: nn.Module) -> bool:
 def holds_converted(blocks: nn.Module) -> bool:
     """Whether any of these is a converted block, of a class made from it (FSDP), or wrapped in something else."""
     return any(cls.__name__ == BLOCK for module in blocks.modules() for cls in type(module).__mro__)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Of the images that a DINOv3 embeds."""
+    return read(model.patch_embed, "in_channels", 3)  # its convolution's
 
 
 def norm_parts(
@@ -152,7 +158,12 @@ class FacebookDINOv3(Adapter):
                 "or lift the model that was converted"
             )
         self.num_globals = 1 + model.n_storage_tokens
-        self.patch_size, self.in_channels = (model.patch_size,) * 2, model.patch_embed.proj.in_channels
+        self.patch_size, self.in_channels = (model.patch_size,) * 2, input_channels(model)
+        if model.rope_embed is not None and not hasattr(unwrapped(model.rope_embed), "periods"):
+            raise ValueError(
+                f"model.rope_embed is a {type(model.rope_embed).__name__}, whose angles on other planes are not known; "
+                "expected an embedding with periods"
+            )
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -180,9 +191,9 @@ class FacebookDINOv3(Adapter):
         return self.model.norm(tokens)
 
     def rope(self, dtype: torch.dtype) -> Rope | None:
-        rope = self.model.rope_embed
-        if rope is None:
+        if self.model.rope_embed is None:
             return None
+        rope = unwrapped(self.model.rope_embed)
         coord_dtype = rope.dtype or torch.get_default_dtype()
         periods = rope.periods
         if hasattr(rope, "sections"):  # the authors' block_type Flatten3D keeps the periods of three axes

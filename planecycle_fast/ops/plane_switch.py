@@ -62,19 +62,22 @@ def _switch(
     volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
     skip = 0 if globals_ is not None else g
     dtype = x.dtype if globals_ is None else torch.promote_types(x.dtype, globals_.dtype)
-    rows = g + new.length(sizes)
-    result = x.new_empty(batch * new.slices(sizes), rows, channels, dtype=dtype)  # no view: FSDP warns of those
-    out = result.view(batch, new.slices(sizes), rows, channels)
-    # The one gather: views name the voxels of both orders, each row is read once and written once.
-    source = volumes[:, :, skip:].reshape(batch, *old.ordered(sizes), channels)
-    target = out[:, :, g:].view(batch, *new.ordered(sizes), channels)
-    target.copy_(source.permute(permutation(old, new)))
+    slices, length = new.slices(sizes), new.length(sizes)
+    source = volumes[:, :, skip:].reshape(batch, *old.ordered(sizes), channels).permute(permutation(old, new))
+    pooled = globals_  # (B, P2, g, C), or (1, g, C): rows of M sum to 1
     if g and globals_ is None:
-        out[:, :, :g] = transition.apply(volumes[:, :, :g])
-    elif g and globals_.shape[0] == 1:  # rows of M sum to 1
-        out[:, :, :g] = globals_
-    elif g:
-        out[:, :, :g] = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
+        pooled = transition.apply(volumes[:, :, :g])
+    elif g and globals_.shape[0] != 1:
+        pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
+    if torch.jit.is_tracing():  # exporters of traces lose what is written to views
+        parts = [] if not g else [pooled.expand(batch, slices, -1, -1).to(dtype)]
+        return torch.cat([*parts, source.reshape(batch, slices, length, channels).to(dtype)], 2).flatten(0, 1)
+    result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
+    out = result.view(batch, slices, g + length, channels)
+    # The one gather: views name the voxels of both orders, each row is read once and written once.
+    out[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
+    if g:
+        out[:, :, :g] = pooled
     return result
 
 
