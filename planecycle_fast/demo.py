@@ -19,6 +19,7 @@ from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
 from .optional import MissingPackageError, require
 from .preprocess import PERCENTILES
+from .scan_checks import warnings_printed
 from .scan_files import load_scan
 from .viz import adjacent_cosine, foreground, pca_colours, three_views
 from .volumes import model_input
@@ -68,7 +69,9 @@ def run_demo(
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise ValueError(f"out must be a .png file in an existing folder, got {out}")
 
-    scan = load_scan(volume or mni152())
+    volume_path = volume or mni152()
+    with warnings_printed(volume_path):
+        scan = load_scan(volume_path)
     host, note = load_model(model)
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
     patch = lifted["slice2d"].adapter.patch_size

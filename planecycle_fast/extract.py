@@ -25,7 +25,7 @@ from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
 from .progress import progress_of
-from .scan_checks import reason
+from .scan_checks import named, reason, warnings_printed
 from .scan_files import load_scan, scan_name
 from .scan_options import PLAIN, ScanOptions
 from .version import __version__
@@ -138,11 +138,10 @@ def run_features(
             progress.start(job.scan.name)
             line = None
             try:
-                line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite)}"
+                with warnings_printed(job.scan):
+                    line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite)}"
             except EXPECTED as error:
-                message = " ".join(str(error).split()) or type(error).__name__
-                named = message.startswith(f"volume {job.scan} ")
-                complaints.append(message if named else f"volume {job.scan}: {message}")
+                complaints.append(named(job.scan, str(error).strip() or type(error).__name__))
             progress.finish()
             if line is not None and sys.stdout is not None:
                 print(line, flush=True)

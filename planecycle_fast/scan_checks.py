@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,41 @@ DAMAGED = "cannot be read, it may be truncated or damaged"
 
 class Refused(Exception):
     """A scan that could be read but must not be; the message goes on from the scan's name."""
+
+
+class ScanWarning(UserWarning):
+    """A scan was read, but not everything in it is as one might expect."""
+
+
+def warn(message: str) -> None:
+    """Emits a ScanWarning, one line, at the line outside of this package that asked for the scan."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ScanWarning, stacklevel=level)
+
+
+@contextmanager
+def warnings_printed(path: str | Path) -> Iterator[None]:
+    """Within the block each ScanWarning is a line on stderr that begins with the scan's name, as errors are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ScanWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: object, **settings: object) -> None:
+            if issubclass(category, ScanWarning):
+                print(f"planecycle-fast: {named(path, str(message))}", file=sys.stderr)
+            else:
+                others(message, category, *where, **settings)
+
+        warnings.showwarning = show
+        yield
+
+
+def named(path: str | Path, message: str) -> str:
+    """A message in one line that begins with the scan it is about."""
+    message = " ".join(message.split())
+    return message if message.startswith(f"volume {path} ") else f"volume {path}: {message}"
 
 
 def check_header(shape: tuple[int, ...], dtype: np.dtype, voxel_bytes: int, max_bytes: int, more: int = 0) -> None:
