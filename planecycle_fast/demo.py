@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import pick
+from .finite import check_finite
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
@@ -72,10 +73,10 @@ def run_demo(
     volume_path = volume or mni152()
     with warnings_printed(volume_path):
         scan = load_scan(volume_path)
+        image = PERCENTILES.apply(scan.voxels)
     host, note = load_model(model)
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
     patch = lifted["slice2d"].adapter.patch_size
-    image = PERCENTILES.apply(scan.voxels)
     pixels = model_input(image, scan.spacing, patch, size)
     grid = (pixels.shape[2], pixels.shape[3] // patch[0], pixels.shape[4] // patch[1])
     console.print(f"model   {note}", highlight=False)
@@ -92,6 +93,7 @@ def run_demo(
     for mode in MODES:
         with _progress(console, lifted[mode], mode):
             features[mode], seconds, peak = _measure(lifted[mode], pixels)
+        check_finite(lifted[mode], pixels, {f"the patches of {mode}": features[mode]})
         rows.append(Row(mode, seconds, peak, adjacent_cosine(features[mode], mask)))
     console.print(_table(rows))
     title = f"Patch features as colours: three principal components, one scale for both modes\n{note}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import feature_files
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
+from .finite import check_finite
 from .inputs import wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
@@ -234,11 +235,14 @@ def compute(
 
     Those are `patches` (D, H, W, C), `cls` (S, C), `registers` (S, r, C) as far as the model has them, and
     `pooled` (C,); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
+
+    Raises ValueError for features that are not finite.
     """
     count = len(model.blocks)
     wanted = [count - 1] if layers is None else sorted(wanted_layers(layers, count))
+    pixels = pixels.to(next(model.parameters()).device)
     with torch.inference_mode():
-        features = model.intermediate(pixels.to(next(model.parameters()).device), wanted)
+        features = model.intermediate(pixels, wanted)
         tensors = {}
         for i, each in zip(wanted, features):
             prefix = "" if layers is None else f"layer{i}."
@@ -246,6 +250,7 @@ def compute(
             for name, tensor in (parts | {"pooled": each.pooled()}).items():
                 if tensor is not None:
                     tensors[prefix + name] = tensor[0].float().cpu()
+    check_finite(model, pixels, tensors)
     return features, tensors
 
 

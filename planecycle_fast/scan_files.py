@@ -58,15 +58,17 @@ def load_scan(path: str | Path, axes: str | None = None, max_bytes: int = MAX_BY
     """
     path, options = Path(path), ScanOptions(None if axes is None else check_axes(axes))
     try:
-        scan = _read(path, options, max_bytes)
+        with np.errstate(over="ignore", invalid="ignore"):  # of casts to float32, whose results are looked at below
+            scan = _read(path, options, max_bytes)
     except MissingPackageError:
         raise
     except Exception as error:  # a damaged file can raise anything in the libraries that read it
         raise ValueError(f"volume {path} {one_line(_complaint(path, error))}") from error
-    finite = torch.isfinite(scan.voxels)
-    if not finite.all():
-        bad = scan.voxels.numel() - int(finite.sum())
-        raise ValueError(f"volume {path} must hold finite voxels, got {bad} NaN or infinite ones")
+    if not torch.isfinite(scan.voxels).all():
+        nan, infinite = int(scan.voxels.isnan().sum()), int(scan.voxels.isinf().sum())
+        raise ValueError(
+            f"volume {path} must hold finite voxels, got {nan} NaN and {infinite} infinite, or beyond float32's 3.4e+38"
+        )
     if scan.voxels.min() == scan.voxels.max():
         raise ValueError(f"volume {path} must hold an image, got the one value {scan.voxels.min():g} everywhere")
     return scan

@@ -68,9 +68,15 @@ def three_channels(
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> Tensor:  # (1, 3, D, H, W)
-    """Three equal channels, with the mean removed and the deviation divided out."""
-    mean, std = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
-    return (image[None, None] - mean) / std
+    """Three equal channels, with the mean removed and the deviation divided out.
+
+    Raises ValueError where that is not finite.
+    """
+    means, stds = (torch.tensor(t).view(1, 3, 1, 1, 1) for t in (mean, std))
+    pixels = (image[None, None] - means) / stds
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"mean and std must make finite pixels, got {mean} and {std}")
+    return pixels
 
 
 def resample(
