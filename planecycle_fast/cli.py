@@ -70,9 +70,7 @@ def _build(arguments: list[str] | None):
             DEMO_MODEL,
             help="A timm or Hugging Face name, or a folder of save_pretrained. Random weights without a hub.",
         ),
-        volume: Optional[Path] = typer.Option(
-            None, help="A scan: NIfTI, NRRD, a DICOM folder, .npy, .npz. Default: MNI152."
-        ),
+        volume: Optional[Path] = typer.Option(None, help="A scan, as for features. Default: MNI152."),
         out: Path = typer.Option(Path("demo.png"), help="The picture."),
         size: int = typer.Option(448, help="Pixels of the longest side of a slice."),
     ) -> None:
@@ -85,7 +83,7 @@ def _build(arguments: list[str] | None):
 
     @app.command()
     def features(
-        scans: list[Path] = typer.Argument(help="NIfTI (.nii, .nii.gz), NRRD, DICOM folders, arrays (.npy, .npz)."),
+        scans: list[Path] = typer.Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
         model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder of save_pretrained."),
         mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
@@ -100,6 +98,9 @@ def _build(arguments: list[str] | None):
         axes: Optional[str] = typer.Option(
             None, help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."
         ),
+        fill_nan: Optional[float] = typer.Option(None, help="Takes the place of NaN voxels, which else are refused."),
+        index: Optional[int] = typer.Option(None, help="Which volume of a file of several, from 0."),
+        array: Optional[str] = typer.Option(None, help="Which array of an .npz; all volumes, where it holds several."),
         spacing: Optional[str] = typer.Option(
             None, help="Resample to these mm along D, H, W, or to one for all. Default: the scan's own."
         ),
@@ -130,7 +131,7 @@ def _build(arguments: list[str] | None):
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),
-            reading=ScanOptions(axes=axes),
+            reading=ScanOptions(axes=axes, fill_nan=fill_nan, index=index, array=array),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
         )

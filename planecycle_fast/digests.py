@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .scan_files import other_file
+
 
 def digest_of_model(model: nn.Module) -> str:
     """Of the names and values of a CPU model's state_dict."""
@@ -19,13 +21,13 @@ def digest_of_model(model: nn.Module) -> str:
 
 
 def digest_of_scan(scan: Path) -> str:
-    """Of a scan's file, or of a folder's files one after another, hidden ones left out.
+    """Of a scan's file, with the other one where header and voxels are two, or of a folder's, hidden ones left out.
 
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        files = [scan]
+        files = [file for file in (scan, other_file(scan)) if file is not None]
         if scan.is_dir():
             files = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
         for file in files:

@@ -27,7 +27,7 @@ from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
 from .progress import progress_of
 from .scan_checks import named, reason, warnings_printed
-from .scan_files import load_scan, scan_name
+from .scan_files import load_scan, other_file, scan_name
 from .scan_options import PLAIN, ScanOptions
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
@@ -89,8 +89,10 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
                 raise ValueError(f"scans must have names of their own, got {first[job.out]} and {job.scan}")
             first[job.out] = job.scan
     for job in jobs:
-        if job.out.exists() and job.scan.exists() and job.out.samefile(job.scan):
-            raise ValueError(f"out must not replace a scan, got {job.out}")
+        read = [file for file in (job.scan, other_file(job.scan)) if file is not None and file.exists()]
+        for out in (job.out, job.picture):
+            if out.exists() and any(out.samefile(file) for file in read):
+                raise ValueError(f"out must not replace a scan, got {out}")
         if job.scan.is_dir() and job.scan.resolve() in job.out.resolve().parents:
             raise ValueError(f"out must not be in the folder of a scan, got {job.out}")
     while not folder.exists():  # it is made for the first features, not before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -10,6 +11,16 @@ class ScanOptions:
     """Options of `load_scan`, which says what they do."""
 
     axes: str | None = None  # the directions in which D, H, W increase; None: SPR for scans that have an orientation
+    fill_nan: float | None = None  # what takes the place of NaN voxels; None: they are refused
+    index: int | None = None  # of a volume, from 0, in a file that holds several
+    array: str | None = None  # of an .npz, by name
+
+    def __post_init__(self) -> None:
+        if self.fill_nan is not None and not abs(self.fill_nan) <= LARGEST:
+            raise ValueError(f"fill_nan must be a finite number within float32, got {self.fill_nan}")
+        if self.index is not None and (isinstance(self.index, bool) or self.index != int(self.index) or self.index < 0):
+            raise ValueError(f"index must be that of a volume, 0 or more, got {self.index}")
 
 
+LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32
 PLAIN = ScanOptions()

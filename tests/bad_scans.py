@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+import zlib
 
 import nibabel
 import numpy as np
@@ -15,16 +16,25 @@ from .scans import (
     COUNTS,
     NOISE,
     execute,
+    write_analyze,
     write_dicom,
     write_frames,
+    write_mgh,
     write_nifti,
     write_nrrd,
+    write_pair,
 )
 
 
 def truncated(path, share=2 / 3):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
+
+
+def write_intent(path, array, name):
+    image = nibabel.Nifti1Image(array, np.eye(4))
+    image.header.set_intent(name)
+    nibabel.save(image, path)
 
 
 def element(group, number, kind, value):
@@ -82,6 +92,47 @@ def nrrd(path, data=None, **fields):
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in values.items() if value is not None]
     data = NOISE.flatten()[:120].tobytes() if data is None else data
     path.write_bytes("\n".join(["NRRD0004", *lines, "", ""]).encode() + data)
+
+
+def without_data(path, name):
+    write_nrrd(path, NOISE)
+    path.with_name(name).unlink()
+
+
+def meta(path, data=None, **fields):
+    """A MetaImage of (6, 5, 4) voxels, or with other fields; None leaves one out."""
+    values = {
+        "ObjectType": "Image",
+        "NDims": "3",
+        "BinaryData": "True",
+        "BinaryDataByteOrderMSB": "False",
+        "CompressedData": "False",
+        "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+        "Offset": "5 6 7",
+        "ElementSpacing": "1 2 3",
+        "DimSize": "6 5 4",
+        "ElementType": "MET_FLOAT",
+    } | fields
+    values["ElementDataFile"] = values.pop("ElementDataFile", "LOCAL")  # the last one
+    lines = [f"{name} = {value}" for name, value in values.items() if value is not None]
+    data = NOISE.flatten()[:120].tobytes() if data is None else data
+    path.write_bytes("\n".join([*lines, ""]).encode() + data)
+
+
+def mgh(path, array=NOISE, **fields):
+    """An MGH file with other fields in its header."""
+    write_mgh(path.with_suffix(".mgh"), array)
+    data = bytearray(path.with_suffix(".mgh").read_bytes())
+    path.with_suffix(".mgh").unlink()
+    for name, (offset, kind) in {
+        "version": (0, ">i"),
+        "dims": (4, ">4i"),
+        "type": (20, ">i"),
+        "Mdc": (42, ">9f"),
+    }.items():
+        if name in fields:
+            struct.pack_into(kind, data, offset, *fields[name])
+    path.write_bytes(gzip.compress(data) if path.suffix == ".mgz" else data)
 
 
 def nrrd_of(path, array):
@@ -149,7 +200,11 @@ TOO_MUCH = "must need at most 8 GiB to be read, got a header that asks for "
 ONE_NPZ = "must hold one array, or one called 'volume', got "
 SCANS = {
     "missing": ("a.nii.gz", lambda p: None, "must be a file, or a folder of DICOM files, got a path where there is"),
-    "unknown ending": ("a.jpg", lambda p: p.write_bytes(b"1"), "must be a file ending in .nii, .nii.gz, .nrrd, .npy"),
+    "unknown ending": (
+        "a.jpg",
+        lambda p: p.write_bytes(b"1"),
+        "must be a file ending in .nii, .nii.gz, .hdr, .img, .mgz, .mgh, .nrrd",
+    ),
     # NIfTI
     "truncated gz": ("a.nii.gz", lambda p: truncated(write_nifti(p, NOISE)), DAMAGED),
     "truncated": ("a.nii", lambda p: truncated(write_nifti(p, NOISE)), DAMAGED),
@@ -158,7 +213,11 @@ SCANS = {
     "not nifti": ("a.nii", lambda p: p.write_bytes(b"hello" * 99), "must be a NIfTI image"),
     "2D": ("a.nii", lambda p: write_nifti(p, NOISE[0]), r"must be 3D and not empty, got the shape \(13, 12\)"),
     "4D": ("a.nii", lambda p: write_nifti(p, NOISE[..., None].repeat(2, -1)), r"must be 3D .* \(14, 13, 12, 2\)"),
-    "NaN": ("a.nii.gz", lambda p: write_nifti(p, NOISE * np.nan), "must hold finite voxels, got 2184 NaN and 0 infinite"),
+    "NaN": (
+        "a.nii.gz",
+        lambda p: write_nifti(p, NOISE * np.nan),
+        "must hold finite voxels, got 2184 NaN and 0 infinite",
+    ),
     "some NaN": ("a.nii", lambda p: write_nifti(p, WITH_NAN), "must hold finite voxels, got 182 NaN and 0 infinite"),
     "constant": (
         "a.nii",
@@ -240,11 +299,11 @@ SCANS = {
     "nrrd huge": ("a.nrrd", lambda p: nrrd(p, sizes="30000 30000 30000"), TOO_MUCH + "3.02e[+]05 GiB"),
     "nrrd overflow": ("a.nrrd", lambda p: nrrd(p, sizes=" ".join(["4294967296"] * 3)), "(must need|cannot be read)"),
     "nrrd 2D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[0])), "must be 3D .* the dimension '2'"),
-    "nrrd 4D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[None])), "must be 3D .* dimension '4'"),
+    "nrrd 4D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[None])), "an axis of the kind 'vector'"),
     "nrrd colour": (
         "a.nrrd",
         lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[..., None].repeat(3, -1), isVector=True)),
-        "must be 3D and not empty, got the dimension '4'",
+        "must hold one number a voxel, got an axis of the kind 'vector'",
     ),
     "nrrd flat colour": ("a.nrrd", lambda p: nrrd(p, kinds="RGB-color domain domain", sizes="3 5 8"), "must|cannot"),
     "nrrd complex": ("a.nrrd", lambda p: nrrd(p, kinds="complex domain domain", sizes="2 5 12"), "must|cannot"),
@@ -264,8 +323,236 @@ SCANS = {
         lambda p: nrrd(p, space_directions="(1,0,0) (1,0.0001,0) (0,0,3)"),
         "must have an affine whose axes span space",
     ),
-    "nrrd detached": ("a.nrrd", lambda p: nrrd(p, data_file="/etc/passwd"), "must hold its voxels right behind"),
+    "nrrd detached": (
+        "a.nrrd",
+        lambda p: nrrd(p, data_file="/etc/passwd"),
+        "must name one data file in its own folder",
+    ),
+    "nhdr above": (
+        "a.nhdr",
+        lambda p: nrrd(p, data_file="../b.raw"),
+        "one data file in its own folder, got '../b.raw'",
+    ),
+    "nhdr list": ("a.nhdr", lambda p: nrrd(p, data_file="LIST"), "one data file in its own folder, got 'LIST'"),
+    "nhdr pattern": ("a.nhdr", lambda p: nrrd(p, data_file="b%02d.raw 1 6 1"), "no file 'b%02d.raw 1 6 1'"),
+    "nhdr missing": (
+        "a.nhdr",
+        lambda p: without_data(p, "a.raw"),
+        "must have its data file beside it, got no file 'a.raw",
+    ),
+    "nhdr truncated": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE), truncated(p.with_suffix(".raw"))),
+        DAMAGED + "it must hold 8736 bytes of voxels, got 5824",
+    ),
+    "nhdr too long": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE), p.with_suffix(".raw").write_bytes(bytes(9000))),
+        DAMAGED + "it must hold 8736 bytes of voxels, got 9000",
+    ),
+    "nhdr truncated gz": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE, packed=True), truncated(p.with_name("a.raw.gz"))),
+        DAMAGED,
+    ),
+    "nhdr text": (
+        "a.nhdr",
+        lambda p: (nrrd(p, data_file="b.raw", encoding="text"), p.with_name("b.raw").write_text("1 2")),
+        "must have a data file that is raw or packed by gzip, got 'text'",
+    ),
+    "nhdr truncated header": ("a.nhdr", lambda p: (write_nrrd(p, NOISE), truncated(p, 0.5)), "must|cannot be read"),
+    "nhdr skip": ("a.nhdr", lambda p: nrrd(p, data_file="b.raw", byte_skip="8"), "must hold its voxels right behind"),
+    "nrrd twice": (
+        "a.nrrd",
+        lambda p: nrrd(p, spacings="1 1 1\nsizes: 6 5 4"),
+        DAMAGED + "its header says something twice",
+    ),
+    "nrrd vector": (
+        "a.nrrd",
+        lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE.reshape(14, 13, 4, 3), isVector=True)),
+        "must hold one number a voxel, got an axis of the kind 'vector'",
+    ),
+    "nrrd several": (
+        "a.nrrd",
+        lambda p: nrrd(
+            p,
+            dimension="4",
+            sizes="6 5 2 2",
+            kinds="domain domain domain list",
+            space_directions="(1,0,0) (0,2,0) (0,0,3) none",
+        ),
+        r"must be 3D .* \(6, 5, 2, 2\), 2 volumes: index \(--index\) picks one, from 0",
+    ),
     "nrrd skip": ("a.nrrd", lambda p: nrrd(p, byte_skip="-1"), "must hold its voxels right behind"),
+    # MetaImage
+    "mha empty": ("a.mha", lambda p: p.write_bytes(b""), "must be a MetaImage, got a file whose header does not name"),
+    "mha magic": ("a.mha", lambda p: p.write_bytes(b"hello" * 99), "must be a MetaImage"),
+    "mha nifti": ("a.mha", lambda p: write_nifti(p.with_suffix(".nii"), NOISE).rename(p), "must be a MetaImage"),
+    "mha truncated": (
+        "a.mha",
+        lambda p: truncated(write_nrrd(p, NOISE)),
+        DAMAGED + "it must hold 8736 bytes of voxels, got",
+    ),
+    "mha too long": ("a.mha", lambda p: meta(p, bytes(481)), DAMAGED + "it must hold 480 bytes of voxels, got 481"),
+    "mha truncated packed": (
+        "a.mha",
+        lambda p: truncated(write_nrrd(p, NOISE, packed=True)),
+        DAMAGED + "its voxels end too early",
+    ),
+    "mha checksum": (
+        "a.mha",
+        lambda p: meta(p, zlib.compress(NOISE[:1].tobytes()[:480])[:-1] + b"x", CompressedData="True"),
+        DAMAGED,
+    ),
+    "mha bomb": (
+        "a.mha",
+        lambda p: meta(p, zlib.compress(b"\1" * 2**26), CompressedData="True"),
+        DAMAGED + "it must unpack to 480 bytes",
+    ),
+    "mha packs less": (
+        "a.mha",
+        lambda p: meta(p, zlib.compress(b"\1" * 479), CompressedData="True"),
+        DAMAGED + "it must unpack to 480 bytes",
+    ),
+    "mha huge": ("a.mha", lambda p: meta(p, DimSize="30000 30000 30000"), TOO_MUCH + "3.02e[+]05 GiB"),
+    "mha overflow": ("a.mha", lambda p: meta(p, DimSize=" ".join(["4294967296"] * 3)), TOO_MUCH),
+    "mha 2D": (
+        "a.mha",
+        lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[0])),
+        r"must be 3D and not empty, got the shape \(12, 13\)",
+    ),
+    "mha 4D": (
+        "a.mha",
+        lambda p: nrrd_of(p, sitk.GetImageFromArray(np.stack([NOISE, NOISE]), isVector=False)),
+        r"must be 3D .* \(12, 13, 14, 2\), 2 volumes: index",
+    ),
+    "mha colour": (
+        "a.mha",
+        lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[..., None].repeat(3, -1), isVector=True)),
+        "must hold one number a voxel, got 3",
+    ),
+    "mha array": (
+        "a.mha",
+        lambda p: meta(p, ElementType="MET_FLOAT_ARRAY"),
+        "real numbers of a known size, got the Elem",
+    ),
+    "mha long": (
+        "a.mha",
+        lambda p: meta(p, ElementType="MET_LONG"),
+        "real numbers of a known size, got the ElementType",
+    ),
+    "mha no type": ("a.mha", lambda p: meta(p, ElementType=None), "must say its ElementType"),
+    "mha sizes": ("a.mha", lambda p: meta(p, DimSize="6 5"), "must have as many sizes as dimensions, got '6 5' of 3"),
+    "mha minus": ("a.mha", lambda p: meta(p, DimSize="6 -5 4"), "must have as many sizes as dimensions"),
+    "mha empty axis": ("a.mha", lambda p: meta(p, b"", DimSize="6 0 4"), r"not empty, got the shape \(6, 0, 4\)"),
+    "mha text": ("a.mha", lambda p: meta(p, BinaryData="False"), "must hold binary data, got text"),
+    "mha no order": ("a.mha", lambda p: meta(p, BinaryDataByteOrderMSB=None), "must say the order of its bytes"),
+    "mha no spacing": ("a.mha", lambda p: meta(p, ElementSpacing=None), "must say its ElementSpacing"),
+    "mha no place": ("a.mha", lambda p: meta(p, Offset=None), "must say its Offset"),
+    "mha zero spacing": ("a.mha", lambda p: meta(p, ElementSpacing="1 0 3"), "must have a positive ElementSpacing"),
+    "mha NaN spacing": ("a.mha", lambda p: meta(p, ElementSpacing="1 nan 3"), "3 finite numbers as ElementSpacing"),
+    "mha words": ("a.mha", lambda p: meta(p, Offset="1 2 x"), "must have 3 finite numbers as Offset, got '1 2 x'"),
+    "mha two places": ("a.mha", lambda p: meta(p, Position="5 6 7"), "must say once where its axes lie"),
+    "mha twice": (
+        "a.mha",
+        lambda p: meta(p, Comment="1\nDimSize = 6 5 4"),
+        DAMAGED + "its header says something twice",
+    ),
+    "mha flat": (
+        "a.mha",
+        lambda p: meta(p, TransformMatrix="1 0 0 1 0.0001 0 0 0 1"),
+        "must have an affine whose axes span space",
+    ),
+    "mha skip": ("a.mha", lambda p: meta(p, HeaderSize="-1"), "must hold its voxels right behind its header"),
+    "mha tube": ("a.mha", lambda p: meta(p, ObjectType="Tube"), "must be an image, got the ObjectType 'Tube'"),
+    "mha NaN": ("a.mha", lambda p: write_nrrd(p, WITH_NAN), "must hold finite voxels, got 182"),
+    "mha constant": ("a.mha", lambda p: meta(p, bytes(480)), "must hold an image, got the one value 0"),
+    "mhd missing": (
+        "a.mhd",
+        lambda p: without_data(p, "a.raw"),
+        "must have its data file beside it, got no file 'a.raw'",
+    ),
+    "mhd truncated": (
+        "a.mhd",
+        lambda p: (write_nrrd(p, NOISE), truncated(p.with_suffix(".raw"))),
+        DAMAGED + "it must hold 8736 bytes of voxels, got 5824",
+    ),
+    "mhd truncated packed": (
+        "a.mhd",
+        lambda p: (write_nrrd(p, NOISE, packed=True), truncated(p.with_suffix(".zraw"))),
+        DAMAGED + "its voxels end too early",
+    ),
+    "mhd elsewhere": (
+        "a.mhd",
+        lambda p: meta(p, ElementDataFile="/etc/passwd"),
+        "one data file in its own folder, got",
+    ),
+    "mhd above": ("a.mhd", lambda p: meta(p, ElementDataFile="../a.raw"), "must name one data file in its own folder"),
+    "mhd windows": (
+        "a.mhd",
+        lambda p: meta(p, ElementDataFile="C:\\a.raw"),
+        "must name one data file in its own folder",
+    ),
+    "mhd list": ("a.mhd", lambda p: meta(p, ElementDataFile="LIST\na.raw"), "must have one data file, got 'LIST'"),
+    "mhd pattern": (
+        "a.mhd",
+        lambda p: meta(p, ElementDataFile="%03d.raw 1 4 1"),
+        "must have one data file, got '%03d.r",
+    ),
+    # Two files: NIfTI and Analyze
+    "hdr alone": (
+        "a.hdr",
+        lambda p: (write_pair(p, NOISE), p.with_suffix(".img").unlink()),
+        "must have its voxels beside it, got no a.img",
+    ),
+    "img alone": (
+        "a.img",
+        lambda p: (write_pair(p, NOISE), p.with_suffix(".hdr").unlink()),
+        "must have its header beside it, got no a.hdr",
+    ),
+    "img truncated": ("a.img", lambda p: truncated(write_pair(p, NOISE)), DAMAGED),
+    "hdr truncated": ("a.hdr", lambda p: truncated(write_pair(p, NOISE)), "cannot be read|must be a NIfTI"),
+    "hdr of something else": (
+        "a.hdr",
+        lambda p: (p.write_text("ENVI\n" * 99), p.with_suffix(".img").write_bytes(b"1")),
+        "must be a NIfTI image",
+    ),
+    "pair NaN": ("a.img", lambda p: write_pair(p, WITH_NAN), "must hold finite voxels, got 182"),
+    "analyze truncated": ("a.img", lambda p: truncated(write_analyze(p, NOISE)), DAMAGED),
+    "analyze constant": (
+        "a.hdr",
+        lambda p: write_analyze(p, abs(NOISE) * 0),
+        "must hold an image, got the one value 0",
+    ),
+    "vectors": (
+        "a.nii",
+        lambda p: write_intent(p, NOISE.reshape(14, 13, 4, 1, 3), "vector"),
+        "must hold one number a voxel, got the intent 'vector'",
+    ),
+    "5D": (
+        "a.nii",
+        lambda p: write_nifti(p, NOISE.reshape(14, 13, 3, 2, 2)),
+        r"must be 3D and not empty, got the shape \(14, 13, 3, 2, 2\)",
+    ),
+    # FreeSurfer
+    "mgz truncated": ("a.mgz", lambda p: truncated(write_mgh(p, NOISE)), DAMAGED),
+    "mgh truncated": ("a.mgh", lambda p: truncated(write_mgh(p, NOISE)), DAMAGED),
+    "mgz checksum": ("a.mgz", lambda p: (mgh(p), p.write_bytes(p.read_bytes()[:-8] + bytes(8))), DAMAGED),
+    "mgz empty": ("a.mgz", lambda p: p.write_bytes(b""), "must be a FreeSurfer image|" + DAMAGED),
+    "mgh not mgh": ("a.mgh", lambda p: p.write_bytes(b"hello" * 99), "must be a FreeSurfer image|" + DAMAGED),
+    "mgz not gzip": ("a.mgz", lambda p: p.write_bytes(b"hello" * 99), "must be a FreeSurfer image|" + DAMAGED),
+    "mgh huge": ("a.mgh", lambda p: mgh(p, dims=(30000, 30000, 30000, 1)), TOO_MUCH + "5.03e[+]05 GiB"),
+    "mgz huge": ("a.mgz", lambda p: mgh(p, dims=(30000, 30000, 30000, 1)), TOO_MUCH + "5.03e[+]05 GiB"),
+    "mgh minus": ("a.mgh", lambda p: mgh(p, dims=(14, -13, 12, 1)), "must be 3D and not empty|" + DAMAGED),
+    "mgh version": ("a.mgh", lambda p: mgh(p, version=(2,)), "must be a FreeSurfer image|" + DAMAGED),
+    "mgh type": ("a.mgh", lambda p: mgh(p, type=(6,)), "must|" + DAMAGED),
+    "mgh frames": (
+        "a.mgh",
+        lambda p: write_mgh(p, NOISE.reshape(14, 13, 6, 2)),
+        r"must be 3D .* \(14, 13, 6, 2\), 2 volumes: index",
+    ),
+    "mgh singular": ("a.mgh", lambda p: mgh(p, Mdc=(1, 0, 0, 1, 0, 0, 0, 0, 1)), "must have an affine whose axes span"),
+    "mgh NaN": ("a.mgh", lambda p: write_mgh(p, WITH_NAN), "must hold finite voxels, got 182"),
     # DICOM
     "empty folder": ("a", lambda p: p.mkdir(), "must hold a DICOM series, got a folder without DICOM images"),
     "no DICOM": ("a", lambda p: (p.mkdir(), (p / "README").write_text("hi")), "must hold a DICOM series"),

@@ -115,8 +115,8 @@ def test_endings_in_capitals(tmp_path):
 
 
 def test_names(tmp_path, monkeypatch):
-    assert SUFFIXES == (".nii", ".nii.gz", ".nrrd", ".npy", ".npz")
-    for name in ("ct.nii.gz", "ct.nii", "ct.nrrd", "ct.npy", "ct.npz", "there/CT.NII.GZ", "ct"):
+    assert SUFFIXES[:2] == (".nii", ".nii.gz")
+    for name in (*(f"ct{suffix}" for suffix in SUFFIXES), "there/CT.NII.GZ", "ct"):
         assert scan_name(name).lower() == "ct"
     assert scan_name(Path("a.b.nii")) == "a.b" and scan_name(".nii") == ".nii"
     (tmp_path / "series.npy").mkdir()
