@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import pick
-from .finite import check_finite
+from .finite import check_features
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
@@ -93,7 +93,7 @@ def run_demo(
     for mode in MODES:
         with _progress(console, lifted[mode], mode):
             features[mode], seconds, peak = _measure(lifted[mode], pixels)
-        check_finite(lifted[mode], pixels, {f"the patches of {mode}": features[mode]})
+        check_features(lifted[mode], pixels, {f"the patches of {mode}": features[mode]})
         rows.append(Row(mode, seconds, peak, adjacent_cosine(features[mode], mask)))
     console.print(_table(rows))
     title = f"Patch features as colours: three principal components, one scale for both modes\n{note}"

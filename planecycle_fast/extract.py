@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import feature_files
+from .arrays import holds_volumes
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
-from .finite import check_finite
+from .finite import check_features
 from .inputs import wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
@@ -25,12 +26,14 @@ from .models import load_model, normalisation
 from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
-from .progress import progress_of
+from .progress import Progress, progress_of
 from .scan_checks import named, reason, warnings_printed
 from .scan_files import load_scan, other_file, scan_name
 from .scan_options import PLAIN, ScanOptions
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
+from .volume_sets import features_of, read_set
+from .volumes import Scan
 
 FORMATS = ("safetensors", "npz")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)  # of one scan: the rest goes on
@@ -142,7 +145,7 @@ def run_features(
             line = None
             try:
                 with warnings_printed(job.scan):
-                    line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite)}"
+                    line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite, progress)}"
             except EXPECTED as error:
                 complaints.append(named(job.scan, str(error).strip() or type(error).__name__))
             progress.finish()
@@ -186,7 +189,13 @@ def _model(
 
 
 def _one(
-    job: Job, lifted: LiftedModel, settings: Settings, identity: dict[str, Any], picture: bool, overwrite: bool
+    job: Job,
+    lifted: LiftedModel,
+    settings: Settings,
+    identity: dict[str, Any],
+    picture: bool,
+    overwrite: bool,
+    progress: Progress,
 ) -> str:
     """Computes and writes one scan's features; says in a few words what was done."""
     wanted = identity | {"settings": _described(settings), "scan": job.scan.absolute().name}
@@ -199,21 +208,40 @@ def _one(
             return "was there already"
     elif picture and job.picture.exists() and not overwrite:
         raise ValueError(f"out must leave its picture a new file, got {job.picture}; --overwrite replaces it")
-    scan = load_scan(job.scan, **vars(settings.reading))
     patch, (mean, std) = lifted.adapter.patch_size, (identity["mean"], identity["std"])
-    given = prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
-    features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
+
+    def prepared(scan: Scan) -> ModelInput:
+        return prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
+
+    if holds_volumes(job.scan, settings.reading):
+        if picture:
+            raise ValueError("picture must be of one volume; index (--index) picks one")
+        volumes = read_set(job.scan, settings.reading)
+        progress.expect(len(volumes))
+        tensors, given = features_of(
+            volumes,
+            prepared,
+            lambda pixels: compute(lifted, pixels, settings.layers, settings.pool)[1],
+            progress.advance_scan,
+        )
+        scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
+    else:
+        scan, several = load_scan(job.scan, **vars(settings.reading)), {}
+        given = prepared(scan)
+        features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
+        tensors = {name: tensor[0] for name, tensor in tensors.items()}
     affine = given.feature_affine(patch)
     metadata = wanted | {
         "scan_sha256": digest_of_scan(job.scan),
         "affine": affine.tolist(),
         "axes": scan.axes or "unknown",
         "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
-        "size": list(features[-1].patches.shape[1:4]),
+        "size": [given.pixels.shape[2], *(n // p for n, p in zip(given.pixels.shape[3:], patch))],
         "padding": list(given.padding),
         "scan_size": list(scan.voxels.shape),
         "scan_spacing": list(scan.spacing),
         "planecycle_fast": __version__,
+        **several,
     }
     job.out.parent.mkdir(exist_ok=True, parents=True)
     job.picture.unlink(missing_ok=True)  # of the features that are replaced
@@ -224,19 +252,20 @@ def _one(
     except BaseException:
         job.picture.unlink(missing_ok=True)
         raise
-    return " x ".join(map(str, metadata["size"])) + " patches"
+    size = " x ".join(map(str, metadata["size"])) + " patches"
+    return f"{len(volumes)} volumes of {size}" if several else size
 
 
 def compute(
     model: LiftedModel,
-    pixels: Tensor,  # (1, 3, D, height, width)
+    pixels: Tensor,  # (B, 3, D, height, width)
     layers: Sequence[int] | None = None,
     pool: bool = False,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
-    """Features of one volume, and the tensors of its file: float32, without the batch, under their names.
+    """Features of volumes, and the tensors of their file: float32, on the CPU, under their names.
 
-    Those are `patches` (D, H, W, C), `cls` (S, C), `registers` (S, r, C) as far as the model has them, and
-    `pooled` (C,); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
+    Those are `patches` (B, D, H, W, C), `cls` (B, S, C), `registers` (B, S, r, C) as far as the model has them, and
+    `pooled` (B, C); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
 
     Raises ValueError for features that are not finite.
     """
@@ -251,8 +280,8 @@ def compute(
             parts = {} if pool else {"patches": each.patches, "cls": each.cls, "registers": each.registers}
             for name, tensor in (parts | {"pooled": each.pooled()}).items():
                 if tensor is not None:
-                    tensors[prefix + name] = tensor[0].float().cpu()
-    check_finite(model, pixels, tensors)
+                    tensors[prefix + name] = tensor.float().cpu()
+    check_features(model, pixels, tensors)
     return features, tensors
 
 

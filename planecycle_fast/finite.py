@@ -12,7 +12,7 @@ from .layer import Stream
 from .lifted import LiftedModel
 
 
-def check_finite(
+def check_features(
     model: LiftedModel,
     pixels: Tensor,  # (B, 3, D, height, width), finite
     features: Mapping[str, Tensor],  # what the model made of them, any shapes

@@ -30,8 +30,10 @@ class Window:
     percent: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.low < self.high and math.isfinite(self.high - self.low)):
-            raise ValueError(f"window must have LOW below HIGH, both finite and no further apart, got '{self}'")
+        if not self.low < self.high:
+            raise ValueError(f"window must have LOW below HIGH, got '{self}'")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"window must have finite ends, a finite width apart, got '{self}'")
         if self.percent and not 0 <= self.low < self.high <= 100:
             raise ValueError(f"window must have LOW below HIGH between 0% and 100%, got '{self}'")
 

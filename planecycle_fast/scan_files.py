@@ -69,7 +69,7 @@ def load_scan(
         array=array,
     )
     with complaints(path):
-        return checked(_read(Path(path), options, max_bytes), options)
+        return checked(_read(Path(path), options, max_bytes))
 
 
 @contextmanager
@@ -84,19 +84,14 @@ def complaints(path: str | Path) -> Iterator[None]:
         raise ValueError(f"volume {path} {one_line(_complaint(Path(path), error))}") from error
 
 
-def checked(scan: Scan, options: ScanOptions) -> Scan:
+def checked(scan: Scan) -> Scan:
     """A scan whose voxels are finite, and not all alike. Raises Refused."""
     if not torch.isfinite(scan.voxels).all():
-        nan = scan.voxels.isnan()
-        if options.fill_nan is not None:
-            scan.voxels[nan] = options.fill_nan
         infinite, missing = int(scan.voxels.isinf().sum()), int(scan.voxels.isnan().sum())
-        if infinite or missing:
-            help_ = "; fill_nan (--fill-nan VALUE) takes the place of NaN" if missing else ""
-            raise Refused(
-                f"must hold finite voxels, got {missing} NaN and {infinite} infinite, "
-                f"or beyond float32's 3.4e+38{help_}"
-            )
+        help_ = "; fill_nan (--fill-nan VALUE) takes the place of NaN" if missing else ""
+        raise Refused(
+            f"must hold finite voxels, got {missing} NaN and {infinite} infinite, or beyond float32's 3.4e+38{help_}"
+        )
     if scan.voxels.min() == scan.voxels.max():
         raise Refused(f"must hold an image, got the one value {scan.voxels.min():g} everywhere")
     return scan
@@ -148,7 +143,15 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
     if options.array is not None and suffix != ".npz":
         raise Refused(f"must be an .npz to hold an array called {options.array[:50]!r}")
     voxels, place = _READERS[suffix](path, options, max_bytes)
+    voxels = filled(voxels, options)
     return _oriented(voxels, place, options) if place.shape == (4, 4) else in_place(voxels, place, options)
+
+
+def filled(voxels: np.ndarray, options: ScanOptions) -> np.ndarray:
+    """The same voxels, any shape, without NaN where something is to take its place."""
+    if options.fill_nan is not None and voxels.dtype.kind == "f":
+        voxels[np.isnan(voxels)] = options.fill_nan
+    return voxels
 
 
 def in_place(

@@ -8,7 +8,7 @@ import torch
 import planecycle_fast as pcf
 from planecycle_fast import demo
 from planecycle_fast.feature_files import load_features
-from planecycle_fast.finite import check_finite
+from planecycle_fast.finite import check_features
 from planecycle_fast.models import load_model
 from planecycle_fast.preprocess import PERCENTILES, Window, parse_window, prepare
 from planecycle_fast.scan_checks import ScanWarning
@@ -87,7 +87,7 @@ def test_windows_are_computed_in_float64():
 
 @pytest.mark.parametrize("text", ["-1e999,240", "0,1e400", "-1e308,1e308"])
 def test_windows_that_are_not_finite(text):
-    with pytest.raises(ValueError, match="window must have LOW below HIGH, both finite and no further apart, got"):
+    with pytest.raises(ValueError, match="window must have finite ends, a finite width apart, got"):
         parse_window(text)
 
 
@@ -180,10 +180,10 @@ def test_half_precision_overflows_where_float32_does_not(model):
     pcf.lift(host).adapter.blocks[1].mlp.down_proj.weight.data.mul_(1e3)
     lifted = pcf.lift(host)
     with torch.no_grad():
-        check_finite(lifted, pixels, {"patches": lifted(pixels).patches})
+        check_features(lifted, pixels, {"patches": lifted(pixels).patches})
         half = pcf.lift(host.half(), backend="reference")
         with pytest.raises(ValueError, match="in patches: they begin in layer 1 of 0 to 3, in float16"):
-            check_finite(half, pixels.half(), {"patches": half(pixels.half()).patches})
+            check_features(half, pixels.half(), {"patches": half(pixels.half()).patches})
 
 
 def test_the_demo(broken, tmp_path, monkeypatch):
