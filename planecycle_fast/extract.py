@@ -93,9 +93,9 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
             first[job.out] = job.scan
     for job in jobs:
         read = [file for file in (job.scan, other_file(job.scan)) if file is not None and file.exists()]
-        for out in (job.out, job.picture):
-            if out.exists() and any(out.samefile(file) for file in read):
-                raise ValueError(f"out must not replace a scan, got {out}")
+        for made in (job.out, job.picture):
+            if made.exists() and any(made.samefile(file) for file in read):
+                raise ValueError(f"out must not replace a scan, got {made}")
         if job.scan.is_dir() and job.scan.resolve() in job.out.resolve().parents:
             raise ValueError(f"out must not be in the folder of a scan, got {job.out}")
     while not folder.exists():  # it is made for the first features, not before

@@ -1,4 +1,7 @@
-"""MetaImage, in one file (.mha) or as header and data file (.mhd): read by SimpleITK after its text was checked."""
+"""MetaImage, in one file (.mha) or as header and data file (.mhd).
+
+By itself: SimpleITK guesses what a header leaves out, and prints what it thinks of a damaged one.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from .scan_checks import (
     Refused,
     check_header,
     check_size,
-    check_zlib,
     one_line,
     one_volume,
-    quiet_itk,
     sibling,
+    unpacked,
 )
 from .scan_options import ScanOptions
 
@@ -26,9 +28,10 @@ HEADER_BYTES = 2**16
 DTYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"}
 DTYPES |= {"LONG_LONG": "i8", "ULONG_LONG": "u8", "FLOAT": "f4", "DOUBLE": "f8"}  # LONG has 4 bytes, or 8
 TRUE, FALSE = ("true", "1"), ("false", "0")
+ORDERS = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 DIRECTIONS = ("TransformMatrix", "Rotation", "Orientation")
 ORIGINS = ("Offset", "Position", "Origin")
-SPACINGS = ("ElementSpacing", "ElementSize")  # SimpleITK takes the size where there is no spacing
+SPACINGS = ("ElementSpacing", "ElementSize")  # the size where there is no spacing, as others do
 
 
 def read_metaimage(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,27 +44,27 @@ def read_metaimage(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np
     dtype, packed = _check(fields, len(sizes))
     whole = math.prod(sizes) * dtype.itemsize
     shape, index = one_volume(sizes, 3, options)
-    # SimpleITK's image, packed ones with all volumes beside it, and float32 copies before and after turning.
-    check_header(shape, dtype, dtype.itemsize + 8, max_bytes, 0 if index is None else whole)
+    # The file's voxels, of packed ones all volumes, and float32 copies before and after turning.
+    check_header(shape, dtype, dtype.itemsize + 8, max_bytes, whole if packed and index is not None else 0)
     data = data_file(path)
-    (check_zlib if packed else check_size)(data or path, 0 if data else begin, whole)
-    with quiet_itk() as sitk:
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("MetaImageIO")
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        if tuple(reader.GetSize()) != sizes or reader.GetNumberOfComponents() != 1:
-            raise Refused(f"must have sizes that can be read, got {fields['DimSize']!r}")
-        if index is not None:
-            reader.SetExtractSize([*shape, 0])
-            reader.SetExtractIndex([0, 0, 0, index])
-        image = reader.Execute()
-        affine = np.eye(4)
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-        affine[:3, 3] = image.GetOrigin()
-        voxels = sitk.GetArrayViewFromImage(image).astype(np.float32)  # (k, j, i); the view dies with its image
+    data, begin = (path, begin) if data is None else (data, 0)
+    size = math.prod(shape) * dtype.itemsize
+    first = size * (index or 0)
+    if packed:
+        buffer = unpacked(data, begin, whole)[first : first + size]
+    else:
+        check_size(data, begin, whole)
+        with data.open("rb") as file:
+            file.seek(begin + first)
+            buffer = file.read(size)
+    voxels = np.frombuffer(buffer, dtype).reshape(shape[::-1]).astype(np.float32)  # (k, j, i)
+    spacing = _numbers(fields, SPACINGS)[:3]
     if not any(name in fields for name in DIRECTIONS):
-        return voxels, np.linalg.norm(affine[:3, :3], axis=0)[::-1]
+        return voxels, spacing[::-1]
+    affine = np.eye(4)
+    directions = _numbers(fields, DIRECTIONS).reshape(len(sizes), len(sizes))  # a row per axis
+    affine[:3, :3] = directions[:3, :3].T * spacing
+    affine[:3, 3] = _numbers(fields, ORIGINS)[:3]
     return voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine
 
 
@@ -116,8 +119,10 @@ def _check(fields: dict[str, str], dimensions: int) -> tuple[np.dtype, bool]:
         flags[name] = text.lower() in TRUE
     if not flags["BinaryData"]:
         raise Refused("must hold binary data, got text")
-    if np.dtype(DTYPES[kind]).itemsize > 1 and not {"BinaryDataByteOrderMSB", "ElementByteOrderMSB"} & set(fields):
-        raise Refused("must say the order of its bytes (BinaryDataByteOrderMSB)")
+    dtype = np.dtype(DTYPES[kind])
+    orders = {fields[name].lower() for name in ORDERS if name in fields}
+    if dtype.itemsize > 1 and (len(orders) != 1 or not orders <= {*TRUE, *FALSE}):
+        raise Refused(f"must say the order of its bytes (BinaryDataByteOrderMSB), True or False, got {sorted(orders)}")
     if not set(SPACINGS) & set(fields):
         raise Refused("must say its ElementSpacing, without which it has no size in millimetres")
     if set(DIRECTIONS) & set(fields) and not set(ORIGINS) & set(fields):
@@ -133,7 +138,12 @@ def _check(fields: dict[str, str], dimensions: int) -> tuple[np.dtype, bool]:
                 raise Refused(f"must keep space and time apart, got {one_line(fields[name], 100)!r} as {name}")
             if names == SPACINGS and min(numbers) <= 0:
                 raise Refused(f"must have a positive {name}, got {one_line(fields[name], 100)!r}")
-    return np.dtype(DTYPES[kind]), flags["CompressedData"]
+    return dtype.newbyteorder(">" if orders & set(TRUE) else "<"), flags["CompressedData"]
+
+
+def _numbers(fields: dict[str, str], names: tuple[str, ...]) -> np.ndarray:
+    """Of the first of these fields that is there."""
+    return np.array([_number(number) for number in next(fields[name] for name in names if name in fields).split()])
 
 
 def _number(text: str) -> float:

@@ -126,18 +126,21 @@ def check_size(path: Path, begin: int, size: int) -> None:
         raise Refused(f"{DAMAGED}: it must hold {size} bytes of voxels, got {there}")
 
 
-def check_zlib(path: Path, begin: int, size: int) -> None:
-    """Like `check_gzip`, of a stream of zlib or gzip."""
-    unpacked, left = zlib.decompressobj(47), size
+def unpacked(path: Path, begin: int, size: int) -> memoryview:
+    """What a stream of zlib or gzip packs, from byte `begin`. Refuses other than `size` bytes, and a wrong checksum."""
+    unpacking, data, filled = zlib.decompressobj(47), bytearray(size), 0
     with path.open("rb") as file:
         file.seek(begin)
-        while left >= 0 and not unpacked.eof:
-            packed = unpacked.unconsumed_tail or file.read(2**20)
+        while filled <= size and not unpacking.eof:
+            packed = unpacking.unconsumed_tail or file.read(2**20)
             if not packed:
                 raise Refused(f"{DAMAGED}: its voxels end too early")
-            left -= len(unpacked.decompress(packed, 2**20))
-    if left != 0:
+            some = unpacking.decompress(packed, 2**20)
+            data[filled : filled + len(some)] = some
+            filled += len(some)
+    if filled != size:
         raise Refused(f"{DAMAGED}: it must unpack to {size} bytes")
+    return memoryview(data)
 
 
 def gib(count: int) -> str:

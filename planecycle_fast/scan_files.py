@@ -58,7 +58,7 @@ def load_scan(
     Returns a Scan: float32 voxels, float64 affine.
 
     Raises:
-        MissingPackageError: NIfTI, Analyze and MGH without nibabel; NRRD, MetaImage and DICOM without SimpleITK.
+        MissingPackageError: NIfTI, Analyze and MGH without nibabel; NRRD and DICOM without SimpleITK.
         ValueError: options are not as above, or the scan is missing, may not be read, is damaged, of another format,
             not 3D, needs more than max_bytes, or holds NaN or infinite voxels, or only one value.
     """
@@ -150,6 +150,7 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
 def filled(voxels: np.ndarray, options: ScanOptions) -> np.ndarray:
     """The same voxels, any shape, without NaN where something is to take its place."""
     if options.fill_nan is not None and voxels.dtype.kind == "f":
+        voxels = voxels if voxels.flags.writeable else voxels.copy()
         voxels[np.isnan(voxels)] = options.fill_nan
     return voxels
 

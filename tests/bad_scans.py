@@ -447,6 +447,7 @@ SCANS = {
     "mha empty axis": ("a.mha", lambda p: meta(p, b"", DimSize="6 0 4"), r"not empty, got the shape \(6, 0, 4\)"),
     "mha text": ("a.mha", lambda p: meta(p, BinaryData="False"), "must hold binary data, got text"),
     "mha no order": ("a.mha", lambda p: meta(p, BinaryDataByteOrderMSB=None), "must say the order of its bytes"),
+    "mha two orders": ("a.mha", lambda p: meta(p, ElementByteOrderMSB="True"), "must say the order of its bytes"),
     "mha no spacing": ("a.mha", lambda p: meta(p, ElementSpacing=None), "must say its ElementSpacing"),
     "mha no place": ("a.mha", lambda p: meta(p, Offset=None), "must say its Offset"),
     "mha zero spacing": ("a.mha", lambda p: meta(p, ElementSpacing="1 0 3"), "must have a positive ElementSpacing"),

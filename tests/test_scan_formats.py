@@ -173,13 +173,13 @@ def test_the_index_of_the_only_volume(tmp_path, kind):
 
 
 def test_only_the_volume_that_is_asked_for_needs_memory(tmp_path):
-    for name, make in (FOURS["nii"], FOURS["npy"]):
+    for name, make in (FOURS["nii"], FOURS["mha"], FOURS["mhd"], FOURS["npy"]):
         make(tmp_path / name)
         needed = COUNTS.size * (2 + 8 + (8 if name == "a.nii" else 0))
         load_scan(tmp_path / name, index=1, max_bytes=needed)
         with pytest.raises(ValueError, match="got a header that asks for"):
             load_scan(tmp_path / name, index=1, max_bytes=needed - 1)
-    for kind in ("mha", "npz", "nrrd, slowest"):  # these read all volumes
+    for kind in ("packed mha", "npz", "nrrd, slowest"):  # these read all volumes
         FOURS[kind][1](tmp_path / FOURS[kind][0])
         with pytest.raises(ValueError, match="got a header that asks for"):
             load_scan(tmp_path / FOURS[kind][0], index=1, max_bytes=needed)
