@@ -100,8 +100,16 @@ def _build(arguments: list[str] | None):
         axes: Optional[str] = typer.Option(
             None, help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."
         ),
+        series: Optional[str] = typer.Option(
+            None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
+        ),
         spacing: Optional[str] = typer.Option(
-            None, help="Resample to these mm along D, H, W, or to one for all. Default: the scan's own."
+            None,
+            help="Resample to these mm along D, H, W, or to one for all, and to right angles and even slices. "
+            "Default: the scan's own.",
+        ),
+        allow_shear: bool = typer.Option(
+            False, "--allow-shear", help="Keep axes that are not at right angles, as of a tilted gantry, as they are."
         ),
         fit: str = typer.Option("pad", help="Make slices a multiple of the patch: pad or resize."),
         picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
@@ -130,14 +138,23 @@ def _build(arguments: list[str] | None):
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),
-            reading=ScanOptions(axes=axes),
+            reading=ScanOptions(axes=axes, series=series, allow_shear=allow_shear, regrid=spacing is not None),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
         )
-        complaints = run_features(plan_files(scans, out, format), settings, device, picture, overwrite, random_weights)
+        jobs = plan_files(scans, out, format, series)
+        complaints = run_features(jobs, settings, device, picture, overwrite, random_weights)
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
+
+    @app.command()
+    def series(folder: Path = typer.Argument(help="With DICOM files in it, or in its folders.")) -> None:
+        """The image series in a folder, to pick one by `features --series`: a line each."""
+        from .dicom_series import list_series
+
+        for each in list_series(folder):
+            print(f"{each}, UID {each.uid}")
 
     @app.command()
     def bench(

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .dicom_series import files_of
+from .scan_checks import Refused, one_line
+
 
 def digest_of_model(model: nn.Module) -> str:
     """Of the names and values of a CPU model's state_dict."""
@@ -18,20 +21,19 @@ def digest_of_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_of_scan(scan: Path) -> str:
-    """Of a scan's file, or of a folder's files one after another, hidden ones left out.
+def digest_of_scan(scan: Path, series: str | None = None) -> str:
+    """Of a scan's file, or of the files of a folder's only DICOM series, or the one that is picked, one after another.
 
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        files = [scan]
-        if scan.is_dir():
-            files = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        for file in files:
+        for file in files_of(scan, series) if scan.is_dir() else [scan]:
             with file.open("rb") as opened:
                 while block := opened.read(2**20):
                     digest.update(block)
     except OSError as error:
         raise ValueError(f"volume {scan} cannot be read: {error.strerror or error}") from error
+    except Refused as error:
+        raise ValueError(f"volume {scan} {one_line(str(error))}") from error
     return digest.hexdigest()

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .optional import require
-from .scan_checks import Refused, check_gzip, check_header, reason
+from .scan_checks import Refused, check_gzip, check_header, reason, warn
 from .scan_options import ScanOptions
 
 MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
@@ -42,10 +43,27 @@ def read_nifti(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.nda
     unit = header.get_xyzt_units()[0]
     if unit not in MILLIMETRES:
         raise Refused(f"must have units of length, got {unit!r}")
+    if header["sform_code"] and header["qform_code"]:
+        _compare_forms(path, header, shape, MILLIMETRES[unit])
     voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
     if not header["sform_code"] and not header["qform_code"]:
         return voxels.transpose(2, 1, 0), np.array(header.get_zooms()[2::-1], dtype=np.float64) * MILLIMETRES[unit]
     return voxels, np.diag([*[MILLIMETRES[unit]] * 3, 1.0]) @ image.affine
+
+
+def _compare_forms(path: Path, header: Any, shape: tuple[int, ...], scale: float) -> None:
+    """Warns where sform, which is taken, and qform place some voxel differently, by more than half of the smallest."""
+    sform = header.get_sform()
+    try:
+        qform = header.get_qform()
+    except Exception as error:  # a quaternion that is none
+        warn(f"volume {path} has a qform that cannot be read ({reason(error)}): its sform was taken")
+        return
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape), 1]
+    apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()  # of affine maps, farthest at a corner
+    sizes = np.linalg.norm(np.stack([sform, qform])[:, :3, :3], axis=1)
+    if not apart <= sizes.min() / 2:
+        warn(f"volume {path} has an sform and a qform that are up to {apart * scale:.3g} mm apart: its sform was taken")
 
 
 @contextmanager

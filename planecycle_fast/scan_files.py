@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from .dicom import read_dicom
+from .geometry import regridded, shear_of
 from .nifti import read_nifti
 from .optional import MissingPackageError
 from .orientation import AXIAL, check_axes, spans_space, turned
-from .scan_checks import DAMAGED, Refused, check_gzip, check_header, one_line, quiet_itk, reason
+from .scan_checks import DAMAGED, Refused, check_gzip, check_header, one_line, quiet_itk, reason, warn
 from .scan_options import ScanOptions
 from .volumes import MAX_BYTES, Scan
 
@@ -34,29 +35,47 @@ NRRD_DTYPES |= {"32-bit float": "f4", "64-bit float": "f8"}
 HEADER_BYTES = 2**14  # of an array; numpy itself refuses more than 10000
 
 
-def load_scan(path: str | Path, axes: str | None = None, max_bytes: int = MAX_BYTES) -> Scan:
+def load_scan(
+    path: str | Path,
+    axes: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    *,
+    series: str | None = None,
+    allow_shear: bool = False,
+    regrid: bool = False,
+) -> Scan:
     """Reads a NIfTI file (.nii, .nii.gz), an NRRD file, a folder of DICOM files, or a (D, H, W) array (.npy, .npz).
 
     Oriented files are turned to `axes` by permutations and flips: an oblique scan is not resampled, and its
-    affine stays oblique. A folder must hold the images of exactly one DICOM series; it may hold files of other
-    kinds, and its folders are not searched. An .npy has voxels of 1 mm; an .npz may hold `spacing` (3,), mm along
-    D, H, W, beside its one array or the one called `volume`. A NIfTI whose
+    affine stays oblique. A folder, with the folders in it, must hold the images of exactly one DICOM series, or
+    `series` picks one; it may hold files of other kinds. An .npy has voxels of 1 mm; an .npz may hold `spacing` (3,),
+    mm along D, H, W, beside its one array or the one called `volume`. A NIfTI whose
     header gives no orientation is such an array too, its slices along the third axis.
 
     Args:
         path: the file or folder.
         axes: the directions in which D, H, W are to increase: a letter each of R/L, A/P and S/I, in any order.
             Default "SPR"; arrays have no orientation and take none.
-        max_bytes: refuse, before reading any voxel, a header whose scan needs more memory to be read.
+        max_bytes: refuse, before reading any voxel, a header whose scan needs more memory to be read; and later, a
+            right grid that needs more.
+        series: of a DICOM folder, the number, UID, description or end of the UID that `list_series` says of one.
+        allow_shear: keep axes that are not at right angles (a tilted gantry) as they are; so does the affine.
+        regrid: resample those, and unevenly spaced slices of DICOM, linearly to a right and even grid.
 
     Returns a Scan: float32 voxels, float64 affine.
+
+    Warns (`scan_checks.ScanWarning`) where something was resampled or taken among several.
 
     Raises:
         MissingPackageError: NIfTI without nibabel; NRRD or DICOM without SimpleITK.
         ValueError: axes are not as above, or the scan is missing, may not be read, is damaged, of another format,
-            not 3D, needs more than max_bytes, or holds NaN or infinite voxels, or only one value.
+            not 3D, has sheared axes or uneven slices, needs more than max_bytes, or holds NaN or infinite voxels, or
+            only one value.
     """
-    path, options = Path(path), ScanOptions(None if axes is None else check_axes(axes))
+    path = Path(path)
+    options = ScanOptions(
+        axes=None if axes is None else check_axes(axes), series=series, allow_shear=allow_shear, regrid=regrid
+    )
     try:
         scan = _read(path, options, max_bytes)
     except MissingPackageError:
@@ -96,7 +115,9 @@ def _suffix(name: str) -> str:
 def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
     if path.is_dir():
         voxels, affine = read_dicom(path, options, max_bytes)
-        return _oriented(voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine, options)
+        return _oriented(path, voxels, LPS_TO_RAS @ affine, options, max_bytes)
+    if options.series is not None:
+        raise Refused(f"must be a folder to have the series {one_line(options.series, 64)!r} picked")
     if not path.is_file():
         raise Refused("must be a file, or a folder of DICOM files, got a path where there is neither")
     suffix = _suffix(path.name)
@@ -106,20 +127,32 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
         file.read(1)
     voxels, place = _READERS[suffix](path, options, max_bytes)
     if place.shape == (4, 4):
-        return _oriented(voxels, place, options)
+        return _oriented(path, voxels, place, options, max_bytes)
     if options.axes is not None:
         raise Refused(f"must say how its axes lie to be turned to axes {options.axes!r}, but it does not")
     return Scan(_tensor(voxels), np.diag([*place, 1.0]))
 
 
 def _oriented(
+    path: Path,
     voxels: np.ndarray,  # (i, j, k)
     affine: np.ndarray,  # (4, 4), of i, j, k to RAS+
     options: ScanOptions,
+    max_bytes: int,
 ) -> Scan:
     affine = np.asarray(affine, dtype=np.float64)
     if not spans_space(affine):
         raise Refused(f"must have an affine whose axes span space, got {affine[:3].tolist()}")
+    degrees = shear_of(affine, voxels.shape)
+    if degrees and not options.allow_shear:
+        sheared = f"must have axes at right angles, got a gantry tilt or shear of {degrees:.3g} degrees"
+        if not options.regrid:
+            raise Refused(
+                f"{sheared}; --spacing (regrid=True) resamples to a right grid, --allow-shear (allow_shear=True) "
+                "keeps this one"
+            )
+        voxels, affine = regridded(voxels, affine, max_bytes)
+        warn(f"volume {path} {sheared}: resampled to a right grid of {' x '.join(map(str, voxels.shape))} voxels")
     axes = options.axes or AXIAL
     voxels, affine = turned(voxels, affine, axes)
     return Scan(_tensor(voxels), affine, axes)
