@@ -101,8 +101,16 @@ def _build(arguments: list[str] | None):
         fill_nan: Optional[float] = typer.Option(None, help="Takes the place of NaN voxels, which else are refused."),
         index: Optional[int] = typer.Option(None, help="Which volume of a file of several, from 0."),
         array: Optional[str] = typer.Option(None, help="Which array of an .npz; all volumes, where it holds several."),
+        series: Optional[str] = typer.Option(
+            None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
+        ),
         spacing: Optional[str] = typer.Option(
-            None, help="Resample to these mm along D, H, W, or to one for all. Default: the scan's own."
+            None,
+            help="Resample to these mm along D, H, W, or to one for all, and to right angles and even slices. "
+            "Default: the scan's own.",
+        ),
+        allow_shear: bool = typer.Option(
+            False, "--allow-shear", help="Keep axes that are not at right angles, as of a tilted gantry, as they are."
         ),
         fit: str = typer.Option("pad", help="Make slices a multiple of the patch: pad or resize."),
         picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
@@ -131,14 +139,31 @@ def _build(arguments: list[str] | None):
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),
-            reading=ScanOptions(axes=axes, fill_nan=fill_nan, index=index, array=array),
+            reading=ScanOptions(
+                axes=axes,
+                fill_nan=fill_nan,
+                index=index,
+                array=array,
+                series=series,
+                allow_shear=allow_shear,
+                regrid=spacing is not None,
+            ),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
         )
-        complaints = run_features(plan_files(scans, out, format), settings, device, picture, overwrite, random_weights)
+        jobs = plan_files(scans, out, format, series)
+        complaints = run_features(jobs, settings, device, picture, overwrite, random_weights)
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
+
+    @app.command()
+    def series(folder: Path = typer.Argument(help="With DICOM files in it, or in its folders.")) -> None:
+        """The image series in a folder, to pick one by `features --series`: a line each."""
+        from .dicom_series import list_series
+
+        for each in list_series(folder):
+            print(f"{each}, UID {each.uid}")
 
     @app.command()
     def bench(

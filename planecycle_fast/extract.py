@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,8 +69,10 @@ class Job:
         return self.out.with_name(f"{self.out.name}.png")
 
 
-def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[Job]:
+def plan(scans: Sequence[Path], out: Path, format: str = "safetensors", series: str | None = None) -> list[Job]:
     """Where the features of each scan go: to `out` itself, if it names a file, or into the folder `out`.
+
+    There a file is called after its scan, and after the series that is picked.
 
     Raises ValueError for several scans and one file, scans of equal names, an `out` that would replace
     a scan, an unknown format, or a folder that cannot be written to.
@@ -83,9 +86,10 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
         if not folder.is_dir():
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
+        picked = "" if series is None else "_" + re.sub(r"[^\w.-]+", "_", series.strip())
         if out.exists() and not out.is_dir():
             raise ValueError(f"out must be a folder or end in {', '.join(feature_files.SUFFIXES)}, got the file {out}")
-        jobs, folder = [Job(scan, out / f"{scan_name(scan)}.{format}") for scan in scans], out.absolute()
+        jobs, folder = [Job(scan, out / f"{scan_name(scan)}{picked}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}
         for job in jobs:
             if job.out in first:
@@ -200,7 +204,7 @@ def _one(
     """Computes and writes one scan's features; says in a few words what was done."""
     wanted = identity | {"settings": _described(settings), "scan": job.scan.absolute().name}
     if job.out.exists() and not overwrite:
-        if not _holds(job.out, wanted | {"scan_sha256": digest_of_scan(job.scan)}):
+        if not _holds(job.out, wanted | {"scan_sha256": digest_of_scan(job.scan, settings.reading.series)}):
             raise ValueError(
                 f"out must be new, or hold the same features already, got {job.out}; --overwrite replaces it"
             )
@@ -232,7 +236,7 @@ def _one(
         tensors = {name: tensor[0] for name, tensor in tensors.items()}
     affine = given.feature_affine(patch)
     metadata = wanted | {
-        "scan_sha256": digest_of_scan(job.scan),
+        "scan_sha256": digest_of_scan(job.scan, settings.reading.series),
         "affine": affine.tolist(),
         "axes": scan.axes or "unknown",
         "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),

@@ -9,12 +9,12 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .optional import require
-from .scan_checks import Refused, check_gzip, check_header, one_volume, reason
+from .scan_checks import Refused, check_gzip, check_header, one_volume, reason, warn
 from .scan_options import ScanOptions
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def read_nifti(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.nda
         raise Refused(f"must have units of length, got {unit!r}")
     single = nifti and header["magic"].item()[:2] == b"n+"
     voxels = _voxels(path, image, options, max_bytes, header.sizeof_hdr if single else 0)
+    if nifti and header["sform_code"] and header["qform_code"]:
+        _compare_forms(path, header, voxels.shape, MILLIMETRES[unit])
     if not nifti or (not header["sform_code"] and not header["qform_code"]):
         return voxels.transpose(2, 1, 0), _declared_zooms(image) * MILLIMETRES[unit]
     return voxels, np.diag([*[MILLIMETRES[unit]] * 3, 1.0]) @ image.affine
@@ -121,6 +123,21 @@ def _voxels(
     if index is None:
         return np.asarray(image.dataobj, dtype=np.float32).reshape(volume)
     return np.asarray(image.dataobj[:, :, :, index].reshape(volume), dtype=np.float32)
+
+
+def _compare_forms(path: Path, header: Any, shape: tuple[int, ...], scale: float) -> None:
+    """Warns where sform, which is taken, and qform place some voxel differently, by more than half of the smallest."""
+    sform = header.get_sform()
+    try:
+        qform = header.get_qform()
+    except Exception as error:  # a quaternion that is none
+        warn(f"volume {path} has a qform that cannot be read ({reason(error)}): its sform was taken")
+        return
+    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape), 1]
+    apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()  # of affine maps, farthest at a corner
+    sizes = np.linalg.norm(np.stack([sform, qform])[:, :3, :3], axis=1)
+    if not apart <= sizes.min() / 2:
+        warn(f"volume {path} has an sform and a qform that are up to {apart * scale:.3g} mm apart: its sform was taken")
 
 
 @contextmanager

@@ -16,12 +16,13 @@ import torch
 from . import metaimage, nrrd
 from .arrays import read_npy, read_npz
 from .dicom import read_dicom
+from .geometry import regridded, shear_of
 from .metaimage import read_metaimage
 from .nifti import pair, read_freesurfer, read_nifti
 from .nrrd import read_nrrd
 from .optional import MissingPackageError
 from .orientation import AXIAL, check_axes, spans_space, turned
-from .scan_checks import DAMAGED, LPS_TO_RAS, Refused, one_line, reason
+from .scan_checks import DAMAGED, LPS_TO_RAS, Refused, one_line, reason, warn
 from .scan_options import ScanOptions
 from .volumes import MAX_BYTES, Scan
 
@@ -34,39 +35,52 @@ def load_scan(
     fill_nan: float | None = None,
     index: int | None = None,
     array: str | None = None,
+    series: str | None = None,
+    allow_shear: bool = False,
+    regrid: bool = False,
 ) -> Scan:
     """Reads a scan: NIfTI, Analyze, FreeSurfer's MGH, NRRD, MetaImage, a folder of DICOM files, or a (D, H, W) array.
 
     Oriented files are turned to `axes` by permutations and flips: an oblique scan is not resampled, and its
-    affine stays oblique. A folder must hold the images of exactly one DICOM series; it may hold files of other
-    kinds, and its folders are not searched. An .npy has voxels of 1 mm; an .npz may hold `spacing` (3,), mm along
-    D, H, W, beside its one array or the one called `volume`. A file whose header gives no orientation (Analyze,
-    NIfTI without sform and qform, MGH that does not vouch for it, MetaImage without directions) is such an array too,
-    its slices along the third axis. Of a header and its voxels in two files (.hdr and .img, .nhdr, .mhd) either
-    of the first two or the header is the scan's path, and the other file lies beside it. docs/scans.md says more.
+    affine stays oblique. A folder, with the folders in it, must hold the images of exactly one DICOM series, or
+    `series` picks one; it may hold files of other kinds. An .npy has voxels of 1 mm; an .npz may hold `spacing` (3,),
+    mm along D, H, W, beside its one array or the one called `volume`. A file whose header gives no orientation
+    (Analyze, NIfTI without sform and qform, MGH that does not vouch for it, MetaImage without directions) is such an
+    array too, its slices along the third axis. Where header and voxels are two files (.hdr and .img, .nhdr, .mhd)
+    the header names the scan (or .img), and the other file lies beside it. docs/scans.md says more.
 
     Args:
         path: the file or folder.
         axes: the directions in which D, H, W are to increase: a letter each of R/L, A/P and S/I, in any order.
             Default "SPR"; arrays have no orientation and take none.
-        max_bytes: refuse, before reading any voxel, a header whose scan needs more memory to be read.
+        max_bytes: refuse, before reading any voxel, a header whose scan needs more memory to be read; and later, a
+            right grid that needs more.
         fill_nan: takes the place of NaN voxels, which otherwise are refused. Infinite ones are refused always.
         index: which volume of a file of several, from 0: along the last axis of NIfTI, MGH and MetaImage, the axis
             without a direction of NRRD, the first axis of .npy and .npz.
         array: which array of an .npz.
+        series: of a DICOM folder, the number, UID, description or end of the UID that `list_series` says of one.
+        allow_shear: keep axes that are not at right angles (a tilted gantry) as they are; so does the affine.
+        regrid: resample those, and unevenly spaced slices of DICOM, linearly to a right and even grid.
 
     Returns a Scan: float32 voxels, float64 affine.
+
+    Warns (`scan_checks.ScanWarning`) where something was resampled or taken among several.
 
     Raises:
         MissingPackageError: NIfTI, Analyze and MGH without nibabel; NRRD and DICOM without SimpleITK.
         ValueError: options are not as above, or the scan is missing, may not be read, is damaged, of another format,
-            not 3D, needs more than max_bytes, or holds NaN or infinite voxels, or only one value.
+            not 3D, has sheared axes or uneven slices, needs more than max_bytes, or holds NaN or infinite voxels, or
+            only one value.
     """
     options = ScanOptions(
         axes=None if axes is None else check_axes(axes),
         fill_nan=fill_nan,
         index=index,
         array=array,
+        series=series,
+        allow_shear=allow_shear,
+        regrid=regrid,
     )
     with complaints(path):
         return checked(_read(Path(path), options, max_bytes))
@@ -132,7 +146,9 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
         if options.array is not None or options.index is not None:
             raise Refused("must be a file to hold several arrays or volumes, got a folder")
         voxels, affine = read_dicom(path, options, max_bytes)
-        return _oriented(voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine, options)
+        return _oriented(path, voxels, LPS_TO_RAS @ affine, options, max_bytes)
+    if options.series is not None:
+        raise Refused(f"must be a folder to have the series {one_line(options.series, 64)!r} picked")
     if not path.is_file():
         raise Refused("must be a file, or a folder of DICOM files, got a path where there is neither")
     suffix = _suffix(path.name)
@@ -144,7 +160,9 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
         raise Refused(f"must be an .npz to hold an array called {options.array[:50]!r}")
     voxels, place = _READERS[suffix](path, options, max_bytes)
     voxels = filled(voxels, options)
-    return _oriented(voxels, place, options) if place.shape == (4, 4) else in_place(voxels, place, options)
+    if place.shape == (4, 4):
+        return _oriented(path, voxels, place, options, max_bytes)
+    return in_place(voxels, place, options)
 
 
 def filled(voxels: np.ndarray, options: ScanOptions) -> np.ndarray:
@@ -169,13 +187,25 @@ def in_place(
 
 
 def _oriented(
+    path: Path,
     voxels: np.ndarray,  # (i, j, k)
     affine: np.ndarray,  # (4, 4), of i, j, k to RAS+
     options: ScanOptions,
+    max_bytes: int,
 ) -> Scan:
     affine = np.asarray(affine, dtype=np.float64)
     if not spans_space(affine):
         raise Refused(f"must have an affine whose axes span space, got {affine[:3].tolist()}")
+    degrees = shear_of(affine, voxels.shape)
+    if degrees and not options.allow_shear:
+        sheared = f"must have axes at right angles, got a gantry tilt or shear of {degrees:.3g} degrees"
+        if not options.regrid:
+            raise Refused(
+                f"{sheared}; --spacing (regrid=True) resamples to a right grid, --allow-shear (allow_shear=True) "
+                "keeps this one"
+            )
+        voxels, affine = regridded(voxels, affine, max_bytes)
+        warn(f"volume {path} {sheared}: resampled to a right grid of {' x '.join(map(str, voxels.shape))} voxels")
     axes = options.axes or AXIAL
     voxels, affine = turned(voxels, affine, axes)
     return Scan(_tensor(voxels), affine, axes)

@@ -14,6 +14,9 @@ class ScanOptions:
     fill_nan: float | None = None  # what takes the place of NaN voxels; None: they are refused
     index: int | None = None  # of a volume, from 0, in a file that holds several
     array: str | None = None  # of an .npz, by name
+    series: str | None = None  # which one of a DICOM folder; None: the only one
+    allow_shear: bool = False  # axes that are not at right angles stay as they are, in the affine too
+    regrid: bool = False  # sheared and unevenly spaced scans are resampled to a right, even grid
 
     def __post_init__(self) -> None:
         if self.fill_nan is not None and not abs(self.fill_nan) <= LARGEST:

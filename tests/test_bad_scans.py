@@ -14,6 +14,8 @@ import SimpleITK as sitk
 
 from planecycle_fast.scan_files import load_scan
 
+from .bad_dicom import BAD_DICOM
+from .bad_formats import BAD_FORMATS
 from .bad_scans import SCANS, nrrd, truncated
 from .scans import (
     COUNTS,
@@ -28,11 +30,13 @@ from .scans import (
     write_nrrd,
 )
 
+ALL = SCANS | BAD_FORMATS | BAD_DICOM
+
 
 @pytest.mark.filterwarnings("ignore:(divide|invalid):RuntimeWarning")
-@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("kind", ALL)
 def test_bad_scans(tmp_path, kind):
-    name, make, message = SCANS[kind]
+    name, make, message = ALL[kind]
     make(tmp_path / name)
     with pytest.raises(ValueError, match=f"^volume .*{name} .*({message})") as raised:
         load_scan(tmp_path / name)

@@ -171,7 +171,6 @@ def test_other_files_are_ignored(tmp_path):
         syntax = element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0")
         series = element(0x0020, 0x000E, b"UI", b"1.9\0")  # of another series, without pixels
         (folder / name).write_bytes(b"\0" * 128 + b"DICM" + kind + syntax + series)
-    write_dicom(folder / "deeper", COUNTS, series="1.2.99")
     assert load_scan(folder).voxels.shape == (5, 6, 7)
 
 

@@ -13,7 +13,8 @@ from planecycle_fast.feature_files import load_features
 from planecycle_fast.orientation import spans_space
 from planecycle_fast.scan_files import load_scan, other_file
 
-from .bad_scans import meta, mgh, nrrd
+from .bad_formats import meta, mgh
+from .bad_scans import nrrd
 from .scans import COUNTS, NOISE, SPACED, WRITERS, itk_image, write_analyze, write_mgh, write_nifti, write_nrrd
 
 NEW = [kind for kind in WRITERS if kind.split()[-1] in ("nhdr", "mha", "mhd", "hdr", "img", "mgz", "mgh")]

@@ -86,7 +86,7 @@ def test_reading_by_simpleitk_keeps_to_what_was_declared(tmp_path):
     array = np.random.default_rng(0).integers(0, 2, (240, 300, 120)).astype(np.int16)
     (tmp_path / "small").mkdir()
     small = write_frames(tmp_path / "small" / "a", COUNTS)  # a first child
-    nrrd_limit, frames_limit = array.size * (2 + 8), array.size * (8 + 3 * 2 + 16)
+    nrrd_limit, frames_limit = array.size * (2 + 8), array.size * (8 + 4 * 2) + array[..., 0].size * 16
     large = write_nrrd(tmp_path / "a.nrrd", array, None, True), write_frames(tmp_path / "a", array)
     arguments = [small, large[0], str(nrrd_limit), large[1], str(frames_limit)]
     done = subprocess.run([sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True)
