@@ -136,6 +136,9 @@ def _check(fields: dict[str, str], dimensions: int) -> tuple[np.dtype, bool]:
                 raise Refused(f"must have {count} finite numbers as {name}, got {one_line(fields[name], 100)!r}")
             if count == 16 and any(numbers[n] for n in (3, 7, 11, 12, 13, 14)):
                 raise Refused(f"must keep space and time apart, got {one_line(fields[name], 100)!r} as {name}")
+            rows = np.reshape(numbers, (-1, dimensions))  # of directions, one per axis
+            if names == DIRECTIONS and not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3):
+                raise Refused(f"must have directions of length 1, got {one_line(fields[name], 100)!r} as {name}")
             if names == SPACINGS and min(numbers) <= 0:
                 raise Refused(f"must have a positive {name}, got {one_line(fields[name], 100)!r}")
     return dtype.newbyteorder(">" if orders & set(TRUE) else "<"), flags["CompressedData"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class ScanOptions:
     regrid: bool = False  # sheared and unevenly spaced scans are resampled to a right, even grid
 
     def __post_init__(self) -> None:
-        if self.fill_nan is not None and not abs(self.fill_nan) <= LARGEST:
-            raise ValueError(f"fill_nan must be a finite number within float32, got {self.fill_nan}")
-        if self.index is not None and (isinstance(self.index, bool) or self.index != int(self.index) or self.index < 0):
-            raise ValueError(f"index must be that of a volume, 0 or more, got {self.index}")
+        if self.fill_nan is not None and not (isinstance(self.fill_nan, Real) and abs(self.fill_nan) <= LARGEST):
+            raise ValueError(f"fill_nan must be a finite number within float32, got {self.fill_nan!r}")
+        whole = isinstance(self.index, Integral) and not isinstance(self.index, bool)
+        if self.index is not None and not (whole and self.index >= 0):
+            raise ValueError(f"index must be that of a volume, 0 or more, got {self.index!r}")
 
 
 LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32

@@ -135,6 +135,11 @@ BAD_FORMATS = {
         lambda p: meta(p, TransformMatrix="1 0 0 1 0.0001 0 0 0 1"),
         "must have an affine whose axes span space",
     ),
+    "mha long axes": (
+        "a.mha",
+        lambda p: meta(p, TransformMatrix="2 0 0 0 1 0 0 0 1"),
+        "must have directions of length 1",
+    ),
     "mha skip": ("a.mha", lambda p: meta(p, HeaderSize="-1"), "must hold its voxels right behind its header"),
     "mha tube": ("a.mha", lambda p: meta(p, ObjectType="Tube"), "must be an image, got the ObjectType 'Tube'"),
     "mha NaN": ("a.mha", lambda p: write_nrrd(p, WITH_NAN), "must hold finite voxels, got 182"),

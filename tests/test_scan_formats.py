@@ -105,6 +105,14 @@ def test_a_spacing_that_is_none(tmp_path, name, zooms):
         load_scan(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["mgz", "hdr", "img", "mha"])
+def test_endings_in_capitals(tmp_path, kind):
+    expected = load_scan(WRITERS[kind](tmp_path, COUNTS))
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(f"A{path.suffix.upper()}"))
+    assert torch.equal(load_scan(tmp_path / f"A.{kind.upper()}").voxels, expected.voxels)
+
+
 # Several volumes
 
 
@@ -235,9 +243,9 @@ def test_one_of_several_arrays(tmp_path):
             load_scan(WRITERS[kind](tmp_path, COUNTS), array="one")
 
 
-@pytest.mark.parametrize("index", [-1, 1.5, True])
+@pytest.mark.parametrize("index", [-1, 1.5, True, "1"])
 def test_an_index_that_is_none(tmp_path, index):
-    with pytest.raises(ValueError, match=f"index must be that of a volume, 0 or more, got {index}"):
+    with pytest.raises(ValueError, match=f"index must be that of a volume, 0 or more, got {index!r}"):
         load_scan("not even there.nii", index=index)
 
 
@@ -266,7 +274,7 @@ def test_nan_is_filled(tmp_path, name, make):
         load_scan(tmp_path / name, fill_nan=7)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39, "0"])
 def test_what_cannot_fill(value):
     with pytest.raises(ValueError, match="fill_nan must be a finite number within float32, got"):
         load_scan("not even there.nii", fill_nan=value)
