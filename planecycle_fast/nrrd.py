@@ -35,7 +35,9 @@ def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndar
     axis = _check(fields)
     sizes = tuple(int(size) for size in re.findall(r"\d+", fields.get("sizes", "")))
     if axis is not None:  # SimpleITK reads all volumes, as what each voxel holds
-        sizes, _ = one_volume(sizes, axis, options)
+        if len(sizes) != 4:
+            raise Refused(f"must have as many sizes as dimensions, got {len(sizes)} of 4")
+        one_volume(sizes, axis, options)
     data, packed = data_file(path), fields.get("encoding") in ("gzip", "gz")
     if data is not None and not packed and fields.get("encoding") != "raw":
         raise Refused(f"must have a data file that is raw or packed by gzip, got {fields.get('encoding')!r}")
@@ -66,7 +68,7 @@ def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndar
         affine[:3, 3] = reader.GetOrigin()
         image = reader.Execute()
         voxels = sitk.GetArrayViewFromImage(image)  # (k, j, i) or (k, j, i, volumes); the view dies with its image
-        voxels = (voxels if axis is None else voxels[..., options.index]).astype(np.float32)
+        voxels = voxels.reshape(*voxels.shape[:3], count)[..., options.index or 0].astype(np.float32)
     return voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine
 
 

@@ -106,7 +106,8 @@ def one_volume(
         return shape, None
     if options.index is None:
         raise Refused(
-            f"must be 3D and not empty, got the shape {shape}, {count} volumes: index (--index) picks one, from 0{more}"
+            f"must be 3D and not empty, got the shape {shape}, {count} volume{'s' * (count != 1)}: "
+            f"index (--index) picks one, from 0{more}"
         )
     return shape[:axis] + shape[axis + 1 :], options.index
 
