@@ -70,9 +70,7 @@ def _build(arguments: list[str] | None):
             DEMO_MODEL,
             help="A timm or Hugging Face name, or a folder: docs/models.md. Random weights without a hub.",
         ),
-        volume: Optional[Path] = typer.Option(
-            None, help="A scan: NIfTI, NRRD, a DICOM folder, .npy, .npz. Default: MNI152."
-        ),
+        volume: Optional[Path] = typer.Option(None, help="A scan, as for features. Default: MNI152."),
         out: Path = typer.Option(Path("demo.png"), help="The picture."),
         size: int = typer.Option(448, help="Pixels of the longest side of a slice."),
     ) -> None:
@@ -83,7 +81,7 @@ def _build(arguments: list[str] | None):
 
     @app.command()
     def features(
-        scans: list[Path] = typer.Argument(help="NIfTI (.nii, .nii.gz), NRRD, DICOM folders, arrays (.npy, .npz)."),
+        scans: list[Path] = typer.Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
         model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder: docs/models.md."),
         mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
@@ -98,8 +96,19 @@ def _build(arguments: list[str] | None):
         axes: Optional[str] = typer.Option(
             None, help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."
         ),
+        fill_nan: Optional[float] = typer.Option(None, help="Takes the place of NaN voxels, which else are refused."),
+        index: Optional[int] = typer.Option(None, help="Which volume of a file of several, from 0."),
+        array: Optional[str] = typer.Option(None, help="Which array of an .npz; all volumes, where it holds several."),
+        series: Optional[str] = typer.Option(
+            None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
+        ),
         spacing: Optional[str] = typer.Option(
-            None, help="Resample to these mm along D, H, W, or to one for all. Default: the scan's own."
+            None,
+            help="Resample to these mm along D, H, W, or to one for all, and to right angles and even slices. "
+            "Default: the scan's own.",
+        ),
+        allow_shear: bool = typer.Option(
+            False, "--allow-shear", help="Keep axes that are not at right angles, as of a tilted gantry, as they are."
         ),
         fit: str = typer.Option("pad", help="Make slices a multiple of the patch: pad or resize."),
         picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
@@ -127,15 +136,32 @@ def _build(arguments: list[str] | None):
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),
-            reading=ScanOptions(axes=axes),
+            reading=ScanOptions(
+                axes=axes,
+                fill_nan=fill_nan,
+                index=index,
+                array=array,
+                series=series,
+                allow_shear=allow_shear,
+                regrid=spacing is not None,
+            ),
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
             dtype=dtype,
         )
-        complaints = run_features(plan_files(scans, out, format), settings, device, picture, overwrite, random_weights)
+        jobs = plan_files(scans, out, format, series)
+        complaints = run_features(jobs, settings, device, picture, overwrite, random_weights)
         for complaint in complaints:
             _fail(complaint)
         return 1 if complaints else 0
+
+    @app.command()
+    def series(folder: Path = typer.Argument(help="With DICOM files in it, or in its folders.")) -> None:
+        """The image series in a folder, to pick one by `features --series`: a line each."""
+        from .dicom_series import list_series
+
+        for each in list_series(folder):
+            print(f"{each}, UID {each.uid}")
 
     @app.command()
     def bench(

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .backends import pick
+from .finite import check_features
 from .lift import lift
 from .lifted import LiftedModel
 from .models import DEMO_MODEL, load_model
 from .normalisation import normalisation
 from .optional import MissingPackageError, require
 from .preprocess import PERCENTILES
+from .scan_checks import warnings_printed
 from .scan_files import load_scan
 from .viz import adjacent_cosine, foreground, pca_colours, three_views
 from .volumes import model_input
@@ -73,9 +75,11 @@ def run_demo(
     host.float()  # whatever its checkpoint's dtype
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
     mean, std = normalisation(host, model, lifted["slice2d"].adapter.in_channels)
-    scan = load_scan(volume or mni152())
+    volume_path = volume or mni152()
+    with warnings_printed(volume_path):
+        scan = load_scan(volume_path)
+        image = PERCENTILES.apply(scan.voxels)
     patch = lifted["slice2d"].adapter.patch_size
-    image = PERCENTILES.apply(scan.voxels)
     pixels = model_input(image, scan.spacing, patch, size, mean, std)
     grid = (pixels.shape[2], pixels.shape[3] // patch[0], pixels.shape[4] // patch[1])
     console.print(f"model   {note}", highlight=False)
@@ -92,6 +96,7 @@ def run_demo(
     for mode in MODES:
         with _progress(console, lifted[mode], mode):
             features[mode], seconds, peak = _measure(lifted[mode], pixels)
+        check_features(lifted[mode], pixels, {f"the patches of {mode}": features[mode]})
         rows.append(Row(mode, seconds, peak, adjacent_cosine(features[mode], mask)))
     console.print(_table(rows))
     title = f"Patch features as colours: three principal components, one scale for both modes\n{note}"

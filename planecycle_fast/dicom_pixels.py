@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,40 +25,54 @@ ONE_THREAD = dict.fromkeys(
 
 
 def decoded(
-    paths: list[Path], rescale: list[tuple[float, float]], size: tuple[int, int, int], packed: bool, memory: int
+    paths: list[Path],
+    rescales: list[list[tuple[float, float]]],
+    size: tuple[int, int, int],
+    dtype: np.dtype,
+    packed: list[bool],
+    memory: int,
 ) -> np.ndarray:
     """Voxels (files * frames, rows, columns) float32, rescaled, of files of (columns, rows, frames) pixels each.
 
     Args:
         paths: the files, in the order of the result.
-        rescale: slope and intercept of each.
+        rescales: of each file, the slope and intercept of each frame.
         size: columns, rows and frames of every file.
-        packed: whether pixels are compressed, in some file at least.
+        dtype: of the numbers that are stored.
+        packed: of each file, whether its pixels are compressed.
         memory: bytes that decoding one file may take.
 
     Raises Refused for pixels that cannot be decoded.
     """
-    if packed:
-        return _by_gdcm(paths, size, memory)
-    pydicom = require("pydicom", "scans")
     columns, rows, frames = size
-    voxels = np.empty((len(paths), frames, rows, columns), np.float32)
-    for path, (slope, intercept), target in zip(paths, rescale, voxels):
-        try:
-            stored = pydicom.dcmread(path).pixel_array.reshape(target.shape)
-        except OSError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
-        target[:] = stored * slope + intercept
+    shape = (frames, rows, columns)
+    voxels = np.empty((len(paths), *shape), np.float32)
+    unpacked = _by_gdcm([path for path, is_packed in zip(paths, packed) if is_packed], shape, dtype, memory)
+    with closing(unpacked):
+        for path, is_packed, rescale, target in zip(paths, packed, rescales, voxels):
+            stored = next(unpacked) if is_packed else _by_pydicom(path, shape)
+            for frame, numbers, (slope, intercept) in zip(target, stored, rescale):
+                frame[:] = numbers * slope + intercept
     return voxels.reshape(-1, rows, columns)
 
 
-def _by_gdcm(paths: list[Path], size: tuple[int, int, int], memory: int) -> np.ndarray:
-    """As `decoded`; GDCM rescales by itself."""
-    columns, rows, frames = size
-    voxels = np.empty((len(paths) * frames, rows, columns), np.float32)
-    task = {"paths": [str(path.absolute()) for path in paths], "size": size, "memory": memory + PROCESS_BYTES}
+def _by_pydicom(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """Stored numbers (frames, rows, columns) of a plain file."""
+    pydicom = require("pydicom", "scans")
+    try:
+        return pydicom.dcmread(path).pixel_array.reshape(shape)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
+
+
+def _by_gdcm(paths: list[Path], shape: tuple[int, int, int], dtype: np.dtype, memory: int) -> Iterator[np.ndarray]:
+    """Stored numbers (frames, rows, columns) of each of the packed files."""
+    if not paths:
+        return
+    task = {"paths": [str(path.absolute()) for path in paths], "size": shape[::-1], "dtype": dtype.str}
+    task["memory"] = memory + PROCESS_BYTES
     # The packages of this process, and no module that happens to lie in the working directory.
     search = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(
@@ -70,13 +86,13 @@ def _by_gdcm(paths: list[Path], size: tuple[int, int, int], memory: int) -> np.n
         try:
             process.stdin.write(json.dumps(task).encode())
             process.stdin.close()
-            for number, path in enumerate(paths):
-                part = voxels[number * frames : (number + 1) * frames]
+            stored = np.empty(shape, dtype)
+            for path in paths:
                 state = process.stdout.read(1)
-                if state != b"\1" or process.stdout.readinto(memoryview(part).cast("B")) != part.nbytes:
+                if state != b"\1" or process.stdout.readinto(memoryview(stored).cast("B")) != stored.nbytes:
                     said = process.stdout.read(2**16).decode(errors="replace") if state == b"\0" else ""
                     said = reason(Exception(said)) if said else f"its decoder ended with status {process.wait()}"
                     raise Refused(f"{DAMAGED}: {said} (file {path.name})")
+                yield stored
         finally:
             process.kill()
-    return voxels

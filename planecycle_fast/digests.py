@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .dicom_series import files_of
+from .scan_checks import Refused, one_line
+from .scan_files import other_file
+
 
 def digest_of_model(model: nn.Module) -> str:
     """Of the names and values of a CPU model's state_dict."""
@@ -18,20 +22,22 @@ def digest_of_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_of_scan(scan: Path) -> str:
-    """Of a scan's file, or of a folder's files one after another, hidden ones left out.
+def digest_of_scan(scan: Path, series: str | None = None) -> str:
+    """Of a scan's file, with the other one where header and voxels are two, one after another.
+
+    Of a folder those of its only DICOM series, or of the one that is picked.
 
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        files = [scan]
-        if scan.is_dir():
-            files = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        for file in files:
+        beside = other_file(scan)
+        for file in files_of(scan, series) if scan.is_dir() else [scan] if beside is None else [scan, beside]:
             with file.open("rb") as opened:
                 while block := opened.read(2**20):
                     digest.update(block)
     except OSError as error:
         raise ValueError(f"volume {scan} cannot be read: {error.strerror or error}") from error
+    except Refused as error:
+        raise ValueError(f"volume {scan} {one_line(str(error))}") from error
     return digest.hexdigest()

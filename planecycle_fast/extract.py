@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import feature_files
+from .arrays import holds_volumes
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
+from .finite import check_features
 from .inputs import dtype_of, wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
@@ -26,12 +29,14 @@ from .normalisation import normalisation
 from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
-from .progress import progress_of
-from .scan_checks import reason
-from .scan_files import load_scan, scan_name
+from .progress import Progress, progress_of
+from .scan_checks import named, reason, warnings_printed
+from .scan_files import load_scan, other_file, scan_name
 from .scan_options import PLAIN, ScanOptions
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
+from .volume_sets import features_of, read_set
+from .volumes import Scan
 
 FORMATS = ("safetensors", "npz")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)  # of one scan: the rest goes on
@@ -67,8 +72,10 @@ class Job:
         return self.out.with_name(f"{self.out.name}.png")
 
 
-def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[Job]:
+def plan(scans: Sequence[Path], out: Path, format: str = "safetensors", series: str | None = None) -> list[Job]:
     """Where the features of each scan go: to `out` itself, if it names a file, or into the folder `out`.
+
+    There a file is called after its scan, and after the series that is picked.
 
     Raises ValueError for several scans and one file, scans of equal names, an `out` that would replace
     a scan, an unknown format, or a folder that cannot be written to.
@@ -83,15 +90,18 @@ def plan(scans: Sequence[Path], out: Path, format: str = "safetensors") -> list[
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
         feature_files.check_folder(out, feature_files.SUFFIXES)
-        jobs, folder = [Job(scan, out / f"{scan_name(scan)}.{format}") for scan in scans], out.absolute()
+        picked = "" if series is None else "_" + re.sub(r"[^\w.-]+", "_", series.strip())
+        jobs, folder = [Job(scan, out / f"{scan_name(scan)}{picked}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}
         for job in jobs:
             if job.out in first:
                 raise ValueError(f"scans must have names of their own, got {first[job.out]} and {job.scan}")
             first[job.out] = job.scan
     for job in jobs:
-        if job.out.exists() and job.scan.exists() and job.out.samefile(job.scan):
-            raise ValueError(f"out must not replace a scan, got {job.out}")
+        read = [file for file in (job.scan, other_file(job.scan)) if file is not None and file.exists()]
+        for made in (job.out, job.picture):
+            if made.exists() and any(made.samefile(file) for file in read):
+                raise ValueError(f"out must not replace a scan, got {made}")
         if job.scan.is_dir() and job.scan.resolve() in job.out.resolve().parents:
             raise ValueError(f"out must not be in the folder of a scan, got {job.out}")
     while not folder.exists():  # it is made for the first features, not before
@@ -140,11 +150,10 @@ def run_features(
             progress.start(job.scan.name)
             line = None
             try:
-                line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite)}"
+                with warnings_printed(job.scan):
+                    line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite, progress)}"
             except EXPECTED as error:
-                message = " ".join(str(error).split()) or type(error).__name__
-                named = message.startswith(f"volume {job.scan} ")
-                complaints.append(message if named else f"volume {job.scan}: {message}")
+                complaints.append(named(job.scan, str(error).strip() or type(error).__name__))
             progress.finish()
             if line is not None and sys.stdout is not None:
                 print(line, flush=True)
@@ -190,12 +199,18 @@ def _model(
 
 
 def _one(
-    job: Job, lifted: LiftedModel, settings: Settings, identity: dict[str, Any], picture: bool, overwrite: bool
+    job: Job,
+    lifted: LiftedModel,
+    settings: Settings,
+    identity: dict[str, Any],
+    picture: bool,
+    overwrite: bool,
+    progress: Progress,
 ) -> str:
     """Computes and writes one scan's features; says in a few words what was done."""
     wanted = identity | {"settings": _described(settings), "scan": job.scan.absolute().name}
     if job.out.exists() and not overwrite:
-        if not _holds(job.out, wanted | {"scan_sha256": digest_of_scan(job.scan)}):
+        if not _holds(job.out, wanted | {"scan_sha256": digest_of_scan(job.scan, settings.reading.series)}):
             raise ValueError(
                 f"out must be new, or hold the same features already, got {job.out}; --overwrite replaces it"
             )
@@ -203,21 +218,40 @@ def _one(
             return "was there already"
     elif picture and job.picture.exists() and not overwrite:
         raise ValueError(f"out must leave its picture a new file, got {job.picture}; --overwrite replaces it")
-    scan = load_scan(job.scan, **vars(settings.reading))
     patch, (mean, std) = lifted.adapter.patch_size, (identity["mean"], identity["std"])
-    given = prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
-    features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
+
+    def prepared(scan: Scan) -> ModelInput:
+        return prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
+
+    if holds_volumes(job.scan, settings.reading):
+        if picture:
+            raise ValueError("picture must be of one volume; index (--index) picks one")
+        volumes = read_set(job.scan, settings.reading)
+        progress.expect(len(volumes))
+        tensors, given = features_of(
+            volumes,
+            prepared,
+            lambda pixels: compute(lifted, pixels, settings.layers, settings.pool)[1],
+            progress.advance_scan,
+        )
+        scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
+    else:
+        scan, several = load_scan(job.scan, **vars(settings.reading)), {}
+        given = prepared(scan)
+        features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
+        tensors = {name: tensor[0] for name, tensor in tensors.items()}
     affine = given.feature_affine(patch)
     metadata = wanted | {
-        "scan_sha256": digest_of_scan(job.scan),
+        "scan_sha256": digest_of_scan(job.scan, settings.reading.series),
         "affine": affine.tolist(),
         "axes": scan.axes or "unknown",
         "spacing": np.linalg.norm(affine[:3, :3], axis=0).tolist(),
-        "size": list(features[-1].patches.shape[1:4]),
+        "size": [given.pixels.shape[2], *(n // p for n, p in zip(given.pixels.shape[3:], patch))],
         "padding": list(given.padding),
         "scan_size": list(scan.voxels.shape),
         "scan_spacing": list(scan.spacing),
         "planecycle_fast": __version__,
+        **several,
     }
     job.out.parent.mkdir(exist_ok=True, parents=True)
     job.picture.unlink(missing_ok=True)  # of the features that are replaced
@@ -228,32 +262,36 @@ def _one(
     except BaseException:
         job.picture.unlink(missing_ok=True)
         raise
-    return " x ".join(map(str, metadata["size"])) + " patches"
+    size = " x ".join(map(str, metadata["size"])) + " patches"
+    return f"{len(volumes)} volumes of {size}" if several else size
 
 
 def compute(
     model: LiftedModel,
-    pixels: Tensor,  # (1, channels, D, height, width), any dtype
+    pixels: Tensor,  # (B, channels, D, height, width), any dtype
     layers: Sequence[int] | None = None,
     pool: bool = False,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
-    """Features of one volume, and the tensors of its file: float32, without the batch, under their names.
+    """Features of volumes, and the tensors of their file: float32, on the CPU, under their names.
 
-    Those are `patches` (D, H, W, C), `cls` (S, C), `registers` (S, r, C) as far as the model has them, and
-    `pooled` (C,); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
+    Those are `patches` (B, D, H, W, C), `cls` (B, S, C), `registers` (B, S, r, C) as far as the model has them, and
+    `pooled` (B, C); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
+
+    Raises ValueError for features that are not finite.
     """
     count = len(model.blocks)
     wanted = [count - 1] if layers is None else sorted(wanted_layers(layers, count))
+    pixels = pixels.to(next(p for p in model.parameters() if p.is_floating_point()))
     with torch.inference_mode():
-        like = next(p for p in model.parameters() if p.is_floating_point())
-        features = model.intermediate(pixels.to(like), wanted)
+        features = model.intermediate(pixels, wanted)
         tensors = {}
         for i, each in zip(wanted, features):
             prefix = "" if layers is None else f"layer{i}."
             parts = {} if pool else {"patches": each.patches, "cls": each.cls, "registers": each.registers}
             for name, tensor in (parts | {"pooled": each.pooled()}).items():
                 if tensor is not None:
-                    tensors[prefix + name] = tensor[0].float().cpu()
+                    tensors[prefix + name] = tensor.float().cpu()
+    check_features(model, pixels, tensors)
     return features, tensors
 
 

@@ -23,9 +23,7 @@ _METADATA = "metadata"  # the array of an npz that holds it, as JSON
 class FeatureFile(NamedTuple):
     """What `load_features` returns."""
 
-    tensors: dict[
-        str, Tensor
-    ]  # patches (D, H, W, C), cls (S, C), registers (S, r, C), pooled (C,); see `save_features`
+    tensors: dict[str, Tensor]  # by name; `save_features` says which ones, and their shapes
     metadata: dict[str, Any]  # JSON values
 
 
@@ -36,6 +34,9 @@ def save_features(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     model has them, and `pooled` (C,), float32, with ``layer<i>.`` before each name where layers were
     asked for. Metadata: `affine` (4, 4) takes the index (d, h, w, 1) of a patch to the millimetres of
     its centre, RAS+; `axes`, `spacing`, `model` and whatever else made the features what they are.
+
+    Of an array of N volumes all have an axis N before the others, and the array's labels (N, ...) are `labels`, in
+    their own dtype; metadata have `volumes`, which is N, and `split`, MedMNIST's name for the array, or None.
 
     Raises:
         ValueError: another suffix.
@@ -60,7 +61,7 @@ def save_features(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def load_features(path: str | Path) -> FeatureFile:
-    """Reads what `save_features` wrote.
+    """Reads what `save_features` wrote, which says what it is.
 
     Raises:
         ValueError: another suffix, or a file that is missing, damaged, or not of `save_features`.

@@ -7,12 +7,16 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scan_checks import warn
 from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan, in_channels, resample
 
 FITS = ("pad", "resize")
+LEAST_INSIDE = 0.01  # of the voxels, between the ends of a window
+LEAST_CONTRAST = 0.005  # deviation of the image: most of it within 1% of black to white
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
 _WINDOW = re.compile(rf"{_NUMBER}(%?)\s*,{_NUMBER}(%?)\s*")
 
@@ -25,6 +29,14 @@ class Window:
     high: float
     percent: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"window must have LOW below HIGH, got '{self}'")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"window must have finite ends, a finite width apart, got '{self}'")
+        if self.percent and not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"window must have LOW below HIGH between 0% and 100%, got '{self}'")
+
     def __str__(self) -> str:
         unit = "%" if self.percent else ""
         return ",".join(f"{end!r}".removesuffix(".0") + unit for end in (self.low, self.high))
@@ -33,22 +45,53 @@ class Window:
         self,
         voxels: Tensor,  # (D, H, W)
     ) -> Tensor:  # (D, H, W) in [0, 1]
-        """Voxels with `low` mapped to 0 and `high` to 1, and cut off there.
+        """Voxels with `low` mapped to 0 and `high` to 1, and cut off there; computed in float64.
 
         Where percentiles are equal, as in a mask that is almost empty, the extremes take their place.
-        Raises ValueError where every voxel is beyond one end of a window of intensities.
+        A ScanWarning says so, and where a window leaves under 1% of the voxels between its ends, or hardly any
+        contrast: a deviation under 0.005 of [0, 1], as of intensities in other units than the window's.
+
+        Raises ValueError for voxels that are not finite, or all one, or all beyond one end of the window.
         """
-        low, high = self.low, self.high
-        if self.percent:
-            low, high = np.percentile(voxels.numpy(), (low, high)).tolist()
-            if high <= low:
-                low, high = float(voxels.min()), float(voxels.max())
-        elif not (voxels.min() < high and voxels.max() > low):
-            raise ValueError(
-                f"window must overlap the scan's intensities, {float(voxels.min()):g} to {float(voxels.max()):g}, "
-                f"got {self}"
+        least, most = float(voxels.min()), float(voxels.max())
+        if not math.isfinite(most - least):
+            raise ValueError(f"voxels must be finite, got {least:g} to {most:g}")
+        low, high = _percentiles(voxels, self.low, self.high) if self.percent else (self.low, self.high)
+        collapsed = high <= low
+        if collapsed:
+            low, high = least, most
+        if not (least < high and most > low):
+            raise ValueError(f"window must overlap the scan's intensities, {least:g} to {most:g}, got {self}")
+        image, inside = torch.empty_like(voxels), 0
+        for cut, narrow in zip(image, voxels):  # slice by slice, for float64 takes twice the memory
+            wide = narrow.double()
+            inside += int(((wide >= low) & (wide <= high)).sum())
+            cut.copy_(((wide - low) / (high - low)).clamp_(0, 1))
+        inside /= voxels.numel()
+        if collapsed:
+            warn(f"window {self} has no width in this scan: its extremes, {least:g} and {most:g}, are black and white")
+        elif inside < LEAST_INSIDE or float(image.std(correction=0)) < LEAST_CONTRAST:
+            what = "makes the scan nearly one grey"
+            if inside < LEAST_INSIDE:
+                what = f"leaves {100 * inside:.2g}% of the voxels between its ends"
+            first, last = _percentiles(voxels, 1, 99)
+            warn(
+                f"window {self} {what}: the scan's values are {least:.4g} to {most:.4g}, "
+                f"98% of them {first:.4g} to {last:.4g}"
             )
-        return ((voxels - low) / (high - low)).clamp(0, 1)
+        return image
+
+
+def _percentiles(
+    voxels: Tensor,  # any shape
+    *percents: float,
+) -> list[float]:
+    """As numpy's, between two voxels linearly; but in float64, in which no difference of float32 is infinite."""
+    places = [percent / 100 * (voxels.numel() - 1) for percent in percents]
+    wanted = sorted({whole for place in places for whole in (math.floor(place), math.ceil(place))})
+    ordered = np.partition(voxels.numpy(), wanted, axis=None)
+    ends = [(float(ordered[math.floor(place)]), float(ordered[math.ceil(place)])) for place in places]
+    return [low + (high - low) * (place % 1) for (low, high), place in zip(ends, places)]
 
 
 PERCENTILES = Window(0.5, 99.5, percent=True)  # the usual choice where nothing is known of the scanner
@@ -62,11 +105,7 @@ def parse_window(text: str) -> Window:
     match = _WINDOW.fullmatch(text)
     if match is None or match[2] != match[4]:
         raise ValueError(f"window must be LOW,HIGH such as -160,240 or percentiles such as 0.5%,99.5%, got {text!r}")
-    window = Window(float(match[1]), float(match[3]), percent=bool(match[2]))
-    if not window.low < window.high or (window.percent and not 0 <= window.low < window.high <= 100):
-        most = " between 0% and 100%" if window.percent else ""
-        raise ValueError(f"window must have LOW below HIGH{most}, got {text!r}")
-    return window
+    return Window(float(match[1]), float(match[3]), percent=bool(match[2]))
 
 
 def parse_spacing(text: str) -> tuple[float, float, float]:
@@ -122,7 +161,7 @@ def prepare(
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     shape = list(scan.voxels.shape)
     if spacing is not None:
-        shape = [max(1, round(n * old / new)) for n, old, new in zip(shape, scan.spacing, spacing)]
+        shape = [max(1, round(min(n * old / new, 1e18))) for n, old, new in zip(shape, scan.spacing, spacing)]
     padding = (0, 0)
     if fit == "resize":
         shape[1:] = [max(1, round(n / p)) * p for n, p in zip(shape[1:], patch_size)]

@@ -27,6 +27,14 @@ class Progress:
     def advance(self) -> None:
         self.bars.advance(self.layer_task)
 
+    def expect(self, volumes: int) -> None:
+        """The present scan holds volumes, each of which `advance_scan` counts besides."""
+        self.bars.update(self.scan_task, total=self.bars.tasks[self.scan_task].total + volumes)
+
+    def advance_scan(self) -> None:
+        self.bars.advance(self.scan_task)
+        self.bars.reset(self.layer_task, total=self.layers)
+
     def finish(self) -> None:
         self.bars.advance(self.scan_task)
 

@@ -39,6 +39,8 @@ def pca_colours(
     across names as well. Tokens outside the mask are black.
     """
     rows = torch.cat([f[mask] for f in features.values()]).float()  # (n, C)
+    size = rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)  # by which they are divided: squares stay finite
+    rows = rows / size
     mean = rows.mean(0)
     with torch.random.fork_rng(devices=[]):  # pca_lowrank draws; the caller's generator stays as it is
         torch.manual_seed(0)
@@ -48,7 +50,7 @@ def pca_colours(
     low, high = torch.quantile(_sample((rows - mean) @ basis), torch.tensor([0.02, 0.98]), dim=0)
     colours = {}
     for name, f in features.items():
-        scaled = (((f.float() - mean) @ basis) - low) / (high - low).clamp_min(1e-12)
+        scaled = (((f.float() / size - mean) @ basis) - low) / (high - low).clamp_min(1e-12)
         colours[name] = scaled.clamp(0, 1) * mask[..., None]
     return colours
 
@@ -180,6 +182,7 @@ def adjacent_cosine(
 
     NaN for a single slice.
     """
-    cosine = F.cosine_similarity(features[1:].float(), features[:-1].float(), dim=-1)
+    features = features.float() / features.abs().max().clamp_min(1e-30)  # squares stay finite
+    cosine = F.cosine_similarity(features[1:], features[:-1], dim=-1)
     both = mask[1:] & mask[:-1]
     return float(cosine[both].mean()) if both.any() else float(np.nan)

@@ -72,14 +72,17 @@ def in_channels(
 ) -> Tensor:  # (1, channels, D, H, W)
     """The image once for each channel that `mean` and `std` have, less the one and divided by the other.
 
-    Raises ValueError where these are not as many, not finite, or a deviation is not above 0.
+    Raises ValueError where these are not as many, a deviation is not above 0, or what they make is not finite.
     """
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean and std must have one number per channel, got {len(mean)} and {len(std)}")
-    if not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std)):
-        raise ValueError(f"mean must be finite and std finite and above 0, got {tuple(mean)} and {tuple(std)}")
-    mean, std = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (mean, std))
-    return (image[None, None] - mean) / std
+    if not all(s > 0 for s in std):
+        raise ValueError(f"std must be above 0, got {tuple(std)}")
+    means, stds = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (mean, std))
+    pixels = (image[None, None] - means) / stds
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"mean and std must make finite pixels, got {tuple(mean)} and {tuple(std)}")
+    return pixels
 
 
 def resample(

@@ -1,9 +1,8 @@
-"""Bad scans of many kinds: how to make each, and what must be said of it."""
+"""Bad scans of many kinds, but for DICOM: how to make each, and what must be said of it."""
 
 import gzip
 import io
 import pickle
-import shutil
 import struct
 import zipfile
 
@@ -11,15 +10,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from .scans import (
-    COUNTS,
-    NOISE,
-    execute,
-    write_dicom,
-    write_frames,
-    write_nifti,
-    write_nrrd,
-)
+from .scans import NOISE, write_nifti, write_nrrd
 
 
 def truncated(path, share=2 / 3):
@@ -84,56 +75,13 @@ def nrrd(path, data=None, **fields):
     path.write_bytes("\n".join(["NRRD0004", *lines, "", ""]).encode() + data)
 
 
+def without_data(path, name):
+    write_nrrd(path, NOISE)
+    path.with_name(name).unlink()
+
+
 def nrrd_of(path, array):
     sitk.WriteImage(array, str(path))
-
-
-def series(path, *faults, affine=None, array=COUNTS, **settings):
-    """A DICOM series with faults: functions of its folder."""
-    write_dicom(path, array, affine, **settings)
-    for fault in faults:
-        fault(path)
-
-
-def edit(tag, value, *names):
-    """A fault: other bytes as the value of a tag, in some files of the folder."""
-
-    def fault(folder):
-        for name in names or [path.name for path in folder.iterdir()]:
-            (folder / name).write_bytes(patched((folder / name).read_bytes(), tag, value))
-
-    return fault
-
-
-def mixed(path):
-    write_dicom(path, COUNTS)
-    write_dicom(path, COUNTS[:, :, :3], series="1.2.840.99999.1.2.3.4.5.6.7.8", prefix="other")
-
-
-def other_size(path):
-    write_dicom(path, COUNTS)
-    write_dicom(path.with_name("b"), COUNTS[:5])
-    shutil.copy(path.with_name("b") / "3", path / "3")
-
-
-def in_colour(path):
-    path.mkdir()
-    image = sitk.GetImageFromArray(np.zeros((3, 4, 3), np.uint8), isVector=True)
-    image.SetMetaData("0020|000e", "1.2.3.4")
-    writer = sitk.ImageFileWriter()
-    writer.SetFileName(str(path / "a.dcm"))
-    execute(writer, image)
-
-
-def sheared(degrees):
-    affine = np.diag([1.0, 1.0, 3.0, 1.0])
-    affine[1, 2] = 3 * np.tan(np.radians(degrees))
-    return affine
-
-
-def drop_the_third(folder):
-    names = np.random.default_rng(5).permutation(5)
-    (folder / str(names[2])).unlink()
 
 
 def flipped_bit(path):
@@ -149,7 +97,11 @@ TOO_MUCH = "must need at most 8 GiB to be read, got a header that asks for "
 ONE_NPZ = "must hold one array, or one called 'volume', got "
 SCANS = {
     "missing": ("a.nii.gz", lambda p: None, "must be a file, or a folder of DICOM files, got a path where there is"),
-    "unknown ending": ("a.jpg", lambda p: p.write_bytes(b"1"), "must be a file ending in .nii, .nii.gz, .nrrd, .npy"),
+    "unknown ending": (
+        "a.jpg",
+        lambda p: p.write_bytes(b"1"),
+        "must be a file ending in .nii, .nii.gz, .hdr, .img, .mgz, .mgh, .nrrd",
+    ),
     # NIfTI
     "truncated gz": ("a.nii.gz", lambda p: truncated(write_nifti(p, NOISE)), DAMAGED),
     "truncated": ("a.nii", lambda p: truncated(write_nifti(p, NOISE)), DAMAGED),
@@ -158,8 +110,12 @@ SCANS = {
     "not nifti": ("a.nii", lambda p: p.write_bytes(b"hello" * 99), "must be a NIfTI image"),
     "2D": ("a.nii", lambda p: write_nifti(p, NOISE[0]), r"must be 3D and not empty, got the shape \(13, 12\)"),
     "4D": ("a.nii", lambda p: write_nifti(p, NOISE[..., None].repeat(2, -1)), r"must be 3D .* \(14, 13, 12, 2\)"),
-    "NaN": ("a.nii.gz", lambda p: write_nifti(p, NOISE * np.nan), "must hold finite voxels, got 2184 NaN or infinite"),
-    "some NaN": ("a.nii", lambda p: write_nifti(p, WITH_NAN), "must hold finite voxels, got 182 NaN or infinite ones"),
+    "NaN": (
+        "a.nii.gz",
+        lambda p: write_nifti(p, NOISE * np.nan),
+        "must hold finite voxels, got 2184 NaN and 0 infinite",
+    ),
+    "some NaN": ("a.nii", lambda p: write_nifti(p, WITH_NAN), "must hold finite voxels, got 182 NaN and 0 infinite"),
     "constant": (
         "a.nii",
         lambda p: write_nifti(p, NOISE * 0 + 7),
@@ -240,11 +196,11 @@ SCANS = {
     "nrrd huge": ("a.nrrd", lambda p: nrrd(p, sizes="30000 30000 30000"), TOO_MUCH + "3.02e[+]05 GiB"),
     "nrrd overflow": ("a.nrrd", lambda p: nrrd(p, sizes=" ".join(["4294967296"] * 3)), "(must need|cannot be read)"),
     "nrrd 2D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[0])), "must be 3D .* the dimension '2'"),
-    "nrrd 4D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[None])), "must be 3D .* dimension '4'"),
+    "nrrd 4D": ("a.nrrd", lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[None])), "an axis of the kind 'vector'"),
     "nrrd colour": (
         "a.nrrd",
         lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE[..., None].repeat(3, -1), isVector=True)),
-        "must be 3D and not empty, got the dimension '4'",
+        "must hold one number a voxel, got an axis of the kind 'vector'",
     ),
     "nrrd flat colour": ("a.nrrd", lambda p: nrrd(p, kinds="RGB-color domain domain", sizes="3 5 8"), "must|cannot"),
     "nrrd complex": ("a.nrrd", lambda p: nrrd(p, kinds="complex domain domain", sizes="2 5 12"), "must|cannot"),
@@ -264,91 +220,65 @@ SCANS = {
         lambda p: nrrd(p, space_directions="(1,0,0) (1,0.0001,0) (0,0,3)"),
         "must have an affine whose axes span space",
     ),
-    "nrrd detached": ("a.nrrd", lambda p: nrrd(p, data_file="/etc/passwd"), "must hold its voxels right behind"),
+    "nrrd detached": (
+        "a.nrrd",
+        lambda p: nrrd(p, data_file="/etc/passwd"),
+        "must name one data file in its own folder",
+    ),
+    "nhdr above": (
+        "a.nhdr",
+        lambda p: nrrd(p, data_file="../b.raw"),
+        "one data file in its own folder, got '../b.raw'",
+    ),
+    "nhdr list": ("a.nhdr", lambda p: nrrd(p, data_file="LIST"), "one data file in its own folder, got 'LIST'"),
+    "nhdr pattern": ("a.nhdr", lambda p: nrrd(p, data_file="b%02d.raw 1 6 1"), "no file 'b%02d.raw 1 6 1'"),
+    "nhdr missing": (
+        "a.nhdr",
+        lambda p: without_data(p, "a.raw"),
+        "must have its data file beside it, got no file 'a.raw",
+    ),
+    "nhdr truncated": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE), truncated(p.with_suffix(".raw"))),
+        DAMAGED + "it must hold 8736 bytes of voxels, got 5824",
+    ),
+    "nhdr too long": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE), p.with_suffix(".raw").write_bytes(bytes(9000))),
+        DAMAGED + "it must hold 8736 bytes of voxels, got 9000",
+    ),
+    "nhdr truncated gz": (
+        "a.nhdr",
+        lambda p: (write_nrrd(p, NOISE, packed=True), truncated(p.with_name("a.raw.gz"))),
+        DAMAGED,
+    ),
+    "nhdr text": (
+        "a.nhdr",
+        lambda p: (nrrd(p, data_file="b.raw", encoding="text"), p.with_name("b.raw").write_text("1 2")),
+        "must have a data file that is raw or packed by gzip, got 'text'",
+    ),
+    "nhdr truncated header": ("a.nhdr", lambda p: (write_nrrd(p, NOISE), truncated(p, 0.5)), "must|cannot be read"),
+    "nhdr skip": ("a.nhdr", lambda p: nrrd(p, data_file="b.raw", byte_skip="8"), "must hold its voxels right behind"),
+    "nrrd twice": (
+        "a.nrrd",
+        lambda p: nrrd(p, spacings="1 1 1\nsizes: 6 5 4"),
+        DAMAGED + "its header says something twice",
+    ),
+    "nrrd vector": (
+        "a.nrrd",
+        lambda p: nrrd_of(p, sitk.GetImageFromArray(NOISE.reshape(14, 13, 4, 3), isVector=True)),
+        "must hold one number a voxel, got an axis of the kind 'vector'",
+    ),
+    "nrrd several": (
+        "a.nrrd",
+        lambda p: nrrd(
+            p,
+            dimension="4",
+            sizes="6 5 2 2",
+            kinds="domain domain domain list",
+            space_directions="(1,0,0) (0,2,0) (0,0,3) none",
+        ),
+        r"must be 3D .* \(6, 5, 2, 2\), 2 volumes: index \(--index\) picks one, from 0",
+    ),
     "nrrd skip": ("a.nrrd", lambda p: nrrd(p, byte_skip="-1"), "must hold its voxels right behind"),
-    # DICOM
-    "empty folder": ("a", lambda p: p.mkdir(), "must hold a DICOM series, got a folder without DICOM images"),
-    "no DICOM": ("a", lambda p: (p.mkdir(), (p / "README").write_text("hi")), "must hold a DICOM series"),
-    "mixed series": ("a", mixed, r"must hold exactly one image series, got 2: ...1.2.3.4 \(5 images\), \.\.\..* \(3"),
-    "dicom damaged magic": ("a", lambda p: (p.mkdir(), (p / "1.dcm").write_bytes(b"hello")), "1.dcm is not a DICOM"),
-    "dicom truncated": (
-        "a",
-        lambda p: series(p, lambda q: truncated(q / "3", 0.98)),
-        DAMAGED + ".*less than expected .*file 3",
-    ),
-    "dicom truncated header": (
-        "a",
-        lambda p: series(p, lambda q: truncated(q / "3", 0.5)),
-        "must have the element SeriesInstanceUID .file 3",
-    ),
-    "dicom no pixels": (
-        "a",
-        lambda p: series(p, lambda q: (q / "3").write_bytes((q / "3").read_bytes().split(b"\xe0\x7f")[0])),
-        DAMAGED + ".*no pixel data to decode .file 3.",
-    ),
-    "missing slice": ("a", lambda p: series(p, drop_the_third), "got 1 to 2 mm: slices are missing or unevenly spaced"),
-    "uneven slices": (
-        "a",
-        lambda p: series(p, tags={"0020|0032": lambda k: f"0\\0\\{3 * k + (k == 1) * 0.2}"}),
-        "must have evenly spaced slices, got 2.8 to 3.2 mm",
-    ),
-    "time series": (
-        "a",
-        lambda p: series(p, tags={"0020|0032": lambda k: f"0\\0\\{k // 2}"}),
-        "got several images at one position, a time series[?]",
-    ),
-    "all at one place": ("a", lambda p: series(p, tags={"0020|0032": "0\\0\\1"}), "several images at one position"),
-    "gantry tilt": ("a", lambda p: series(p, affine=sheared(12)), "got a gantry tilt of 12 degrees"),
-    "slight tilt": ("a", lambda p: series(p, affine=sheared(1)), "got a gantry tilt of 1 degrees"),
-    "other orientation": (
-        "a",
-        lambda p: series(p, tags={"0020|0037": lambda k: "1\\0\\0\\0\\0\\1" if k == 2 else "1\\0\\0\\0\\1\\0"}),
-        "must have the same orientation and pixel spacing in all slices",
-    ),
-    "no orientation": (
-        "a",
-        lambda p: series(p, edit("0020|0037", b"1\\0\\0\\1\\0\\0 "), affine=np.diag([-1.0, -1, 1, 1])),
-        "two perpendicular unit vectors",
-    ),
-    "NaN position": (
-        "a",
-        lambda p: series(p, tags={"0020|0032": "0\\nan\\1"}),
-        "readable ImagePositionPatient",
-    ),
-    "other size": ("a", other_size, r"must have the same size and type of pixels in all images, got \(6, 7"),
-    "one slice": ("a", lambda p: series(p, array=COUNTS[:, :, :1]), "must be a volume of at least 2 slices, got one"),
-    "dicom colour": ("a", in_colour, "must be grey, of MONOCHROME2, got 3 samples a pixel of 'RGB'"),
-    "dicom constant": ("a", lambda p: series(p, array=COUNTS * 0), "must hold an image, got the one value 0"),
-    "dicom huge": (
-        "a",
-        lambda p: (write_frames(p, COUNTS), edit("0028|0010", b"\xff\xff")(p)),
-        DAMAGED + ".*less than expected",
-    ),
-    "dicom packed huge": ("a", lambda p: packed_huge(p), TOO_MUCH),
-    "dicom no slope": ("a", lambda p: series(p, edit("0028|1053", b"0 ", "2")), "one rescale slope, not 0"),
-    "dicom bits": ("a", lambda p: series(p, edit("0028|0101", b"\x20\0")), "pixels of 8, 16 or 32 bits, got 32 of 16"),
 }
-
-
-def packed_huge(path):
-    """65535 x 65535 x 10000 pixels, packed: nothing but the header says how many."""
-    header = b"".join(
-        element(int(tag[:4], 16), int(tag[5:], 16), kind, value)
-        for tag, kind, value in [
-            ("0002|0010", b"UI", b"1.2.840.10008.1.2.4.90"),
-            ("0020|000e", b"UI", b"1.2.3.4\0"),
-            ("0028|0002", b"US", b"\1\0"),
-            ("0028|0004", b"CS", b"MONOCHROME2 "),
-            ("0028|0008", b"IS", b"100000"),
-            ("0028|0010", b"US", b"\xff\xff"),
-            ("0028|0011", b"US", b"\xff\xff"),
-            ("0028|0100", b"US", b"\x10\0"),
-            ("0028|0101", b"US", b"\x10\0"),
-            ("0028|0102", b"US", b"\x0f\0"),
-            ("0028|0103", b"US", b"\0\0"),
-        ]
-    )
-    pixels = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
-    pixels += struct.pack("<HHI", 0xFFFE, 0xE000, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    path.mkdir()
-    (path / "1").write_bytes(b"\0" * 128 + b"DICM" + header + pixels)

@@ -30,7 +30,25 @@ def itk_image(array, affine=None):
 
 
 def write_nrrd(path, array, affine=None, packed=False):
+    """Also MetaImage, and header and voxels in two files, by the suffix."""
     sitk.WriteImage(itk_image(array, affine), str(path), useCompression=packed)
+    return path
+
+
+def write_pair(path, array, affine=None):
+    nibabel.save(nibabel.Nifti1Pair(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def write_analyze(path, array, spacing=(1, 1, 1)):
+    image = nibabel.AnalyzeImage(array, None)
+    image.header.set_zooms(spacing)
+    nibabel.save(image, path)
+    return path
+
+
+def write_mgh(path, array, affine=None):
+    nibabel.save(nibabel.MGHImage(array, np.eye(4) if affine is None else affine), path)
     return path
 
 
@@ -114,6 +132,16 @@ WRITERS = {
     "nii.gz": lambda folder, *scan: write_nifti(folder / "a.nii.gz", *scan),
     "nrrd": lambda folder, *scan: write_nrrd(folder / "a.nrrd", *scan),
     "packed nrrd": lambda folder, *scan: write_nrrd(folder / "a.nrrd", *scan, packed=True),
+    "nhdr": lambda folder, *scan: write_nrrd(folder / "a.nhdr", *scan),
+    "packed nhdr": lambda folder, *scan: write_nrrd(folder / "a.nhdr", *scan, packed=True),
+    "mha": lambda folder, *scan: write_nrrd(folder / "a.mha", *scan),
+    "packed mha": lambda folder, *scan: write_nrrd(folder / "a.mha", *scan, packed=True),
+    "mhd": lambda folder, *scan: write_nrrd(folder / "a.mhd", *scan),
+    "packed mhd": lambda folder, *scan: write_nrrd(folder / "a.mhd", *scan, packed=True),
+    "hdr": lambda folder, *scan: write_pair(folder / "a.hdr", *scan),
+    "img": lambda folder, *scan: write_pair(folder / "a.img", *scan),
+    "mgz": lambda folder, *scan: write_mgh(folder / "a.mgz", *scan),
+    "mgh": lambda folder, *scan: write_mgh(folder / "a.mgh", *scan),
     "dicom": lambda folder, *scan: write_dicom(folder / "a", *scan),
     "frames": lambda folder, *scan: write_frames(folder / "a", *scan),
 }

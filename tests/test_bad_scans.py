@@ -1,6 +1,7 @@
 """Bad scans are refused in one line that says why, and never crash or print."""
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import SimpleITK as sitk
 
 from planecycle_fast.scan_files import load_scan
 
+from .bad_dicom import BAD_DICOM
+from .bad_formats import BAD_FORMATS
 from .bad_scans import SCANS, nrrd, truncated
 from .scans import (
     COUNTS,
@@ -27,11 +30,13 @@ from .scans import (
     write_nrrd,
 )
 
+ALL = SCANS | BAD_FORMATS | BAD_DICOM
+
 
 @pytest.mark.filterwarnings("ignore:(divide|invalid):RuntimeWarning")
-@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("kind", ALL)
 def test_bad_scans(tmp_path, kind):
-    name, make, message = SCANS[kind]
+    name, make, message = ALL[kind]
     make(tmp_path / name)
     with pytest.raises(ValueError, match=f"^volume .*{name} .*({message})") as raised:
         load_scan(tmp_path / name)
@@ -54,7 +59,7 @@ def test_an_affine_without_three_axes(tmp_path, columns):
         load_scan(tmp_path / "a.nii")
 
 
-@pytest.mark.parametrize("kind", ["nii", "nrrd", "dicom"])
+@pytest.mark.parametrize("kind", ["nii", "nrrd", "mha", "mgh", "dicom"])
 def test_no_permission(tmp_path, monkeypatch, kind):
     path = WRITERS[kind](tmp_path, COUNTS)
     opened = Path.open
@@ -82,7 +87,9 @@ def test_no_permission_of_the_system(tmp_path, kind):
         path.chmod(0o700)
 
 
-@pytest.mark.parametrize("package, kind", [("nibabel", "nii"), ("SimpleITK", "nrrd"), ("SimpleITK", "dicom")])
+@pytest.mark.parametrize(
+    "package, kind", [("nibabel", "nii"), ("nibabel", "mgz"), ("SimpleITK", "nrrd"), ("SimpleITK", "dicom")]
+)
 def test_missing_packages(tmp_path, monkeypatch, package, kind):
     path = WRITERS[kind](tmp_path, COUNTS)
     monkeypatch.setitem(sys.modules, package, None)
@@ -134,6 +141,16 @@ def test_damaged_files_are_refused_or_read_and_never_crash_or_print(tmp_path):
     truncated(write_nrrd(folder / "short.nrrd", NOISE))
     for number in range(50):
         (folder / f"{number}.nii").write_bytes(mutated(nifti, generator, 0, 352))
+    for kind in ("mha", "packed mha", "mhd", "nhdr", "hdr", "mgh", "mgz"):
+        (tmp_path / kind).mkdir()
+        path = WRITERS[kind](tmp_path / kind, COUNTS)
+        data = path.read_bytes()
+        for number in range(30):
+            (folder / f"{number}{kind}{path.suffix}").write_bytes(mutated(data, generator, 0, 400))
+            if kind == "hdr":
+                shutil.copy(path.with_suffix(".img"), folder / f"{number}{kind}.img")
+        if kind in ("mhd", "nhdr"):
+            shutil.copy(path.with_suffix(".raw"), folder)
     slices = {path.name: path.read_bytes() for path in write_dicom(tmp_path / "raw", COUNTS).iterdir()}
     for number in range(120):  # few of them reach GDCM
         (folder / str(number)).mkdir()

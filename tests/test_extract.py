@@ -158,11 +158,11 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     scans = [write_nifti(tmp_path / f"{name}.nii", NOISE + ord(name)).name for name in "abc"]
     loaded = []
 
-    def load(path, axes):
+    def load(path, **options):
         loaded.append(path.name)
         if loaded == ["a.nii", "b.nii"]:
             raise KeyboardInterrupt
-        return load_scan(path, axes)
+        return load_scan(path, **options)
 
     monkeypatch.setattr(extract, "load_scan", load)
     status, out, err = run(*scans, "--out", "out")

@@ -9,9 +9,13 @@ import pytest
 from planecycle_fast import feature_files
 from planecycle_fast.feature_files import load_features
 
+from .bad_dicom import BAD_DICOM
+from .bad_formats import BAD_FORMATS
 from .bad_scans import SCANS
 from .scans import write_nifti
 from .test_extract import NOISE
+
+ALL = SCANS | BAD_FORMATS | BAD_DICOM
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz"])
@@ -39,9 +43,9 @@ def test_a_full_disk(run, tmp_path, monkeypatch, suffix, where):
 
 
 @pytest.mark.filterwarnings("ignore:(divide|invalid):RuntimeWarning")
-@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize("kind", ALL)
 def test_bad_scans_are_one_line_and_leave_nothing(run, tmp_path, kind):
-    name, make, _ = SCANS[kind]
+    name, make, _ = ALL[kind]
     make(tmp_path / name)
     before = sorted(p.name for p in tmp_path.rglob("*"))
     status, out, err = run(name, "--out", "out")
@@ -51,7 +55,7 @@ def test_bad_scans_are_one_line_and_leave_nothing(run, tmp_path, kind):
 
 
 def test_there_are_enough_kinds_of_bad_scans():
-    assert len(SCANS) >= 20
+    assert len(ALL) >= 20
 
 
 SCAN_BEYOND = {

@@ -59,4 +59,4 @@ def test_features_are_computed_on_cuda_where_there_is_one():
     assert extract.usable_device("auto").type == "cuda"
     lifted = pcf.lift(BY_NAME["hf-dinov3"].make().cuda())
     _, tensors = extract.compute(lifted, torch.randn(1, 3, 3, 48, 80))
-    assert tensors["patches"].device.type == "cpu" and tensors["patches"].shape == (3, 3, 5, 64)
+    assert tensors["patches"].device.type == "cpu" and tensors["patches"].shape == (1, 3, 3, 5, 64)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from planecycle_fast.preprocess import FITS, Window, parse_spacing, parse_window, prepare
+from planecycle_fast.scan_checks import ScanWarning
 from planecycle_fast.volumes import Scan
 
 ALL = Window(0, 1)
@@ -40,7 +41,10 @@ def test_windows_of_intensities_and_percentiles():
     assert torch.equal(Window(20, 70, percent=True).apply(voxels), ((voxels - 20) / 50).clamp(0, 1))
     almost_empty = torch.zeros(1, 1, 10_000)
     almost_empty[..., 7] = 3
-    assert Window(0.5, 99.5, percent=True).apply(almost_empty).sum() == 1
+    with pytest.warns(
+        ScanWarning, match="window 0.5%,99.5% has no width in this scan: its extremes, 0 and 3, are black"
+    ):
+        assert Window(0.5, 99.5, percent=True).apply(almost_empty).sum() == 1
     for window in (Window(-9, 0), Window(100, 200)):
         with pytest.raises(ValueError, match="window must overlap the scan's intensities, 0 to 100, got"):
             window.apply(voxels)

@@ -115,8 +115,8 @@ def test_endings_in_capitals(tmp_path):
 
 
 def test_names(tmp_path, monkeypatch):
-    assert SUFFIXES == (".nii", ".nii.gz", ".nrrd", ".npy", ".npz")
-    for name in ("ct.nii.gz", "ct.nii", "ct.nrrd", "ct.npy", "ct.npz", "there/CT.NII.GZ", "ct"):
+    assert SUFFIXES[:2] == (".nii", ".nii.gz")
+    for name in (*(f"ct{suffix}" for suffix in SUFFIXES), "there/CT.NII.GZ", "ct"):
         assert scan_name(name).lower() == "ct"
     assert scan_name(Path("a.b.nii")) == "a.b" and scan_name(".nii") == ".nii"
     (tmp_path / "series.npy").mkdir()
@@ -171,7 +171,6 @@ def test_other_files_are_ignored(tmp_path):
         syntax = element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0")
         series = element(0x0020, 0x000E, b"UI", b"1.9\0")  # of another series, without pixels
         (folder / name).write_bytes(b"\0" * 128 + b"DICM" + kind + syntax + series)
-    write_dicom(folder / "deeper", COUNTS, series="1.2.99")
     assert load_scan(folder).voxels.shape == (5, 6, 7)
 
 

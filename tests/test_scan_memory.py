@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from planecycle_fast.scan_files import load_scan
 
-from .scans import COUNTS, NOISE, write_dicom, write_frames, write_nifti, write_nrrd
+from .scans import COUNTS, NOISE, write_dicom, write_frames, write_mgh, write_nifti, write_nrrd
 
 
 def test_the_limit_is_checked_before_any_voxel_is_read(tmp_path, monkeypatch):
@@ -35,18 +35,22 @@ def test_the_limit_is_checked_before_any_voxel_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "f4", "f8"])
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npy", "a.npz", "fortran.npz"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npy", "a.npz", "fortran.npz", "a.mha", "packed.mha", "a.mgz"])
 def test_reading_keeps_to_what_was_declared(tmp_path, name, dtype):
     array = np.random.default_rng(0).integers(0, 2, (120, 110, 100)).astype(dtype)
     if name == "a.npy":
         np.save(tmp_path / name, array)
     elif name.endswith(".npz"):
         np.savez_compressed(tmp_path / name, np.asfortranarray(array) if "fortran" in name else array)
+    elif name.endswith("mha"):
+        write_nrrd(tmp_path / name, array, packed="packed" in name)
+    elif name == "a.mgz":
+        write_mgh(tmp_path / name, array := array.astype("f4" if dtype == "f8" else dtype))
     else:
         image = nibabel.Nifti1Image(array, np.eye(4))
         image.header.set_slope_inter(2.0, 1.0)
         nibabel.save(image, tmp_path / name)
-    declared = array.size * (array.itemsize + (8 if ".np" in name else 8 + 8))
+    declared = array.size * (array.itemsize + (8 if ".np" in name or "mha" in name else 8 + 8))
     tracemalloc.start()
     load_scan(tmp_path / name, max_bytes=declared)
     _, peak = tracemalloc.get_traced_memory()
@@ -82,7 +86,7 @@ def test_reading_by_simpleitk_keeps_to_what_was_declared(tmp_path):
     array = np.random.default_rng(0).integers(0, 2, (240, 300, 120)).astype(np.int16)
     (tmp_path / "small").mkdir()
     small = write_frames(tmp_path / "small" / "a", COUNTS)  # a first child
-    nrrd_limit, frames_limit = array.size * (2 + 8), array.size * (8 + 3 * 2 + 16)
+    nrrd_limit, frames_limit = array.size * (2 + 8), array.size * (8 + 4 * 2) + array[..., 0].size * 16
     large = write_nrrd(tmp_path / "a.nrrd", array, None, True), write_frames(tmp_path / "a", array)
     arguments = [small, large[0], str(nrrd_limit), large[1], str(frames_limit)]
     done = subprocess.run([sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True)
