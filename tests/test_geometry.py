@@ -170,6 +170,13 @@ def test_beyond_the_scan_is_its_lowest_value():
         assert (np.delete(voxels[:, :, k], range(k, k + 6), 1) == array.min()).all()
 
 
+def test_what_is_not_finite_does_not_spread(tmp_path):
+    array = np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32)
+    array[4, 4, 4] = np.nan
+    with pytest.raises(ValueError, match="must hold finite voxels, got 1 NaN"):
+        load_scan(write_nifti(tmp_path / "a.nii", array, tilted(20)), regrid=True)
+
+
 def test_a_right_grid_keeps_to_the_memory_that_was_declared():
     affine, array = tilted(20, (1.0, 1.0, 2.0)), np.random.default_rng(0).random((90, 80, 70), np.float32)
     size = 90 * (80 + int(np.ceil(69 * 2 * np.tan(np.radians(20)) - 1e-3))) * 70
