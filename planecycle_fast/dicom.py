@@ -10,7 +10,7 @@ import numpy as np
 from .dicom_pixels import decoded
 from .dicom_series import files_of, headers_of
 from .dicom_units import Place, check_pixels, check_same, is_turned, rescales_of, units_of
-from .dicom_values import frames_of, integer, numbers, part_of, refusal, silent_pydicom
+from .dicom_values import described_frames, frames_of, integer, numbers, part_of, refusal, silent_pydicom
 from .geometry import ROUNDING, SLOPE, regridded, rounding
 from .optional import require
 from .scan_checks import Refused, check_header, warn
@@ -36,15 +36,15 @@ def read_dicom(folder: Path, options: ScanOptions, max_bytes: int) -> tuple[np.n
         frames = [frames_of(image) for image in images]
         if len(images) > 1 and max(frames) > 1:
             raise Refused(f"must hold slices or one multi-frame file, got {len(images)} files with multi-frame ones")
-        places = [(image, n) for image, count in zip(images, frames) for n in range(count)]
-        check_same(places)
-        depth, (rows, columns, allocated) = len(places), sizes[0]
+        check_same([(image, n) for image in images for n in range(described_frames(image))])
+        depth, (rows, columns, allocated) = sum(frames), sizes[0]
         # Of one file at a time: itself, its pixels as they are unpacked and taken over, and a frame of them rescaled.
         one = rows * columns * (frames[0] * 4 * allocated // 8 + 8 + 8)
         # And of all of them the volume in float32, before and after turning.
         check_header((depth, rows, columns), np.dtype(f"u{allocated // 8}"), 8, max_bytes, one)
         if depth < 2:
             raise Refused("must be a volume of at least 2 slices, got one slice")
+        places = [(image, n) for image, count in zip(images, frames) for n in range(count)]
         order, affine, positions = _geometry(places)
         uneven = _unevenness(positions, affine)
         if uneven and not options.regrid:

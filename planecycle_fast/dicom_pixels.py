@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -71,28 +72,29 @@ def _by_gdcm(paths: list[Path], shape: tuple[int, int, int], dtype: np.dtype, me
     """Stored numbers (frames, rows, columns) of each of the packed files."""
     if not paths:
         return
-    task = {"paths": [str(path.absolute()) for path in paths], "size": shape[::-1], "dtype": dtype.str}
-    task["memory"] = memory + PROCESS_BYTES
     # The packages of this process, and no module that happens to lie in the working directory.
     search = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONSAFEPATH": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", Path(__file__).with_name("gdcm_child.py").read_text(encoding="utf-8")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | ONE_THREAD | search,
-    )
-    with process:
-        try:
-            process.stdin.write(json.dumps(task).encode())
-            process.stdin.close()
-            stored = np.empty(shape, dtype)
-            for path in paths:
-                state = process.stdout.read(1)
-                if state != b"\1" or process.stdout.readinto(memoryview(stored).cast("B")) != stored.nbytes:
-                    said = process.stdout.read(2**16).decode(errors="replace") if state == b"\0" else ""
-                    said = reason(Exception(said)) if said else f"its decoder ended with status {process.wait()}"
-                    raise Refused(f"{DAMAGED}: {said} (file {path.name})")
-                yield stored
-        finally:
-            process.kill()
+    command = [sys.executable, "-c", Path(__file__).with_name("gdcm_child.py").read_text(encoding="utf-8")]
+    with tempfile.TemporaryDirectory() as folder:  # not the process's own, which may not live to remove it
+        task = {"paths": [str(path.absolute()) for path in paths], "bare": os.path.join(folder, "bare.dcm")}
+        task |= {"size": shape[::-1], "dtype": dtype.str, "memory": memory + PROCESS_BYTES}
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | ONE_THREAD | search,
+        ) as process:
+            try:
+                process.stdin.write(json.dumps(task).encode())
+                process.stdin.close()
+                stored = np.empty(shape, dtype)
+                for path in paths:
+                    state = process.stdout.read(1)
+                    if state != b"\1" or process.stdout.readinto(memoryview(stored).cast("B")) != stored.nbytes:
+                        said = process.stdout.read(2**16).decode(errors="replace") if state == b"\0" else ""
+                        said = reason(Exception(said)) if said else f"its decoder ended with status {process.wait()}"
+                        raise Refused(f"{DAMAGED}: {said} (file {path.name})")
+                    yield stored
+            finally:
+                process.kill()

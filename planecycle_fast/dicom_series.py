@@ -131,10 +131,8 @@ def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused
             others.append(path)
             continue
         try:
-            header = _header(path, specific_tags=TAGS)
-            kind = header.file_meta.get("MediaStorageSOPClassUID")
-            if "Rows" in header or kind is None or "Image Storage" in kind.name:  # no report, nor a DICOMDIR
-                groups.setdefault(text(header, "SeriesInstanceUID"), []).append(_Image.of(header))
+            if found := _image(path):
+                groups.setdefault(found[0], []).append(found[1])
         except Refused as problem:
             problems[path] = problem
     named = {_pattern(image.path) for images in groups.values() for image in images}
@@ -157,18 +155,29 @@ class _Image:
     frames: int
     size: tuple[int, int]
 
-    @classmethod
-    def of(cls, header: Dataset) -> _Image:
-        description, modality = (
-            (value_of(header, n, str) or "").strip(" \0") for n in ("SeriesDescription", "Modality")
-        )
-        number, size = (
-            value_of(header, "SeriesNumber", int),
-            (integer(header, "Rows", 0), integer(header, "Columns", 0)),
-        )
-        return cls(
-            Path(header.filename), number, description, modality, max(1, integer(header, "NumberOfFrames", 1)), size
-        )
+
+def _image(path: Path) -> tuple[str, _Image] | None:
+    """A file's series and image; None of a report, or a DICOMDIR. Raises OSError, Refused."""
+    header = _header(path, specific_tags=TAGS)
+    try:
+        kind = header.file_meta.get("MediaStorageSOPClassUID")
+        if "Rows" not in header and kind is not None and "Image Storage" not in kind.name:
+            return None
+        words = [(value_of(header, name, str) or "").strip(" \0") for name in ("SeriesDescription", "Modality")]
+        size = integer(header, "Rows", 0), integer(header, "Columns", 0)
+        frames = max(1, integer(header, "NumberOfFrames", 1))
+        return text(header, "SeriesInstanceUID"), _Image(path, _number(header), *words, frames, size)
+    except Refused:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
+
+
+def _number(header: Dataset) -> int | None:
+    try:
+        return value_of(header, "SeriesNumber", int)
+    except Refused:  # it is for lists only
+        return None
 
 
 def _numbered(groups: dict[str, list[_Image]]) -> list[Series]:

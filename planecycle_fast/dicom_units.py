@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .dicom_values import frames_of, integer, numbers, refusal, text, value_of
+from .dicom_values import described_frames, frames_of, integer, numbers, refusal, text, value_of
 from .scan_checks import one_line
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def rescales_of(image: Dataset) -> list[tuple[float, float]]:
     Raises Refused for a slope of 0.
     """
     found = []
-    for frame in range(frames_of(image)):
+    for frame in range(described_frames(image)):
         slope, intercept = 1.0, 0.0
         if value_of(image, "RescaleSlope", lambda _: True, frame):
             slope, intercept = (numbers(image, n, 1, frame)[0] for n in ("RescaleSlope", "RescaleIntercept"))
@@ -125,4 +125,4 @@ def rescales_of(image: Dataset) -> list[tuple[float, float]]:
             ends = -1 if integer(image, "PixelRepresentation") else 2 ** integer(image, "BitsStored") - 1  # their sum
             slope, intercept = -slope, intercept + slope * ends
         found.append((slope, intercept))
-    return found
+    return found if len(found) > 1 else found * frames_of(image)

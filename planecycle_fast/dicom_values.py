@@ -87,6 +87,11 @@ def frames_of(image: Dataset) -> int:
     return frames
 
 
+def described_frames(image: Dataset) -> int:
+    """How many frames may differ from each other: 1 where nothing is said of each, whatever their number."""
+    return len(image.get("PerFrameFunctionalGroupsSequence") or (0,))
+
+
 def part_of(image: Dataset, name: str, frame: int) -> Dataset | None:
     """The part of a multi-frame file that holds an element of this frame alone."""
     frames = image.get("PerFrameFunctionalGroupsSequence") or ()

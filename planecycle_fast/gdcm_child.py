@@ -1,15 +1,14 @@
 """The process in which GDCM decodes pixels; its text is run by `python -c`, so it imports nothing of this package.
 
 GDCM's decoders print to stderr, and a damaged JPEG can make them crash: here neither reaches the caller.
-Standard input: JSON, {"paths": [...], "size": [columns, rows, frames], "dtype": of the numbers, "memory": bytes}.
-Standard output: for every file a byte 1 and its stored numbers (frames, rows, columns); or a byte 0 and why not, and
-the end.
+Standard input: JSON, {"paths": [...], "size": [columns, rows, frames], "dtype": of the numbers, "memory": bytes,
+"bare": a file to write to}. Standard output: for every file a byte 1 and its stored numbers (frames, rows, columns); or
+a byte 0 and why not, and the end.
 """
 
 import json
 import os
 import sys
-import tempfile
 import warnings
 
 PIXELS = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit"]
@@ -24,13 +23,12 @@ def main() -> None:
     import SimpleITK as sitk
 
     limit_memory(task["memory"])
-    with os.fdopen(os.dup(1), "wb") as out, tempfile.TemporaryDirectory() as folder:
+    with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # whatever is printed must not come between the numbers
-        bare = os.path.join(folder, "bare.dcm")
         for path in task["paths"]:
             try:
-                save_bare(pydicom, path, bare)
-                numbers = decode(sitk, bare, tuple(task["size"]), task["dtype"])
+                save_bare(pydicom, path, task["bare"])
+                numbers = decode(sitk, task["bare"], tuple(task["size"]), task["dtype"])
             except Exception as error:
                 out.write(b"\0" + str(error).encode(errors="replace"))
                 return

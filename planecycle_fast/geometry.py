@@ -114,14 +114,16 @@ def regridded(
         raise Refused(f"must need at most {gib(max_bytes)}, got slices whose right grid asks for {gib(needed)}")
     step = float(columns[:, 2] @ normal) if count == 1 else places[-1, 2] / (planes - 1)
     new = np.empty((planes, *size), np.float32)
-    mesh = np.stack(np.meshgrid(*(np.arange(n) + b for n, b in zip(size, begin)), indexing="ij"), -1) * steps
+    inverse = np.linalg.inv(plane).T
+    mesh = np.stack(np.meshgrid(*(np.arange(n) + b for n, b in zip(size, begin)), indexing="ij"), -1) * steps @ inverse
+    shifts = places[:, :2] @ inverse  # (k, 2), of each plane, in old voxels
     lowest = voxels.min()
     for number, target in enumerate(new):
         below, share = _between(places[:, 2], number * step)
         total, inside = np.zeros(size), np.ones(size, bool)
         for k, weight in ((below, 1 - share), (below + 1, share)):
             if weight:
-                index = (mesh - places[k, :2]) @ np.linalg.inv(plane).T  # (u, v, 2), in old voxels
+                index = mesh - shifts[k]  # (u, v, 2), in old voxels
                 total += weight * _sampled(voxels[:, :, k], index)
                 inside &= ((index > -0.5 - SAME) & (index < np.array([width, height]) - 0.5 + SAME)).all(-1)
         target[:] = np.where(inside, total, lowest)

@@ -204,8 +204,9 @@ def _oriented(
                 f"{sheared}; --spacing (regrid=True) resamples to a right grid, --allow-shear (allow_shear=True) "
                 "keeps this one"
             )
-        voxels, affine = regridded(voxels, affine, max_bytes)
-        warn(f"volume {path} {sheared}: resampled to a right grid of {' x '.join(map(str, voxels.shape))} voxels")
+        if np.isfinite(voxels).all():  # others are refused as they are
+            voxels, affine = regridded(voxels, affine, max_bytes)
+            warn(f"volume {path} {sheared}: resampled to a right grid of {' x '.join(map(str, voxels.shape))} voxels")
     axes = options.axes or AXIAL
     voxels, affine = turned(voxels, affine, axes)
     return Scan(_tensor(voxels), affine, axes)

@@ -34,7 +34,7 @@ class Scan:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Millimetres between voxels along D, H, W."""
+        """Millimetres between voxels along D, H, W; of a sheared scan along its own axes, not straight across."""
         depth, height, width = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
         return depth, height, width
 

@@ -10,6 +10,7 @@ from planecycle_fast.scan_files import load_scan
 
 from .bad_scans import truncated
 from .scans import COUNTS, write_dicom, write_frames
+from .test_bad_scans import mutated
 from .test_scan_traps import edit
 
 T1, T2, SCOUT = "1.2.840.1.11", "1.2.840.1.22", "1.2.840.1.33"
@@ -145,3 +146,20 @@ def test_features_of_each_series(run, tmp_path):
     assert run("a", "--out", "out", "--pool", "--series", "T1 axial")[0] == 1
     status, _, err = run("a", "--out", "a/T1/deep/f.npz", "--series", "2")
     assert status == 1 and err == ["planecycle-fast: out must not be in the folder of a scan, got a/T1/deep/f.npz"]
+
+
+def test_damaged_headers_are_listed_or_refused(tmp_path):
+    generator = np.random.default_rng(3)
+    data = (write_frames(tmp_path / "whole", COUNTS) / "frames").read_bytes()
+    listed = 0
+    for number in range(150):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "frames").write_bytes(mutated(data, generator, 128, 700))
+        for read in (list_series, load_scan):
+            try:
+                read(folder)
+                listed += read is list_series
+            except ValueError as error:
+                assert str(error).startswith(f"volume {folder} ") and "\n" not in str(error)
+    assert 20 < listed <= 150

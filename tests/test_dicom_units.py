@@ -1,5 +1,7 @@
 """What the numbers of a DICOM series mean: each slice by its own rescale, MONOCHROME1 turned, plain or packed."""
 
+import tempfile
+
 import numpy as np
 import pydicom
 import pytest
@@ -8,6 +10,7 @@ from pydicom.uid import RLELossless
 from planecycle_fast.scan_checks import ScanWarning
 from planecycle_fast.scan_files import load_scan
 
+from .bad_scans import truncated
 from .scans import COUNTS, SMOOTH, write_dicom, write_frames
 from .test_scan_traps import SHARED, edit, enhanced, group
 
@@ -78,10 +81,16 @@ def test_every_slice_has_its_own_rescale(tmp_path, packed):
     np.testing.assert_allclose(voxels, SMOOTH * slopes + k - 3, rtol=1e-6)
 
 
-def test_a_series_that_is_packed_in_part(tmp_path):
+def test_a_series_that_is_packed_in_part_and_nothing_left_behind(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     folder = write_dicom(tmp_path / "a", SMOOTH)
     edit(folder, lambda header: header.compress(RLELossless), ("1", "3"))
     assert np.array_equal(load_scan(folder, axes="RAS").voxels.numpy(), SMOOTH)
+    truncated(folder / "3", 0.9)
+    with pytest.raises(ValueError, match=r"cannot be read, it may be truncated or damaged: .* \(file 3\)"):
+        load_scan(folder)
+    assert not any((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize("packed", [None, "JPEG2000"])

@@ -2,7 +2,6 @@
 
 import tracemalloc
 
-import nibabel
 import numpy as np
 import pytest
 
@@ -171,6 +170,13 @@ def test_beyond_the_scan_is_its_lowest_value():
         assert (np.delete(voxels[:, :, k], range(k, k + 6), 1) == array.min()).all()
 
 
+def test_what_is_not_finite_does_not_spread(tmp_path):
+    array = np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32)
+    array[4, 4, 4] = np.nan
+    with pytest.raises(ValueError, match="must hold finite voxels, got 1 NaN"):
+        load_scan(write_nifti(tmp_path / "a.nii", array, tilted(20)), regrid=True)
+
+
 def test_a_right_grid_keeps_to_the_memory_that_was_declared():
     affine, array = tilted(20, (1.0, 1.0, 2.0)), np.random.default_rng(0).random((90, 80, 70), np.float32)
     size = 90 * (80 + int(np.ceil(69 * 2 * np.tan(np.radians(20)) - 1e-3))) * 70
@@ -289,55 +295,3 @@ def test_allow_shear_keeps_it(run, tmp_path):
 def test_a_dicom_tilt_of_one_degree_over_few_slices(tmp_path):
     with pytest.warns(ScanWarning, match=SHEAR.format(1)):
         load_scan(write_dicom(tmp_path / "a", COUNTS, sheared(1)), regrid=True)
-
-
-# Two affines in one NIfTI
-
-
-def two_forms(path, sform, qform, codes=(1, 1)):
-    image = nibabel.Nifti1Image(COUNTS, None)
-    image.header.set_qform(qform, codes[1])
-    image.header.set_sform(sform, codes[0])
-    nibabel.save(image, path)
-    return path
-
-
-BASE = np.diag([2.0, 2, 3, 1])
-TURNED = BASE.copy()
-TURNED[:3, :3] = BASE[:3, :3] @ [[np.cos(0.3), -np.sin(0.3), 0], [np.sin(0.3), np.cos(0.3), 0], [0, 0, 1]]
-
-
-@pytest.mark.parametrize("other, apart", [
-    (BASE + np.eye(4, k=3) * 1.1, "1.1"),
-    (np.diag([2.0, 2, 3.5, 1]), "2"),  # only at the far end
-    (TURNED, "4.67"),
-    (BASE * [[-1], [1], [1], [1]], "24"),
-])  # fmt: skip
-def test_an_sform_and_a_qform_that_disagree(run, tmp_path, other, apart):
-    path = two_forms(tmp_path / "a.nii", BASE, other)
-    line = f"has an sform and a qform that are up to {apart} mm apart: its sform was taken"
-    with pytest.warns(ScanWarning, match=f"^volume {path} {line}$"):
-        scan = load_scan(path, axes="RAS")
-    assert np.allclose(scan.affine, BASE)
-    status, _, err = run("a.nii", "--out", "f.npz", "--pool")
-    assert status == 0 and err == [f"planecycle-fast: volume a.nii {line}"]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("other, codes", [
-    (BASE, (1, 1)),
-    (BASE + np.eye(4, k=3) * 0.9, (4, 1)),  # less than half a voxel
-    (TURNED, (1, 0)),
-])  # fmt: skip
-def test_forms_that_agree_or_are_alone(tmp_path, other, codes):
-    scan = load_scan(two_forms(tmp_path / "a.nii", BASE, other, codes), axes="RAS")
-    assert np.allclose(scan.affine, BASE)
-
-
-def test_a_qform_that_is_none(tmp_path):
-    path = two_forms(tmp_path / "a.nii", BASE, BASE)
-    data = bytearray(path.read_bytes())
-    data[256:268] = np.array([3, 3, 3], "<f4").tobytes()  # a quaternion of more than unit length
-    path.write_bytes(data)
-    with pytest.warns(ScanWarning, match="has a qform that cannot be read .*: its sform was taken"):
-        load_scan(path)

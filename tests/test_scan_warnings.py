@@ -2,13 +2,15 @@
 
 import warnings
 
+import nibabel
+import numpy as np
 import pytest
 
 from planecycle_fast import extract
 from planecycle_fast.scan_checks import ScanWarning, warn, warnings_printed
 from planecycle_fast.scan_files import load_scan
 
-from .scans import write_nifti
+from .scans import COUNTS, write_nifti
 from .test_extract import NOISE
 
 
@@ -37,3 +39,55 @@ def test_other_warnings_stay_warnings(tmp_path, capsys):
     with pytest.warns(UserWarning, match="of somebody else"), warnings_printed(tmp_path):
         warnings.warn("of somebody else", stacklevel=1)
     assert capsys.readouterr().err == ""
+
+
+# Two affines in one NIfTI
+
+
+def two_forms(path, sform, qform, codes=(1, 1)):
+    image = nibabel.Nifti1Image(COUNTS, None)
+    image.header.set_qform(qform, codes[1])
+    image.header.set_sform(sform, codes[0])
+    nibabel.save(image, path)
+    return path
+
+
+BASE = np.diag([2.0, 2, 3, 1])
+TURNED = BASE.copy()
+TURNED[:3, :3] = BASE[:3, :3] @ [[np.cos(0.3), -np.sin(0.3), 0], [np.sin(0.3), np.cos(0.3), 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("other, apart", [
+    (BASE + np.eye(4, k=3) * 1.1, "1.1"),
+    (np.diag([2.0, 2, 3.5, 1]), "2"),  # only at the far end
+    (TURNED, "4.67"),
+    (BASE * [[-1], [1], [1], [1]], "24"),
+])  # fmt: skip
+def test_an_sform_and_a_qform_that_disagree(run, tmp_path, other, apart):
+    path = two_forms(tmp_path / "a.nii", BASE, other)
+    line = f"has an sform and a qform that are up to {apart} mm apart: its sform was taken"
+    with pytest.warns(ScanWarning, match=f"^volume {path} {line}$"):
+        scan = load_scan(path, axes="RAS")
+    assert np.allclose(scan.affine, BASE)
+    status, _, err = run("a.nii", "--out", "f.npz", "--pool")
+    assert status == 0 and err == [f"planecycle-fast: volume a.nii {line}"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("other, codes", [
+    (BASE, (1, 1)),
+    (BASE + np.eye(4, k=3) * 0.9, (4, 1)),  # less than half a voxel
+    (TURNED, (1, 0)),
+])  # fmt: skip
+def test_forms_that_agree_or_are_alone(tmp_path, other, codes):
+    scan = load_scan(two_forms(tmp_path / "a.nii", BASE, other, codes), axes="RAS")
+    assert np.allclose(scan.affine, BASE)
+
+
+def test_a_qform_that_is_none(tmp_path):
+    path = two_forms(tmp_path / "a.nii", BASE, BASE)
+    data = bytearray(path.read_bytes())
+    data[256:268] = np.array([3, 3, 3], "<f4").tobytes()  # a quaternion of more than unit length
+    path.write_bytes(data)
+    with pytest.warns(ScanWarning, match="has a qform that cannot be read .*: its sform was taken"):
+        load_scan(path)
