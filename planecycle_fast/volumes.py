@@ -76,12 +76,10 @@ def in_channels(
     """
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean and std must have one number per channel, got {len(mean)} and {len(std)}")
-    if not all(s > 0 for s in std):
-        raise ValueError(f"std must be above 0, got {tuple(std)}")
     means, stds = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (mean, std))
     pixels = (image[None, None] - means) / stds
-    if not torch.isfinite(pixels).all():
-        raise ValueError(f"mean and std must make finite pixels, got {tuple(mean)} and {tuple(std)}")
+    if not (stds > 0).all() or not torch.isfinite(pixels).all():
+        raise ValueError(f"mean and std must make finite pixels, with std above 0, got {tuple(mean)} and {tuple(std)}")
     return pixels
 
 

@@ -104,9 +104,9 @@ def test_voxels_of_a_scan_in_memory(value):
     "mean, std", [((0.5,) * 3, (0.5, 0, 0.5)), ((0.5,) * 3, (1e-45,) * 3), ((np.nan,) * 3, (1,) * 3)]
 )
 def test_pixels_that_are_not_finite(mean, std):
-    with pytest.raises(ValueError, match="mean and std must make finite pixels, got"):
+    with pytest.raises(ValueError, match="mean and std must make finite pixels, with std above 0, got"):
         in_channels(torch.zeros(1, 4, 4), mean, std)
-    with pytest.raises(ValueError, match="mean and std must make finite pixels, got"):
+    with pytest.raises(ValueError, match="mean and std must make finite pixels, with std above 0, got"):
         prepare(Scan(torch.rand(1, 4, 4), np.eye(4)), (4, 4), Window(0, 1), mean=mean, std=std)
 
 
