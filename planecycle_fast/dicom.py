@@ -36,7 +36,6 @@ def read_dicom(folder: Path, options: ScanOptions, max_bytes: int) -> tuple[np.n
         frames = [frames_of(image) for image in images]
         if len(images) > 1 and max(frames) > 1:
             raise Refused(f"must hold slices or one multi-frame file, got {len(images)} files with multi-frame ones")
-        check_same([(image, n) for image in images for n in range(described_frames(image))])
         depth, (rows, columns, allocated) = sum(frames), sizes[0]
         # Of one file at a time: itself, its pixels as they are unpacked and taken over, and a frame of them rescaled.
         one = rows * columns * (frames[0] * 4 * allocated // 8 + 8 + 8)
@@ -44,6 +43,7 @@ def read_dicom(folder: Path, options: ScanOptions, max_bytes: int) -> tuple[np.n
         check_header((depth, rows, columns), np.dtype(f"u{allocated // 8}"), 8, max_bytes, one)
         if depth < 2:
             raise Refused("must be a volume of at least 2 slices, got one slice")
+        check_same([(image, n) for image in images for n in range(described_frames(image))])  # sizes as well
         places = [(image, n) for image, count in zip(images, frames) for n in range(count)]
         order, affine, positions = _geometry(places)
         uneven = _unevenness(positions, affine)
@@ -78,9 +78,9 @@ def _is_packed(image: Dataset) -> bool:
 
 def _geometry(places: list[Place]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The slices' order along their normal, the affine (4, 4) of sorted (i, j, k) to LPS+, positions (k, 3) mm."""
-    along_row, along_column, spacing = _plane(*places[0])
+    along_row, along_column, spacing = first = _plane(*places[0])
     for image, frame in places[1:]:
-        if not np.allclose(np.concatenate(_plane(image, frame)), np.concatenate(_plane(*places[0])), 1e-3, 1e-3):
+        if not np.allclose(np.concatenate(_plane(image, frame)), np.concatenate(first), 1e-3, 1e-3):
             raise refusal(image, "must have the same orientation and pixel spacing in all slices")
     normal = np.cross(along_row, along_column)
     positions = _positions(places, normal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .dicom_values import described_frames, frames_of, integer, numbers, refusal, text, value_of
+from .dicom_values import GROUPS, described_frames, frames_of, integer, numbers, refusal, text, value_of
 from .scan_checks import one_line
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ MEASURED = ("CT", "PT", "NM")  # modalities whose voxels are measurements
 
 def check_same(places: Sequence[Place]) -> None:
     """Raises Refused where an element of SAME, or a rescale, is another one in some slice, or is in some only."""
+    files = [place for place in places if place[1] == 0]
     for name in SAME:
         first = _meaning(places[0], name)
-        for place in places[1:]:
+        for place in (places if name in GROUPS else files)[1:]:  # frames of a file share what has no group
             if not _alike(other := _meaning(place, name), first):
                 got = " and ".join("none" if value is None else _short(value) for value in (first, other))
                 raise refusal(place[0], f"must have the same {name} in all slices, got {got}")

@@ -7,6 +7,8 @@ import pydicom
 import pytest
 from pydicom.uid import RLELossless
 
+from planecycle_fast import dicom_units
+from planecycle_fast.dicom_values import GROUPS
 from planecycle_fast.scan_checks import ScanWarning
 from planecycle_fast.scan_files import load_scan
 
@@ -135,6 +137,49 @@ def test_frames_that_are_not_one_volume(tmp_path, sequence, name, values, missin
     enhanced(folder / "frames", shared, positions | {sequence: of})
     with pytest.raises(ValueError, match=rf"must have the same {name} in all slices, got .* \(file frames\)"):
         load_scan(folder)
+
+
+def frames_of_two_units(path):
+    """Frames that would be refused for their units."""
+    folder = write_frames(path, COUNTS)
+    frames = {
+        "PlanePositionSequence": lambda k: group(ImagePositionPatient=[10, 20, 30 + 3 * k]),
+        "PixelValueTransformationSequence": lambda k: group(
+            RescaleSlope=1, RescaleIntercept=0, RescaleType=("HU", "US")[k % 2]
+        ),
+    }
+    shared = {key: item for key, item in SHARED.items() if key != "PixelValueTransformationSequence"}
+    enhanced(folder / "frames", shared, frames)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["frames", "slices"])
+def test_sizes_that_are_declared_are_looked_at_before_units(tmp_path, kind):
+    """Which take long, where there are many frames."""
+    if kind == "frames":
+        folder = frames_of_two_units(tmp_path / "a")
+    else:
+        folder = write_dicom(tmp_path / "a", COUNTS)
+        edit(folder, lambda header: setattr(header, "KVP", header.filename.rsplit("/", 1)[-1] + "0"))
+    with pytest.raises(ValueError, match="must have the same (RescaleType|KVP) in all slices"):
+        load_scan(folder)
+    edit(folder, lambda header: (setattr(header, "Rows", 65535), setattr(header, "Columns", 65535)))
+    with pytest.raises(ValueError, match="must need at most 8 GiB to be read, got a header that asks for"):
+        load_scan(folder)
+
+
+def test_what_frames_share_is_asked_for_once(tmp_path, monkeypatch):
+    asked, value_of = [], dicom_units.value_of
+
+    def ask(image, name, read, frame=0):
+        asked.append((name, frame))
+        return value_of(image, name, read, frame)
+
+    monkeypatch.setattr(dicom_units, "value_of", ask)
+    with pytest.raises(ValueError, match="must have the same RescaleType in all slices"):
+        load_scan(frames_of_two_units(tmp_path / "a"))
+    assert ("Modality", 0) in asked and ("RescaleType", 1) in asked
+    assert {name for name, frame in asked if frame} <= set(GROUPS)
 
 
 def test_a_rescale_in_some_frames_only(tmp_path):
