@@ -38,7 +38,9 @@ def read_npz(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarr
 
         def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
             _check_volumes(shape, dtype, name, names)
-            volume, index = one_volume(shape, 0, options, "; load_volumes, --array without --index, takes all")
+            volume, index = one_volume(
+                shape, 0, options, "; load_volumes, or features --array without --index, takes all"
+            )
             more = 0 if index is None else math.prod(shape) * dtype.itemsize
             check_header(volume, dtype, _array_bytes(dtype), max_bytes, more)
 

@@ -64,6 +64,12 @@ def _build(arguments: list[str] | None):
 
     from .models import DEMO_MODEL
 
+    fill_nan_option = typer.Option(None, help="Takes the place of NaN voxels, which else are refused.")
+    index_option = typer.Option(None, help="Which volume of a file of several, from 0.")
+    series_option = typer.Option(
+        None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
+    )
+
     @app.command()
     def demo(
         model: str = typer.Option(
@@ -73,11 +79,16 @@ def _build(arguments: list[str] | None):
         volume: Optional[Path] = typer.Option(None, help="A scan, as for features. Default: MNI152."),
         out: Path = typer.Option(Path("demo.png"), help="The picture."),
         size: int = typer.Option(448, help="Pixels of the longest side of a slice."),
+        fill_nan: Optional[float] = fill_nan_option,
+        index: Optional[int] = index_option,
+        array: Optional[str] = typer.Option(None, help="Which array of an .npz."),
+        series: Optional[str] = series_option,
     ) -> None:
         """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
         from .demo import run_demo
+        from .scan_options import ScanOptions
 
-        run_demo(model, volume, out, size)
+        run_demo(model, volume, out, size, ScanOptions(fill_nan=fill_nan, index=index, array=array, series=series))
 
     @app.command()
     def features(
@@ -96,12 +107,10 @@ def _build(arguments: list[str] | None):
         axes: Optional[str] = typer.Option(
             None, help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."
         ),
-        fill_nan: Optional[float] = typer.Option(None, help="Takes the place of NaN voxels, which else are refused."),
-        index: Optional[int] = typer.Option(None, help="Which volume of a file of several, from 0."),
+        fill_nan: Optional[float] = fill_nan_option,
+        index: Optional[int] = index_option,
         array: Optional[str] = typer.Option(None, help="Which array of an .npz; all volumes, where it holds several."),
-        series: Optional[str] = typer.Option(
-            None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
-        ),
+        series: Optional[str] = series_option,
         spacing: Optional[str] = typer.Option(
             None,
             help="Resample to these mm along D, H, W, or to one for all, and to right angles and even slices. "
@@ -159,9 +168,10 @@ def _build(arguments: list[str] | None):
     def series(folder: Path = typer.Argument(help="With DICOM files in it, or in its folders.")) -> None:
         """The image series in a folder, to pick one by `features --series`: a line each."""
         from .dicom_series import list_series
+        from .scan_checks import one_line
 
         for each in list_series(folder):
-            print(f"{each}, UID {each.uid}")
+            print(one_line(f"{each}, UID {each.uid}"))
 
     @app.command()
     def bench(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from .optional import MissingPackageError, require
 from .preprocess import PERCENTILES
 from .scan_checks import warnings_printed
 from .scan_files import load_scan
+from .scan_options import PLAIN, ScanOptions
 from .viz import adjacent_cosine, foreground, pca_colours, three_views
 from .volumes import model_input
 
@@ -52,7 +53,11 @@ def mni152() -> Path:
 
 
 def run_demo(
-    model: str = DEMO_MODEL, volume: Path | None = None, out: Path = Path("demo.png"), size: int = 448
+    model: str = DEMO_MODEL,
+    volume: Path | None = None,
+    out: Path = Path("demo.png"),
+    size: int = 448,
+    reading: ScanOptions = PLAIN,
 ) -> list[Row]:
     """Runs the demo, prints its table and writes its picture.
 
@@ -61,6 +66,7 @@ def run_demo(
         volume: a scan's file; default MNI152.
         out: the picture, PNG.
         size: pixels of the longest side of a slice.
+        reading: how the scan is read, but for `regrid`: all scans are resampled here, so these are as well.
 
     Raises whatever `load_scan`, `load_model` and `lift` raise; OSError if `out` cannot be written.
     """
@@ -77,7 +83,7 @@ def run_demo(
     mean, std = normalisation(host, model, lifted["slice2d"].adapter.in_channels)
     volume_path = volume or mni152()
     with warnings_printed(volume_path):
-        scan = load_scan(volume_path)
+        scan = load_scan(volume_path, **vars(replace(reading, regrid=True)))
         image = PERCENTILES.apply(scan.voxels)
     patch = lifted["slice2d"].adapter.patch_size
     pixels = model_input(image, scan.spacing, patch, size, mean, std)
@@ -110,7 +116,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _measure(model: LiftedModel, pixels: Tensor) -> tuple[Tensor, float, int]:
-    """Patches (D, H, W, C) of one volume (1, 3, D, height, width), seconds, and bytes at the peak."""
+    """Patches (D, H, W, C) of one volume (1, channels, D, height, width), seconds, and bytes at the peak."""
     with torch.inference_mode(), _PeakMemory() as memory:
         start = time.perf_counter()
         patches = model(pixels).patches[0]

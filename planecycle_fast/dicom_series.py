@@ -50,7 +50,7 @@ class Series:
 def list_series(folder: str | Path) -> list[Series]:
     """The image series in a folder and its folders, by number.
 
-    Raises ValueError for a path that is no readable folder, MissingPackageError without pydicom.
+    Raises ValueError for a path that is no readable folder or holds no series, MissingPackageError without pydicom.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,8 +71,6 @@ def files_of(folder: Path, wanted: str | None = None) -> tuple[Path, ...]:
     series, problems = _found(folder)
     if wanted is None and problems:  # which may be of the series that is there
         raise next(iter(problems.values()))
-    if not series:
-        raise Refused("must hold a DICOM series, got a folder without DICOM images (files need the DICM prefix)")
     picked = _picked(series, wanted)
     folders = {path.parent for path in picked.paths}
     for path, problem in problems.items():
@@ -111,9 +109,16 @@ def _listed(series: list[Series]) -> str:
 
 
 def _found(folder: Path) -> tuple[list[Series], dict[Path, Refused]]:
-    """All series with images, and files of which something of a series may be missing, each with what it is."""
+    """All series with images, and files of which something of a series may be missing, each with what it is.
+
+    Raises Refused where there are no series.
+    """
     with silent_pydicom():
-        return _sorted_out(_files(folder, set()))
+        series, problems = _sorted_out(_files(folder, set()))
+    if not series:
+        nothing = "must hold a DICOM series, got a folder without DICOM images (files need the DICM prefix)"
+        raise next(iter(problems.values()), Refused(nothing))
+    return series, problems
 
 
 def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused]]:

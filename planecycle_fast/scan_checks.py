@@ -19,8 +19,6 @@ from .optional import require
 from .scan_options import ScanOptions
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
-
-
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ITK_DTYPES = {f"{bits}-bit signed integer": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
 ITK_DTYPES |= {f"{bits}-bit unsigned integer": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
@@ -62,8 +60,8 @@ def warnings_printed(path: str | Path) -> Iterator[None]:
 
 def named(path: str | Path, message: str) -> str:
     """A message in one line that begins with the scan it is about."""
-    message = " ".join(message.split())
-    return message if message.startswith(f"volume {path} ") else f"volume {path}: {message}"
+    message = message if message.startswith(f"volume {path} ") else f"volume {path}: {message}"
+    return " ".join(message.split())
 
 
 def check_header(shape: tuple[int, ...], dtype: np.dtype, voxel_bytes: int, max_bytes: int, more: int = 0) -> None:

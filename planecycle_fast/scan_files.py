@@ -1,4 +1,4 @@
-"""Reading a scan: NIfTI, NRRD, a folder of DICOM files, or an array without orientation.
+"""Reading a scan: a file of one of SUFFIXES, or a folder of DICOM files.
 
 An oriented scan is held as (D, H, W) with D from feet to head, H from front to back, W from the patient's
 left to right, so that each slice is an axial picture with the face up, unless other axes are asked for.
@@ -147,8 +147,7 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
             raise Refused("must be a file to hold several arrays or volumes, got a folder")
         voxels, affine = read_dicom(path, options, max_bytes)
         return _oriented(path, voxels, LPS_TO_RAS @ affine, options, max_bytes)
-    if options.series is not None:
-        raise Refused(f"must be a folder to have the series {one_line(options.series, 64)!r} picked")
+    check_no_series(options)
     if not path.is_file():
         raise Refused("must be a file, or a folder of DICOM files, got a path where there is neither")
     suffix = _suffix(path.name)
@@ -163,6 +162,12 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
     if place.shape == (4, 4):
         return _oriented(path, voxels, place, options, max_bytes)
     return in_place(voxels, place, options)
+
+
+def check_no_series(options: ScanOptions) -> None:
+    """Raises Refused where a series is to be picked in a file."""
+    if options.series is not None:
+        raise Refused(f"must be a folder to have the series {one_line(options.series, 64)!r} picked")
 
 
 def filled(voxels: np.ndarray, options: ScanOptions) -> np.ndarray:

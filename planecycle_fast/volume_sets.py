@@ -15,7 +15,7 @@ from torch import Tensor
 from .arrays import read_volumes
 from .preprocess import ModelInput
 from .scan_checks import Refused, ScanWarning, gib, warn
-from .scan_files import checked, complaints, filled, in_place
+from .scan_files import check_no_series, checked, complaints, filled, in_place
 from .scan_options import ScanOptions
 from .volumes import MAX_BYTES, Scan
 
@@ -79,6 +79,7 @@ def read_set(path: Path, options: ScanOptions, max_bytes: int = MAX_BYTES) -> Vo
     with complaints(path):
         if not path.is_file() or path.suffix.lower() != ".npz":
             raise Refused("must be an .npz file to hold an array of volumes")
+        check_no_series(options)
         with path.open("rb") as file:  # what the system refuses, it says best itself
             file.read(1)
         return VolumeSet(path, *read_volumes(path, options, max_bytes), options)
@@ -87,7 +88,7 @@ def read_set(path: Path, options: ScanOptions, max_bytes: int = MAX_BYTES) -> Vo
 def features_of(
     volumes: VolumeSet,
     prepared: Callable[[Scan], ModelInput],
-    compute: Callable[[Tensor], dict[str, Tensor]],  # pixels (B, 3, D, height, width) to tensors (B, ...)
+    compute: Callable[[Tensor], dict[str, Tensor]],  # pixels (B, channels, D, height, width) to tensors (B, ...)
     done: Callable[[], None],
     max_bytes: int = MAX_BYTES,
 ) -> tuple[dict[str, Tensor], ModelInput]:
@@ -134,7 +135,10 @@ def _together(volumes: VolumeSet, prepared: Callable[[Scan], ModelInput], odd: l
     for i, scan in enumerate(volumes):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            inputs.append(prepared(scan))
+            try:
+                inputs.append(prepared(scan))
+            except ValueError as error:
+                raise ValueError(f"{error} (its volume {i})") from error
         for warning in caught:
             if issubclass(warning.category, ScanWarning):
                 odd.append(f"volume {i}: {warning.message}")

@@ -1,5 +1,7 @@
 """A folder with folders and several DICOM series: listed, one of them picked."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,35 @@ def test_a_list(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"planecycle-fast: volume {tmp_path / 'no'} must be a folder of DICOM files, got none there"
     ]
+
+
+@pytest.mark.parametrize("name, data, message", [
+    (None, b"", "must hold a DICOM series, got a folder without DICOM images"),
+    ("notes.txt", b"hello", "must hold a DICOM series, got a folder without DICOM images"),
+    ("1.dcm", b"hello", "cannot be read, it may be damaged: 1.dcm is not a DICOM file"),
+])  # fmt: skip
+def test_a_list_of_nothing_is_refused(tmp_path, capsys, name, data, message):
+    if name is not None:
+        (tmp_path / name).write_bytes(data)
+    assert main(["series", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and f"volume {tmp_path} {message}" in captured.err
+    for series in (None, "1"):
+        with pytest.raises(ValueError, match=f"^volume {tmp_path} {message}"):
+            load_scan(tmp_path, series=series)
+
+
+def test_a_list_is_of_printable_characters(tmp_path, capsys):
+    def describe(header):
+        header.SeriesDescription, header.Modality = "\x1b[31mred", "\x1b[2J"
+        header.add_new("SeriesInstanceUID", "LO", "1.2\x1b[2J")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of such values
+        edit(write_dicom(tmp_path / "a", COUNTS), describe)
+    assert main(["series", str(tmp_path / "a")]) == 0
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert line.isprintable() and "red" in line and "5 images of 6 x 7" in line
 
 
 @pytest.mark.parametrize("wanted, uid", [

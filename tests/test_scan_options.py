@@ -5,12 +5,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from planecycle_fast.cli import main
 from planecycle_fast.feature_files import load_features
 from planecycle_fast.scan_files import load_scan
 
 from .bad_formats import meta
 from .bad_scans import nrrd
-from .scans import COUNTS, NOISE, SPACED, WRITERS, write_mgh, write_nifti, write_nrrd
+from .scans import COUNTS, NOISE, SPACED, WRITERS, write_dicom, write_mgh, write_nifti, write_nrrd
 
 SEVERAL = np.stack([COUNTS + 5000 * n for n in range(3)], -1).astype(np.int16)  # (i, j, k, volumes)
 ONES = "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1"
@@ -224,3 +225,32 @@ def test_options_of_the_command_line(run, tmp_path):
         assert status == 1 and out == [] and len(err) == 1 and message in err[0]
     assert run("a.nii", "--out", "new", "--index", "-1")[0] == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_the_demo_takes_what_its_lines_advise(model, tmp_path, monkeypatch, capsys):
+    """And resamples what `features` only does where it is asked to: it gives every scan another grid."""
+    monkeypatch.chdir(tmp_path)
+    holes = np.concatenate([SEVERAL.astype(np.float32)] * 2, 2)
+    holes[1, 2, 3, 1] = np.nan
+    sheared = np.diag([1.0, 1, 2.5, 1])
+    sheared[1, 2] = 2.5 * np.tan(np.radians(20))
+    write_nifti(tmp_path / "a.nii", holes, sheared)
+    np.savez(tmp_path / "b.npz", one=SEVERAL[..., 0], two=SEVERAL[..., 1])
+    write_dicom(tmp_path / "c", COUNTS)
+    write_dicom(tmp_path / "c" / "d", COUNTS[:, :, :3], series="1.2.9")
+    for name, options, advice, size in (
+        ("a.nii", ["--index", "1", "--fill-nan", "0"], ["--index", "--fill-nan"], "10 x 15 x 7"),
+        ("b.npz", ["--array", "two"], ["--array"], "7 x 6 x 5"),
+        ("c", ["--series", "1.2.9"], ["--series"], "3 x 6 x 7"),
+    ):
+        for count, hint in enumerate(advice):
+            given = options[: 2 * count]
+            assert main(["demo", "--model", model, "--volume", name, "--out", "p.png", *given]) == 1
+            captured = capsys.readouterr()
+            assert captured.out == "" and hint in captured.err and len(captured.err.splitlines()) == 1
+        assert not (tmp_path / "p.png").exists()
+        assert main(["demo", "--model", model, "--volume", name, "--out", "p.png", "--size", "64", *options]) == 0
+        captured = capsys.readouterr()
+        assert f"{name}: {size} voxels" in captured.out
+        assert captured.err.count("resampled to a right grid") == len(captured.err.splitlines()) == (name == "a.nii")
+        (tmp_path / "p.png").unlink()

@@ -35,6 +35,14 @@ def test_features_prints_each_as_a_line_and_goes_on(run, tmp_path, monkeypatch):
     assert err == [f"planecycle-fast: volume {n}.nii{t}" for n in "ab" for t in (" is odd", ": and strange")]
 
 
+@pytest.mark.parametrize("name", ["a  b.npy", "a\tb.npy", "a\nb.npy"])
+def test_names_with_other_blanks_are_said_once(run, tmp_path, name):
+    np.save(tmp_path / name, np.where(NOISE > 0, NOISE, np.float32(np.nan)))
+    status, out, err = run(name, "--out", "out", "--pool")
+    assert status == 1 and out == [] and len(err) == 1
+    assert err[0].startswith("planecycle-fast: volume a b.npy must hold finite voxels") and err[0].count("volume") == 1
+
+
 def test_other_warnings_stay_warnings(tmp_path, capsys):
     with pytest.warns(UserWarning, match="of somebody else"), warnings_printed(tmp_path):
         warnings.warn("of somebody else", stacklevel=1)

@@ -6,7 +6,7 @@ import torch
 
 from planecycle_fast import volume_sets
 from planecycle_fast.feature_files import load_features
-from planecycle_fast.preprocess import PERCENTILES, prepare
+from planecycle_fast.preprocess import PERCENTILES, Window, prepare
 from planecycle_fast.scan_checks import ScanWarning
 from planecycle_fast.scan_files import load_scan
 from planecycle_fast.volume_sets import features_of, load_volumes
@@ -161,6 +161,16 @@ BAD = {
         "(N, D, H, W) and not empty, got the shape (0, 8, 8, 8) of train_images",
     ),
     "huge": (lambda p: npz(p, train_images=npy_header((10**6,) * 4)), [], "must need at most 8 GiB to be read"),
+    "a series": (
+        medmnist,
+        ["--array", "train_images", "--series", "1"],
+        "must be a folder to have the series '1' picked",
+    ),
+    "a volume beside the window": (
+        lambda p: np.savez(p, train_images=GENERATOR.normal(size=(3, 2, 8, 8)) + np.reshape([0, 0, 99], (3, 1, 1, 1))),
+        ["--array", "train_images", "--window=-5,5"],
+        "window must overlap the scan's intensities",
+    ),
     "short": (
         lambda p: npz(p, train_images=npy_header((9, 8, 8, 8))),
         [],
@@ -222,6 +232,17 @@ def test_warnings_of_many_volumes_are_one(tmp_path):
     with pytest.warns(ScanWarning, match="^4 of 5 volumes; volume 0: window 0.5%,99.5% has no width") as caught:
         features_of(volumes, given, lambda pixels: {"pooled": pixels.flatten(1)}, lambda: None)
     assert len(caught) == 1
+
+
+def test_a_window_beside_one_volume_names_it(tmp_path):
+    volumes = a_set(tmp_path / "a.npz", GENERATOR.normal(size=(3, 2, 8, 8)) + np.reshape([0, 99, 0], (3, 1, 1, 1)))
+    with pytest.raises(ValueError, match=r"window must overlap .*, got -5,5 \(its volume 1\)$"):
+        features_of(
+            volumes,
+            lambda scan: prepare(scan, (4, 4), Window(-5, 5)),
+            lambda pixels: {"pooled": pixels.flatten(1)},
+            lambda: None,
+        )
 
 
 def test_an_error_in_one_volume_names_it(tmp_path, monkeypatch):
