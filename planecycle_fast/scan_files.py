@@ -35,7 +35,7 @@ def load_scan(
     fill_nan: float | None = None,
     index: int | None = None,
     array: str | None = None,
-    series: str | None = None,
+    series: str | int | None = None,
     allow_shear: bool = False,
     regrid: bool = False,
 ) -> Scan:
@@ -78,7 +78,7 @@ def load_scan(
         fill_nan=fill_nan,
         index=index,
         array=array,
-        series=series,
+        series=str(series) if isinstance(series, int) else series,
         allow_shear=allow_shear,
         regrid=regrid,
     )

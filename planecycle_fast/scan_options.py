@@ -25,6 +25,9 @@ class ScanOptions:
         whole = isinstance(self.index, Integral) and not isinstance(self.index, bool)
         if self.index is not None and not (whole and self.index >= 0):
             raise ValueError(f"index must be that of a volume, 0 or more, got {self.index!r}")
+        for name in ("array", "series"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be text, got {value!r}")
 
 
 LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class VolumeSet(Sequence[Scan]):
         return len(self.voxels)
 
     def __getitem__(self, index: int) -> Scan:
-        number = range(len(self))[index]
+        number = range(len(self))[operator.index(index)]  # no slices: they would be one scan of four dimensions
         with complaints(self.path):
             try:
                 voxels = filled(self.voxels[number].copy(), self.options)

@@ -99,7 +99,7 @@ def test_numbers_that_are_not_the_series_own(tmp_path):
     folder = study(tmp_path / "a", numbers=(5, 5, None))
     assert sorted(each.number for each in list_series(folder)) == [1, 2, 3]
     for each in list_series(folder):
-        scan = load_scan(folder, axes="RAS", series=str(each.number))
+        scan = load_scan(folder, axes="RAS", series=each.number)  # or as text, as in test_picking_one
         assert np.array_equal(scan.voxels.numpy(), ARRAYS[each.uid])
 
 

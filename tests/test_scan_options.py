@@ -1,5 +1,7 @@
 """One of several volumes or arrays, and NaN: what may be asked of the readers of scans."""
 
+import re
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -166,6 +168,13 @@ def test_one_of_several_arrays(tmp_path):
 def test_an_index_that_is_none(tmp_path, index):
     with pytest.raises(ValueError, match=f"index must be that of a volume, 0 or more, got {index!r}"):
         load_scan("not even there.nii", index=index)
+
+
+@pytest.mark.parametrize("name", ["array", "series"])
+@pytest.mark.parametrize("value", [1.5, b"1", ["1"]])
+def test_names_that_are_none(tmp_path, name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be text, got {value!r}")):
+        load_scan("not even there.nii", **{name: value})
 
 
 # NaN

@@ -199,6 +199,20 @@ def test_sets_are_of_npz(tmp_path):
             load_volumes(tmp_path / name)
 
 
+def test_a_set_is_a_sequence_of_scans(tmp_path):
+    array = GENERATOR.normal(size=(5, 3, 8, 8)).astype(np.float32)
+    volumes = a_set(tmp_path / "a.npz", array)
+    assert len(list(volumes)) == 5
+    for number in (0, 4, -1, np.int64(2)):
+        assert np.array_equal(volumes[number].voxels.numpy(), array[number])
+    for number in (5, -6):
+        with pytest.raises(IndexError):
+            volumes[number]
+    for number in (slice(0, 2), [0, 1], 1.0, None):
+        with pytest.raises(TypeError):
+            volumes[number]
+
+
 def a_set(path, volumes):
     np.savez(path, volumes)
     return load_volumes(path)
