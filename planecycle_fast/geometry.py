@@ -90,10 +90,12 @@ def regridded(
     """
     axis = stack_axis(affine) if positions is None else 2
     order = [n for n in range(3) if n != axis] + [axis]
-    voxels, columns, origin = voxels.transpose(order), affine[:3, order], affine[:3, 3]
+    voxels, columns = voxels.transpose(order), affine[:3, order]
     width, height, count = voxels.shape
     if positions is None:
-        positions = origin + np.arange(count)[:, None] * columns[:, 2]
+        origin, offsets = affine[:3, 3], np.arange(count)[:, None] * columns[:, 2]
+    else:
+        origin, offsets = positions[0], positions - positions[0]
     first = columns[:, 0] / np.linalg.norm(columns[:, 0])
     second = columns[:, 1] - (columns[:, 1] @ first) * first
     second /= np.linalg.norm(second)
@@ -102,7 +104,7 @@ def regridded(
     frame = np.stack([first, second, normal], axis=1)  # (3, 3), unit vectors
     plane = frame[:, :2].T @ columns[:, :2]  # (2, 2), index within a plane to mm within it
     steps = np.diag(plane)
-    places = (positions - positions[0]) @ frame  # (k, 3) mm
+    places = offsets @ frame  # (k, 3) mm
     corners = np.array([(0, 0), (0, height - 1), (width - 1, 0), (width - 1, height - 1)]) @ plane.T
     spread = (corners[:, None] + places[:, :2]) / steps  # (4, k, 2), in new voxels
     begin = np.floor(spread.min((0, 1)) + SAME).astype(int)
@@ -129,7 +131,7 @@ def regridded(
         target[:] = np.where(inside, total, lowest)
     turned = np.eye(4)
     turned[:3, :3] = frame * [*steps, step]
-    turned[:3, 3] = positions[0] + frame[:, :2] @ (begin * steps)
+    turned[:3, 3] = origin + frame[:, :2] @ (begin * steps)
     return new.transpose(1, 2, 0), turned
 
 

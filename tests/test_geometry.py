@@ -145,6 +145,14 @@ def test_linear_intensities_at_random_shears(seed):
     assert_linear_within(voxels, right, affine, shape, 1e-3)
 
 
+def test_a_right_grid_is_the_same_wherever_it_lies():
+    array = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+    near, far = tilted(20), tilted(20)
+    far[:3, 3] *= 1e15  # mm, beside which a voxel is nothing
+    (expected, there), (got, here) = (regridded(array, affine, 2**30) for affine in (near, far))
+    assert np.array_equal(got, expected) and np.array_equal(here[:3, :3], there[:3, :3])
+
+
 @pytest.mark.parametrize("degrees", [-30, -7, 3, 20, 40])
 def test_a_sphere_stays_one(tmp_path, degrees):
     affine, shape = tilted(degrees, (1.0, 1.2, 2.5)), (40, 60, 20)
