@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".dcm", ".dicom", ".ima")
 DEFLATED = "1.2.840.10008.1.2.1.99"
 SHOWN = 4  # series in one line
+UID_END = 8  # characters that lists show of a UID; a shorter number is a series', not the end of another one's UID
 TAGS = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "Rows", "Columns", "NumberOfFrames"]
 
 
@@ -26,14 +27,14 @@ class Series:
     """What a list of series says of one.
 
     Attributes:
-        number: SeriesNumber where the series of a folder have different ones, else its place in the list, from 1.
+        number: SeriesNumber, None without one; of several series it may be the same.
         uid, description, modality: as in its headers, "" without one.
         images: frames, in all its files.
         size: rows and columns of the first one.
         paths: its files.
     """
 
-    number: int
+    number: int | None
     uid: str
     description: str
     modality: str
@@ -44,7 +45,8 @@ class Series:
     def __str__(self) -> str:
         rows, columns = self.size
         named = f" {one_line(self.description, 32)!r}" if self.description else ""
-        return f"{self.number}: {self.modality or 'no modality'}{named}, {self.images} images of {rows} x {columns}"
+        number = "no number" if self.number is None else self.number
+        return f"{number}: {self.modality or 'no modality'}{named}, {self.images} images of {rows} x {columns}"
 
 
 def list_series(folder: str | Path) -> list[Series]:
@@ -90,11 +92,12 @@ def _picked(series: list[Series], wanted: str | None) -> Series:
             return series[0]
         raise Refused(f"must hold exactly one image series, or have one picked (--series), got {_listed(series)}")
     wanted = wanted.strip()
+    end = bool(wanted) and (len(wanted) >= UID_END or not wanted.isdecimal())
     for found in (
-        [each for each in series if str(each.number) == wanted],
+        [each for each in series if each.number is not None and str(each.number) == wanted],
         [each for each in series if each.uid == wanted],
         [each for each in series if each.description == wanted],
-        [each for each in series if wanted and each.uid.endswith(wanted)],
+        [each for each in series if end and each.uid.endswith(wanted)],
     ):
         if len(found) == 1:
             return found[0]
@@ -105,7 +108,7 @@ def _picked(series: list[Series], wanted: str | None) -> Series:
 
 def _listed(series: list[Series]) -> str:
     more = f"; and {len(series) - SHOWN} more, see planecycle-fast series" if len(series) > SHOWN else ""
-    return f"{len(series)}: {'; '.join(f'{each} (...{each.uid[-8:]})' for each in series[:SHOWN])}{more}"
+    return f"{len(series)}: {'; '.join(f'{each} (...{each.uid[-UID_END:]})' for each in series[:SHOWN])}{more}"
 
 
 def _found(folder: Path) -> tuple[list[Series], dict[Path, Refused]]:
@@ -146,7 +149,7 @@ def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused
             problems[path] = Refused(
                 f"cannot be read, it may be damaged: {path.name} is not a DICOM file with its prefix"
             )
-    return _numbered(groups), problems
+    return _by_number(groups), problems
 
 
 @dataclass(frozen=True)
@@ -185,15 +188,13 @@ def _number(header: Dataset) -> int | None:
         return None
 
 
-def _numbered(groups: dict[str, list[_Image]]) -> list[Series]:
-    told = [images[0].number for images in groups.values()]
-    own = None not in told and len(set(told)) == len(told)
+def _by_number(groups: dict[str, list[_Image]]) -> list[Series]:
     ordered = sorted(groups.items(), key=lambda item: (item[1][0].number is None, item[1][0].number or 0))
     found = []
-    for place, (uid, images) in enumerate(ordered, 1):
+    for uid, images in ordered:
         first, count = images[0], sum(image.frames for image in images)
-        number, paths = first.number if own else place, tuple(image.path for image in images)
-        found.append(Series(number, uid, first.description, first.modality, count, first.size, paths))
+        paths = tuple(image.path for image in images)
+        found.append(Series(first.number, uid, first.description, first.modality, count, first.size, paths))
     return found
 
 

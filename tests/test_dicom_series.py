@@ -95,17 +95,28 @@ def test_picking_one(tmp_path, wanted, uid):
     assert np.array_equal(load_scan(study(tmp_path / "a"), axes="RAS", series=wanted).voxels.numpy(), ARRAYS[uid])
 
 
-def test_numbers_that_are_not_the_series_own(tmp_path):
+def test_a_number_that_is_no_text_and_a_long_end(tmp_path):
+    folder = study(tmp_path / "a")
+    write_dicom(folder / "late", COUNTS + 9, series="1.2.840.12345678", tags={"0020|0011": "9"})
+    for wanted, array in ((2, ARRAYS[T2]), ("12345678", COUNTS + 9), (9, COUNTS + 9)):
+        assert np.array_equal(load_scan(folder, axes="RAS", series=wanted).voxels.numpy(), array)
+
+
+def test_numbers_that_are_not_one_series(tmp_path):
     folder = study(tmp_path / "a", numbers=(5, 5, None))
-    assert sorted(each.number for each in list_series(folder)) == [1, 2, 3]
+    assert [each.number for each in list_series(folder)] == [5, 5, None]
+    for wanted, message in (("5", "one series '5', got 2: 5: MR "), ("1", "a series '1', got 3"), ("None", "a series")):
+        with pytest.raises(ValueError, match=f"must have {message}"):
+            load_scan(folder, series=wanted)
     for each in list_series(folder):
-        scan = load_scan(folder, axes="RAS", series=each.number)  # or as text, as in test_picking_one
+        scan = load_scan(folder, axes="RAS", series=each.uid)
         assert np.array_equal(scan.voxels.numpy(), ARRAYS[each.uid])
 
 
 @pytest.mark.parametrize("wanted, message", [
     (None, r"one image series, or have one picked \(--series\), got 3: 1: MR 'scout', 2 images of 6 x 7"),
     ("4", "must have a series '4', got 3: 1: MR 'scout'"),
+    ("22", "must have a series '22', got 3: 1: MR 'scout'"),  # the end of a UID, but it could be a number
     ("T1", "must have a series 'T1', got 3"),
     ("", "must have a series '', got 3"),
     ("1.2.840", "must have a series '1.2.840', got 3"),
