@@ -254,7 +254,8 @@ def _one(
         **several,
     }
     job.out.parent.mkdir(exist_ok=True, parents=True)
-    job.picture.unlink(missing_ok=True)  # of the features that are replaced
+    if job.out.exists():
+        job.picture.unlink(missing_ok=True)  # of the features that are replaced
     try:
         if picture:
             _draw(job, given, features[-1].patches[0].cpu(), metadata)

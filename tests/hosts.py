@@ -5,6 +5,7 @@ final norm, (N, g + L, C), by the library's own forward. For facebookresearch/di
 stand-ins (tests/standins.py), and its own code where DINOV3_REPO names a checkout.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -234,7 +235,6 @@ MORE_TIMM_HOSTS = [
     Host("timm-eva02-s", timm_other("eva02_small_patch14_224", **TIMM_14), 1, 14, 32),
     Host("timm-eva02-b", timm_other("eva02_base_patch14_224", dynamic_img_size=True, img_size=56), 1, 14, 32),
     Host("timm-eva02-clip", timm_other("eva02_base_patch16_clip_224", **TIMM_16), 1, 16, 32),
-    Host("timm-eva02-e", timm_other("eva02_enormous_patch14_clip_224", mlp_ratio=4, **TIMM_14), 1, 14, 32, rope=False),
     Host("timm-pe", timm_other("vit_pe_core_tiny_patch16_384", **TIMM_16), 1, 16, 32),
     Host("timm-rope-mixed", timm_other("vit_small_patch16_rope_mixed_224", **TIMM_16), 1, 16, 32),
     Host("timm-beit", timm_other("beit_base_patch16_224", **TIMM_16), 1, 16, 32, rope=False),
@@ -245,6 +245,12 @@ MORE_TIMM_HOSTS = [
     ),
     Host("timm-beitv2", timm_other("beitv2_base_patch16_224", swiglu_mlp=True, **TIMM_16), 1, 16, 32, rope=False),
 ]
+if "swiglu_align_to" in inspect.signature(timm.models.eva.EvaBlockPostNorm).parameters:  # else timm cannot build it
+    MORE_TIMM_HOSTS.append(
+        Host(
+            "timm-eva02-e", timm_other("eva02_enormous_patch14_clip_224", mlp_ratio=4, **TIMM_14), 1, 14, 32, rope=False
+        )
+    )
 MORE_HOSTS += MORE_TIMM_HOSTS
 # End of timm
 

@@ -87,6 +87,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 def test_pictures_belong_to_their_features(run, tmp_path):
     write_nifti(tmp_path / "a.nii", NOISE)
     (tmp_path / "f.npz.png").write_bytes(b"mine")
+    assert run("a.nii", "--out", "f.npz")[0] == 0 and (tmp_path / "f.npz.png").exists()  # not of any features yet
+    (tmp_path / "f.npz").unlink()
     status, _, err = run("a.nii", "--out", "f.npz", "--picture")
     assert status == 1 and "out must leave its picture a new file, got f.npz.png; --overwrite" in err[0]
     assert not (tmp_path / "f.npz").exists() and (tmp_path / "f.npz.png").read_bytes() == b"mine"

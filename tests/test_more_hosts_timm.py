@@ -16,7 +16,17 @@ from .hosts import BY_NAME, MORE_TIMM_HOSTS
 from .test_hosts import all_tokens, host_features
 from .test_lift_parity import globals_of
 
+
+def skip_where_timm_fails(host, model, volume):
+    """timm 1.0.20 runs its mixed RoPE in float32 only."""
+    try:
+        host_features(host, model, volume)
+    except RuntimeError as error:
+        pytest.skip(f"this timm's own {host.name} does not run in {volume.dtype}: {error}")
+
+
 hosts = pytest.mark.parametrize("host", MORE_TIMM_HOSTS, ids=lambda h: h.name)
+RESIZES = hasattr(timm.models.beit.Attention, "set_window_size")  # newer timm: BEiT's biases, as a reference here
 TWO_AXES = ("timm-rope-mixed", "timm-beit")  # what their attention knows of positions
 
 
@@ -32,6 +42,7 @@ def test_slice2d_is_the_2d_model(host, train, on_reference):
         assert torch.equal(got, host_features(host, model, volume))
         lifted.eval().bfloat16()
         volume = volume.bfloat16()
+        skip_where_timm_fails(host, model, volume)
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
 
 
@@ -41,6 +52,8 @@ def naive_block(host, model, number):
 
     def run(tokens, grid):
         if "beit" in host.name:
+            if not RESIZES:
+                pytest.skip("this timm does not resize BEiT's biases itself")
             if model.rel_pos_bias is not None:
                 shared = copy.deepcopy(model.rel_pos_bias)
                 shared.set_window_size(grid)
@@ -67,6 +80,7 @@ def naive_block(host, model, number):
 def test_equals_the_naive_transcription(host, pool_method, globals_at):
     model, volume, sizes, cycle = host.make().double(), host.volume(dtype=torch.float64), (4, 3, 5), ("DW", "HW", "DH")
     with torch.no_grad():
+        skip_where_timm_fails(host, model, volume)
         embedded = find_adapter(model)(model).embed(volume.movedim(2, 1).flatten(0, 1))
         blocks = [naive_block(host, model, i) for i in range(len(model.blocks))]
         grids = lambda plane, sizes: tuple(sizes[axis] for axis in naive.ROPE_AXES[plane])  # noqa: E731
@@ -128,7 +142,7 @@ def test_biases_of_beit_are_resampled_as_timm_does_it(window, grid):
     attention = timm.models.beit.Attention(8, num_heads=2, window_size=window)
     torch.nn.init.normal_(attention.relative_position_bias_table)
     got = relative_bias(attention, grid)
-    if window[0] > 1:  # timm resizes no table of one patch
+    if window[0] > 1 and RESIZES:  # timm resizes no table of one patch
         attention.set_window_size(grid)
         torch.testing.assert_close(got[None], attention._get_rel_pos_bias(), rtol=0, atol=1e-4)
     assert got.shape == (2, 1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
@@ -146,6 +160,8 @@ def test_other_sizes(on_reference):
         ValueError, match=r"fixed size, 48 x 80 pixels, got 32 x 96; build the model with img_size=\(32, 96"
     ):
         pcf.lift(model)(volume)
+    if not RESIZES:
+        pytest.skip("this timm does not resize BEiT's biases itself")
     model.set_input_size((32, 96))
     with torch.no_grad():
         assert torch.equal(all_tokens(pcf.lift(model, mode="slice2d")(volume)), host_features(beit, model, volume))
