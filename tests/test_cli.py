@@ -45,7 +45,9 @@ def test_planecycle_removes_the_bands(tmp_path):
     assert all(row.seconds > 0 and row.peak_memory > 0 for row in rows.values())
 
 
-@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "facebook/dinov2-small"])
+@pytest.mark.parametrize(
+    "model", ["vit_small_patch16_dinov3", pytest.param("facebook/dinov2-small", marks=pytest.mark.full)]
+)
 def test_other_models_and_volumes(tmp_path, model):
     scan = np.random.default_rng(0).normal(size=(20, 24, 9)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(scan, np.diag([1, 1, 4, 1])), tmp_path / "scan.nii.gz")
@@ -91,7 +93,7 @@ def test_no_arguments_print_the_help_and_nothing_else(capsys):
     assert "Usage: planecycle-fast" in out + err and "planecycle-fast: \n" not in err
 
 
-@pytest.mark.parametrize("size", ["14", "28"])
+@pytest.mark.parametrize("size", ["14", pytest.param("28", marks=pytest.mark.full)])
 def test_a_very_small_scan(tmp_path, size):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(4, 5, 6)))
     done = command("demo", "--volume", "a.npy", "--size", size, "--out", "p.png", cwd=tmp_path)

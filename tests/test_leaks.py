@@ -21,7 +21,7 @@ def live_tensors():
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
-@pytest.mark.parametrize("name", ["timm-dinov3-s", "facebook-stand-in"])
+@pytest.mark.parametrize("name", ["timm-dinov3-s", pytest.param("facebook-stand-in", marks=pytest.mark.full)])
 def test_memory_does_not_grow(name):
     host = BY_NAME[name]
     lifted, volume = pcf.lift(host.make(depth=2), cycle_order=("DW", "HW")), host.volume(batch=1, depth=3)

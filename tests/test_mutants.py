@@ -146,6 +146,7 @@ class Edit:
         return original.replace("return 1", self.text)
 
 
+@pytest.mark.full
 def test_how_runs_end(tmp_path):
     """Killed by a plain test, by another, by time, by a crash, by an error at import; or not at all."""
     project = tmp_path / "project"

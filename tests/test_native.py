@@ -69,6 +69,7 @@ def test_first_use_builds_with_one_line_and_the_second_finds_it(tmp_path, source
 
 
 @needs_compiler
+@pytest.mark.full
 def test_without_ninja(tmp_path, sources):
     out, lines, _ = run(READY, tmp_path, SOURCES=sources, PATH=_path_without_ninja(tmp_path))
     assert out == "True" and len(lines) == 1
@@ -202,10 +203,14 @@ FAULTS = [  # what is broken, what the one line says, whether the build has begu
     (_jobs_that_are_no_number, "MAX_JOBS must be a number, got 'all'", True),
     (_never, "its library is not built, and PLANECYCLE_FAST_BUILD is never", False),
 ]
+QUICK = (_open_to_others, _no_compiler, _a_compiler_of_garbage, _never)  # others differ in the message
+FAULT_ROWS = [
+    pytest.param(*row, id=row[0].__name__[1:], marks=() if row[0] in QUICK else pytest.mark.full) for row in FAULTS
+]
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault, message, begun", FAULTS, ids=[fault.__name__[1:] for fault, *_ in FAULTS])
+@pytest.mark.parametrize("fault, message, begun", FAULT_ROWS)
 def test_broken_installations(tmp_path, sources, fault, message, begun):
     """The reference runs, and one line says why; "require" raises; by name it raises; `backends` and `info` say why."""
     import re
@@ -228,12 +233,12 @@ def test_broken_installations(tmp_path, sources, fault, message, begun):
 
 
 @needs_compiler
-@pytest.mark.parametrize("setting", ["auto", "never", "require"])
-def test_a_library_in_a_cache_of_others_is_not_loaded(tmp_path, sources, setting):
-    assert run(READY, tmp_path, SOURCES=sources)[0] == "True"
+@pytest.mark.parametrize("setting", ["auto", "never", pytest.param("require", marks=pytest.mark.full)])
+def test_a_library_in_a_cache_of_others_is_not_loaded(tmp_path, sources, setting, copying_compiler):
+    assert run(READY, tmp_path, SOURCES=sources, CXX=copying_compiler)[0] == "True"
     (tmp_path / "cache").chmod(0o755)
     by_name = USE.replace("None, n)", "None, n, backend='cpu')")
-    _, lines, status = run(by_name, tmp_path, SOURCES=sources, PLANECYCLE_FAST_BUILD=setting)
+    _, lines, status = run(by_name, tmp_path, SOURCES=sources, CXX=copying_compiler, PLANECYCLE_FAST_BUILD=setting)
     assert status == 1 and "can be used by others: mode 755, expected 700" in lines[-1]
 
 
