@@ -14,7 +14,7 @@ from .lifted import LiftedModel
 
 def check_features(
     model: LiftedModel,
-    pixels: Tensor,  # (B, 3, D, height, width), finite
+    pixels: Tensor,  # (B, channels, D, height, width), finite
     features: Mapping[str, Tensor],  # what the model made of them, any shapes
 ) -> None:
     """Raises ValueError, which says from which layer on they are not, unless all features are finite."""

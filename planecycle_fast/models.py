@@ -62,9 +62,9 @@ def model_without_weights(name: str) -> nn.Module:
         MissingPackageError: the library of this model is not installed.
         ValueError: no such model, or the weights of another one.
     """
-    if Path(name).is_dir() and lora.is_adapter(name):
-        return model_without_weights(lora.base_of(name))
     with _in_words(name):
+        if Path(name).is_dir() and lora.is_adapter(name):
+            return model_without_weights(lora.base_of(name))
         if (source := _timm_source(name)) is not None:
             return timm_models.without_weights(name, source)
         model = _hugging_face_without_weights("dinov2-small" if name == DEMO_MODEL else name)
@@ -75,10 +75,11 @@ def _load(name: str) -> tuple[nn.Module, str]:
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
     if Path(name).is_dir() and lora.is_adapter(name):
-        base, note = _load(lora.base_of(name))
+        of = lora.base_of(name)
+        base, note = _load(of)
         if note.startswith("RANDOM"):
             raise ValueError(f"adapter {name} must be for a model that can be found, got {note}")
-        check_finite(lora.base_of(name), base)
+        check_finite(of, base)
         return lora.merged(base, name), f"adapter {name} merged into {note}"
     if (source := _timm_source(name)) is not None:
         model, where = timm_models.load(name, source)

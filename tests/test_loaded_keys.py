@@ -302,3 +302,17 @@ def test_the_helpers_of_python(tmp_path):
     with pytest.raises(ValueError, match="needs 12 of them|that needs"):
         short = {k: v for k, v in state.items() if not k.startswith("blocks.1.")}
         pcf.convert_state_dict(short, model=model)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("DLL load failed"), RuntimeError("out of\nmemory")])
+def test_what_stops_a_model_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def fail(name):
+        raise error
+
+    np.save(tmp_path / "a.npy", np.ones((2, 32, 32)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("planecycle_fast.models._load", fail)
+    assert main(["features", "a.npy", "--model", "m", "--out", "f.npz"]) == 1
+    text = "MemoryError" if isinstance(error, MemoryError) else f"model m cannot be loaded: {str(error).split()[0]}"
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"planecycle-fast: {text}") and err.count("\n") == 1

@@ -18,6 +18,7 @@ from planecycle_fast.normalisation import normalisation
 from planecycle_fast.optional import MissingPackageError
 
 from .hosts import BY_NAME
+from .saved_models import timms
 
 peft = pytest.importorskip("peft", reason="reads folders of PEFT")
 TARGETS = ["q_proj", "v_proj"]
@@ -114,6 +115,21 @@ def test_adapters_of_models_that_hold_the_one_lifted(tmp_path, kind):
         load_model(str(tmp_path / "adapter"))
 
 
+def test_an_adapter_of_a_timm_model_with_a_head(tmp_path):
+    whole = timms(tmp_path / "base", "vit_small_patch16_224", num_classes=5)
+    model = peft.get_peft_model(whole, peft.LoraConfig(r=4, target_modules=["qkv"], modules_to_save=["norm", "head"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path, base_model_name_or_path="base")  # beside it; PEFT does not know timm's
+    loaded, _ = load_model(str(tmp_path / "adapter"))
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model.eval().base_model.model.forward_features(images)
+        torch.testing.assert_close(loaded.forward_features(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_16_bits_are_merged_in_float32(tmp_path):
     theirs = adapted(tmp_path, torch.bfloat16).float()
     images = torch.randn(1, 3, 32, 32)
@@ -165,6 +181,7 @@ INTO = "adapter .* cannot be put into its model: "
 CONFIG, WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 REFUSED = {
     "base gone": (lambda f: shutil.rmtree(f / "base"), "base must be a folder that exists, or a known name$"),
+    "base itself": (lambda f: edit(f, base_model_name_or_path="adapter"), "cannot be loaded: maximum recursion"),
     "base not cached": (
         lambda f: edit(f, base_model_name_or_path="some/vit"),
         "some/vit is not in the local cache, no",
