@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError) as error:
         return _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

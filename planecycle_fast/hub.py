@@ -18,7 +18,7 @@ WEIGHTS = (
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub answers, found out once and quickly: its client would retry for most of a minute."""
+    """Whether the hub answers, found out quickly: its client would retry for most of a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
     if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

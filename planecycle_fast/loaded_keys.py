@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .adapters import supported_parts
 from .checkpoint_keys import naming
 from .optional import require
 
@@ -41,7 +42,7 @@ def check_keys(
     unexpected: Iterable[str],
     mismatched: Iterable[tuple] = (),
 ) -> None:
-    """Refuses a checkpoint that is not the model's, but for what `BY_DESIGN` lists.
+    """Refuses a checkpoint that is not the model's, but for what `BY_DESIGN` lists, and for what its `part_of` is not.
 
     Args:
         name: of the model, for the message.
@@ -51,10 +52,14 @@ def check_keys(
 
     Raises ValueError with how many, the first few, and what may help.
     """
-    may_lack, may_have = BY_DESIGN.get(_family(model), _OTHERS)
+    part = part_of(model)
+    may_lack, may_have = by_design(model.get_submodule(part))
+    inner = f"{part}." if part else ""
     within = f"{getattr(model, 'base_model_prefix', '')}."  # of a model with a head, in which this one is the backbone
-    missing = _sorted(key for key in missing if not key.startswith(may_lack))
-    unexpected = _sorted(key for key in unexpected if not key.removeprefix(within).startswith(may_have))
+    needed = [key.removeprefix(inner) for key in missing if key.startswith(inner)]
+    missing = _sorted(inner + key for key in needed if not key.startswith(may_lack))
+    may_have_here = tuple(start + key for start in ("", inner) for key in may_have)
+    unexpected = _sorted(key for key in unexpected if not key.removeprefix(within).startswith(may_have_here))
     mismatched = sorted((str(key), tuple(given), tuple(wanted)) for key, given, wanted in mismatched)
     shapes = [f"{key} {given} for {wanted}" for key, given, wanted in mismatched]
     found = [
@@ -67,6 +72,12 @@ def check_keys(
             f"model {name} must have the weights of a {type(model).__name__}, got a checkpoint "
             f"{' and '.join(found)}{_hint(missing, unexpected, model)}"
         )
+
+
+def part_of(model: nn.Module) -> str:
+    """Name of the part that is lifted: the one supported model inside, of CLIP's two the image's. "" for the model."""
+    parts = supported_parts(model)
+    return parts[0] if len(parts) == 1 else ""
 
 
 def check_finite(name: str, model: nn.Module) -> None:
@@ -112,9 +123,11 @@ def shapes_of(files: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
-def _family(model: nn.Module) -> str:
+def by_design(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a checkpoint may lack, and may have more than a model: beginnings of keys."""
     config = getattr(model, "config", None)
-    return getattr(config, "model_type", None) or type(model).__module__.split(".")[0]
+    family = getattr(config, "model_type", None) or type(model).__module__.split(".")[0]
+    return BY_DESIGN.get(family, _OTHERS)
 
 
 def _sorted(keys: Iterable[str]) -> list[str]:

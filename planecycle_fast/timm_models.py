@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +79,8 @@ def load(name: str, source: Source) -> tuple[nn.Module, str]:
 
     Raises ValueError where they are not this architecture's.
     """
+    if Path(name).is_dir() and source.file is None:
+        raise ValueError(f"model {name} must have weights beside its {CONFIG}: {' or '.join(WEIGHTS[::2])}")
     reachable = source.hub and hub_reachable()
     if source.file is not None or reachable:
         return _checked(name, source, source.overlay), "the local cache" if source.file else "the hub"
@@ -89,14 +90,21 @@ def load(name: str, source: Source) -> tuple[nn.Module, str]:
 
 def without_weights(name: str, source: Source) -> nn.Module:
     """The model on device "meta". The names and shapes of weights that are on this machine are checked."""
-    with torch.device("meta"), _DropRates(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+    with torch.device("meta"), _DropRates():
         if source.file is None:
             return _without_head(source, pretrained=False)
-        overlay = {"state_dict": shapes_of([source.file]), "file": None, "source": None, "custom_load": False}
+        overlay = {"state_dict": _shapes_of(source.file), "file": None, "source": None, "custom_load": False}
         model = _checked(name, source, overlay)
     model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def _shapes_of(file: str) -> dict[str, torch.Tensor]:
+    """Under the names that timm gives them: without "module.", out of what a training script has put around."""
+    models = require("timm", "timm").models
+    if file.endswith(".safetensors"):
+        return models.clean_state_dict(shapes_of([file]))
+    return models.load_state_dict(file, device="meta")
 
 
 class _DropRates(TorchFunctionMode):

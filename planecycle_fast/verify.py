@@ -199,7 +199,7 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     from .benchmark.contenders import randomise
     from .extract import usable_device
     from .inputs import dtype_of
-    from .models import load_model, random_note
+    from .models import load_model
     from .optional import require
     from .plan_table import DTYPES, parse_shape, with_channels
 
@@ -209,7 +209,7 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     named = pick(backend, on, "add_norm")
     table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
     loaded, source = load_model(model)
-    if source in (random_note(model), random_note(model.removeprefix("timm/"))):
+    if source.startswith("RANDOM"):
         loaded, source = randomise(loaded), "random weights that show every part"
     shape = with_channels(shape, loaded)
     rows = verify(loaded, shape, dtype=number, device=on, backend=backend, mode=mode, pool_method=pool_method)

@@ -179,7 +179,29 @@ DAMAGED = {
     "no configuration": lambda f: (f / "config.json").unlink(),
     "configuration": lambda f: (f / "config.json").write_text('{"model_type": '),
     "unknown kind": lambda f: (f / "config.json").write_text('{"model_type": "dinov9"}'),
+    "a pickle": lambda f: of_torch(f) and (f / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n."),
+    "a shard gone": lambda f: (sharded(f), min(f.glob("model-*")).unlink()),
+    "index": lambda f: (sharded(f), (f / INDEX).write_text("{")),
+    "empty index": lambda f: (sharded(f), (f / INDEX).write_text("{}")),
+    "list for an index": lambda f: (sharded(f), (f / INDEX).write_text('{"weight_map": []}')),
+    "bitsandbytes": lambda f: quantised(f, quant_method="bitsandbytes", load_in_8bit=True),
+    "GPTQ": lambda f: quantised(f, quant_method="gptq", bits=4),
+    "torchao": lambda f: quantised(f, quant_method="torchao", quant_type="int8wo"),
 }
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(folder):
+    saved(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+
+
+def quantised(folder, **settings):
+    """By a library that is not installed, or with other weights than these."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -191,6 +213,8 @@ def test_damaged_folders_are_one_line(tmp_path, monkeypatch, capsys, kind):
     assert main(["features", "a.npy", "--model", "m", "--out", "f.npz"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("planecycle-fast: model m "), err
+    assert ("index" not in kind) or INDEX in err
+    assert "torch.load" not in err  # whose advice is to run what is in the file
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "m"]
 
 
@@ -278,3 +302,17 @@ def test_the_helpers_of_python(tmp_path):
     with pytest.raises(ValueError, match="needs 12 of them|that needs"):
         short = {k: v for k, v in state.items() if not k.startswith("blocks.1.")}
         pcf.convert_state_dict(short, model=model)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("DLL load failed"), RuntimeError("out of\nmemory")])
+def test_what_stops_a_model_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def fail(name):
+        raise error
+
+    np.save(tmp_path / "a.npy", np.ones((2, 32, 32)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("planecycle_fast.models._load", fail)
+    assert main(["features", "a.npy", "--model", "m", "--out", "f.npz"]) == 1
+    text = "MemoryError" if isinstance(error, MemoryError) else f"model m cannot be loaded: {str(error).split()[0]}"
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"planecycle-fast: {text}") and err.count("\n") == 1

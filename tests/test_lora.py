@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers as tr
 
 import planecycle_fast as pcf
 from planecycle_fast.cli import main
@@ -17,6 +18,7 @@ from planecycle_fast.normalisation import normalisation
 from planecycle_fast.optional import MissingPackageError
 
 from .hosts import BY_NAME
+from .saved_models import timms
 
 peft = pytest.importorskip("peft", reason="reads folders of PEFT")
 TARGETS = ["q_proj", "v_proj"]
@@ -62,6 +64,70 @@ def test_an_adapter_is_in_the_model(tmp_path, kind):
         plain = load_model(str(tmp_path / "base"))[0](images).last_hidden_state
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (got - plain).abs().max() > 0.05
+
+
+def with_head(kind):
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, image_size=32)
+    if kind == "ViT":
+        return tr.ViTForImageClassification(tr.ViTConfig(num_labels=5, patch_size=16, **sizes))
+    if kind == "DINOv2":
+        return tr.Dinov2ForImageClassification(tr.Dinov2Config(num_labels=5, patch_size=16, **sizes))
+    text = sizes | {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1}
+    return tr.CLIPModel(tr.CLIPConfig(text_config=text, vision_config=sizes | {"patch_size": 16}))
+
+
+OF_MORE = {  # what was adapted, the part of it that is lifted, and what else
+    "ViT": ("vit", {"modules_to_save": ["classifier"]}),
+    "ViT, every setting by name": (
+        "vit",
+        {"target_modules": r"vit\..*(q_proj|query)", "alpha_pattern": {r"vit\..*\.0\..*": 99}, "bias": "all"},
+    ),
+    "DINOv2": ("dinov2", {"modules_to_save": ["layernorm", "classifier"], "use_dora": True}),
+    "CLIP": ("vision_model", {}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_MORE)
+def test_adapters_of_models_that_hold_the_one_lifted(tmp_path, kind):
+    part, settings = OF_MORE[kind]
+    torch.manual_seed(1)
+    whole = with_head(kind.split(",")[0]).eval()
+    whole.save_pretrained(tmp_path / "base")
+    whole = type(whole).from_pretrained(tmp_path / "base").eval()
+    names = {name.rsplit(".", 1)[-1] for name, _ in whole.named_modules()}
+    targets = TARGETS if "q_proj" in names else ["query", "value"]
+    model = peft.get_peft_model(whole, peft.LoraConfig(**({"r": 4, "target_modules": targets} | settings)))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded, note = load_model(str(tmp_path / "adapter"))
+    assert note.endswith(f"adapter {tmp_path / 'adapter'} merged into weights from {tmp_path / 'base'}")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = getattr(model.eval().base_model.model, part)(pixel_values=images).last_hidden_state
+        plain = load_model(str(tmp_path / "base"))[0](pixel_values=images).last_hidden_state
+        got = loaded(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (got - plain).abs().max() > 0.05
+    weights(lambda s: {k: v for k, v in s.items() if ".1." not in k or "lora_" not in k})(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter .* lacking and 0 unknown, .*\.1\."):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_of_a_timm_model_with_a_head(tmp_path):
+    whole = timms(tmp_path / "base", "vit_small_patch16_224", num_classes=5)
+    model = peft.get_peft_model(whole, peft.LoraConfig(r=4, target_modules=["qkv"], modules_to_save=["norm", "head"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path, base_model_name_or_path="base")  # beside it; PEFT does not know timm's
+    loaded, _ = load_model(str(tmp_path / "adapter"))
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model.eval().base_model.model.forward_features(images)
+        torch.testing.assert_close(loaded.forward_features(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_16_bits_are_merged_in_float32(tmp_path):
@@ -115,6 +181,7 @@ INTO = "adapter .* cannot be put into its model: "
 CONFIG, WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 REFUSED = {
     "base gone": (lambda f: shutil.rmtree(f / "base"), "base must be a folder that exists, or a known name$"),
+    "base itself": (lambda f: edit(f, base_model_name_or_path="adapter"), "cannot be loaded: maximum recursion"),
     "base not cached": (
         lambda f: edit(f, base_model_name_or_path="some/vit"),
         "some/vit is not in the local cache, no",
@@ -130,6 +197,10 @@ REFUSED = {
     "other modules": (lambda f: edit(f, target_modules=["query"]), f"{INTO}Target modules .*query"),
     "a prefix": (weights(lambda s: {f"module.{k}": v for k, v in s.items()}), "8 lacking and 8 unknown, "),
     "no layer 1": (weights(lambda s: {k: v for k, v in s.items() if ".1." not in k}), "4 lacking and 0 unknown, "),
+    "a saved norm gone": (
+        weights(lambda s: {k: v for k, v in s.items() if "norm2" not in k}),
+        f"{INTO}.*norm2",
+    ),
     "another rank": (lambda f: edit(f, r=5), f"{INTO}.*size mismatch"),
     "not finite": (weights(lambda s: {k: v * float("nan") for k, v in s.items()}), f"{INTO}NaNs detected"),
 }
@@ -138,7 +209,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused(tmp_path, monkeypatch, capsys, kind):
     change, message = REFUSED[kind]
-    adapted(tmp_path)
+    adapted(tmp_path, modules_to_save=["norm2"] if "norm" in kind else None)
     change(tmp_path)
     np.save(tmp_path / "a.npy", np.ones((2, 32, 32)))
     monkeypatch.chdir(tmp_path)

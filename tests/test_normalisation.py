@@ -51,8 +51,8 @@ FOLLOWED = {  # settings, and what black and white become: numbers of transforme
     "whole numbers": ({"image_mean": [0, 0, 0], "image_std": 1}, [0] * 3, [1] * 3),
     "true by name": (STATISTICS | {"do_normalize": True, "do_rescale": True, "rescale_factor": 0.00392156862745098},
                      [-0.5] * 3, [4.5] * 3),
-    "null is left out": (STATISTICS | {"do_normalize": None, "do_rescale": None, "rescale_factor": None},
-                         [-0.5] * 3, [4.5] * 3),
+    "null for normalised": (STATISTICS | {"do_normalize": None, "do_pad": None}, [0] * 3, [1] * 3),
+    "null for both": (STATISTICS | {"do_normalize": None, "do_rescale": None}, [0] * 3, [255] * 3),
     "sizes": (STATISTICS | {"do_resize": True, "size": [3, 224, 224], "do_center_crop": True, "crop_size": 224,
                             "do_pad": True, "do_convert_rgb": True, "do_flip_channel_order": True, "resample": 3},
               [-0.5] * 3, [4.5] * 3),
@@ -65,7 +65,10 @@ def test_what_is_followed(tmp_path, kind):
     assert pixels(tmp_path, settings) == [pytest.approx(black, abs=1e-4), pytest.approx(white, abs=1e-4)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "not normalised", "not rescaled", "neither", "another factor"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "not normalised", "not rescaled", "neither", "another factor", "null for normalised", "null for both"],
+)
 def test_numbers_are_those_of_transformers(tmp_path, kind):
     vit = pytest.importorskip("transformers.models.vit.image_processing_pil_vit", reason="not in transformers 5.0")
     settings, black, white = FOLLOWED[kind]
@@ -93,6 +96,7 @@ REFUSED = {
     "no std": ({"image_mean": 0.5}, "image_mean and image_std must both be given, or do_normalize be false"),
     "nothing": ({"size": 224}, "image_mean and image_std must both be given"),
     "factor 0": (STATISTICS | {"rescale_factor": 0}, "rescale_factor must be a finite number above 0, got 0"),
+    "factor null": (STATISTICS | {"rescale_factor": None}, "rescale_factor must be a finite number above 0, got None"),
     "a factor in words": (STATISTICS | {"rescale_factor": "1/255"}, "rescale_factor must be a finite number above 0"),
     "a flag that is a word": (STATISTICS | {"do_normalize": "no"}, "do_normalize must be true or false, got 'no'"),
     "a flag that is 0": (STATISTICS | {"do_rescale": 0}, "do_rescale must be true or false, got 0"),

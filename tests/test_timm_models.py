@@ -1,10 +1,12 @@
 """Models in timm's layout, and its local cache: weights that are not the model's are refused."""
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 
+from planecycle_fast.cli import main
 from planecycle_fast.models import load_model, model_without_weights
 
 from .saved_models import cached, edit, timms
@@ -77,3 +79,44 @@ def test_timms_local_cache(tmp_path, monkeypatch):
     for load in (load_model, model_without_weights):
         with pytest.raises(ValueError, match=r"model vit_tiny_patch16_224 must .* lacking 12 \(blocks.7.attn.proj"):
             load("vit_tiny_patch16_224")
+
+
+def of_training(folder):
+    """As training scripts write it: DistributedDataParallel's names, in a dictionary of other things."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "pytorch_model.bin")
+
+
+LAYOUTS = {
+    "module.": lambda folder: edit(folder, lambda s: {f"module.{k}": v for k, v in s.items()}),
+    "_orig_mod.": lambda folder: edit(folder, lambda s: {f"_orig_mod.{k}": v for k, v in s.items()}),
+    "of a training script": of_training,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_timm_makes_of_names_is_planned_too(tmp_path, monkeypatch, layout):
+    model = timms(tmp_path / "m")
+    LAYOUTS[layout](tmp_path / "m")
+    loaded, _ = load_model(str(tmp_path / "m"))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in loaded.state_dict().items())
+    monkeypatch.setattr("socket.create_connection", lambda *args: pytest.fail("the hub was asked"))
+    bare = model_without_weights(str(tmp_path / "m"))
+    assert all(p.is_meta for p in bare.parameters()) and bare.state_dict().keys() == loaded.state_dict().keys()
+
+
+def test_a_folder_without_weights(tmp_path, monkeypatch, capsys):
+    timms(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00002.safetensors")
+    np.save(tmp_path / "a.npy", np.ones((2, 32, 32)))
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["features", "a.npy", "--model", "m", "--out", "f.npz", "--random-weights"],
+        ["verify", "m", "--volume", "1x2x32", "--device", "cpu"],
+        ["demo", "--volume", "a.npy", "--out", "p.png", "--size", "32", "--model", "m"],
+    ):
+        assert main(words) == 1
+        expected = "model m must have weights beside its config.json: model.safetensors or pytorch_model.bin"
+        assert capsys.readouterr() == ("", f"planecycle-fast: {expected}\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "m"]

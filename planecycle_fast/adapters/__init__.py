@@ -54,23 +54,23 @@ def find_adapter(model: nn.Module) -> type[Adapter]:
             f"model {got} attends in windows with relative positions of a fixed size (SAM), which cannot be "
             f"moved to another plane; supported: {SUPPORTED}"
         )
-    inner = [f"model.{name}" for name in _outermost(model)]
+    inner = [f"model.{name}" for name in supported_parts(model)]
     hint = f"; {' and '.join(inner)} are supported: lift one of them" if inner else ""
     if len(inner) == 1:
         hint = f"; {inner[0]} is supported: lift that"
     raise ValueError(f"model must be of a supported class, got {got}{hint}; supported: {SUPPORTED}; {HOW_TO}")
 
 
-def _outermost(model: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the supported modules in a model that are not within each other."""
-    found = []
-    for name, child in model.named_children():
-        found += [prefix + name] if _known(child) else _outermost(child, f"{prefix}{name}.")
-    return found
+def supported_parts(model: nn.Module) -> list[str]:
+    """Names of the supported modules in a model that are not within each other; [""] of a model that is one itself."""
+    if _known(model):
+        return [""]
+    inner = [(name, supported_parts(child)) for name, child in model.named_children()]
+    return [f"{name}.{part}".rstrip(".") for name, parts in inner for part in parts]
 
 
 def _known(module: nn.Module) -> bool:
     return any(adapter.matches(module) for adapter in ADAPTERS)
 
 
-__all__ = ["ADAPTERS", "Adapter", "find_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "find_adapter", "supported_parts"]
