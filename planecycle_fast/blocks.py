@@ -95,6 +95,8 @@ class LiftedBlock(SharedModule):
 
         Raises TypeError for a stream that is none: a hook may have returned something else.
         """
+        if layer.look is not None:
+            layer.look(stream)
         return Stream(*self.take([stream], layer)[0])
 
     def take(

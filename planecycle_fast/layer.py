@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Layer:
     backend: str = "auto"
     attention: str = "auto"
     strict: bool = True
+    look: Callable[[Stream], None] | None = None  # is shown the stream that a block gets, within its call
 
     @property
     def grid(self) -> tuple[int, ...]:

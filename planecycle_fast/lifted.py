@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -197,16 +198,20 @@ class LiftedModel(SharedModule):
         """
         sizes = self._check(volume)
         wanted_layers(layers, len(self.blocks), "layers")
-        chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, []
+        chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, {}
         if chosen is None and not has_cls:
             raise ValueError("patch must be given for a model without a class token, got None")
 
+        def look(i: int, layer: Layer, stream: Stream) -> None:
+            if i not in maps:  # checkpointed blocks run again in backward
+                maps[i] = attention_map(i, self.lifted_blocks[i].reading.now(), stream, layer, has_cls, chosen)
+
         def see(i: int, block: nn.Module, stream: Stream, layer: Layer) -> Stream:
-            maps.append(attention_map(i, self.lifted_blocks[i].reading.now(), stream, layer, has_cls, chosen))
-            return block(stream, layer)
+            # Within its call: hooks before it have changed the stream, and weights that were sharded are there.
+            return block(stream, replace(layer, look=partial(look, i, layer)))
 
         self._run(volume, sizes, layers, norm=False, see=see)
-        return maps
+        return [*maps.values()]
 
     def _run(
         self,

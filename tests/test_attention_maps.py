@@ -5,6 +5,7 @@ import timm
 import torch
 
 import planecycle_fast as pcf
+from planecycle_fast import Stream
 from planecycle_fast.planes import parse_cycle
 from planecycle_fast.viz import attention_picture, cut, heat_colours
 
@@ -118,6 +119,29 @@ def test_the_pass_is_not_disturbed(monkeypatch):
         after = lifted(volume)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lifted.modules())
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-vit"])
+def test_maps_are_of_the_stream_that_hooks_leave(name):
+    """What a hook before a block changes is what the one after its predecessor would have changed."""
+    host = BY_NAME[name]
+    model, volume, found = host.make(), host.volume(batch=1), []
+    change = torch.randn(64)
+
+    def before(_, args):
+        return Stream(args[0].tokens() + change), args[1]
+
+    def after(_, args, stream):
+        return Stream(stream.tokens() + change)
+
+    with torch.no_grad():
+        for number, place, hook in ((3, "register_forward_pre_hook", before), (2, "register_forward_hook", after)):
+            lifted = pcf.lift(model)
+            plain = lifted.attention_maps(volume, [3], (0, 0, 0))[0].patch
+            getattr(lifted.blocks[number], place)(hook)
+            found.append(lifted.attention_maps(volume, [3], (0, 0, 0))[0].patch)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+    assert not torch.allclose(found[0], plain, atol=1e-4)
 
 
 def test_maps_have_gradients():

@@ -193,6 +193,22 @@ def test_fully_sharded_blocks_in_mixed_precision(mesh):
     assert all(p.grad is not None for p in lifted.blocks.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_attention_maps_of_sharded_blocks(mesh):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    host = BY_NAME["hf-dinov2"]
+    lifted, volume = pcf.lift(host.make()), host.volume(batch=1)
+    with torch.no_grad():
+        expected = lifted.attention_maps(volume, 2)
+        for block in lifted.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(lifted, mesh=mesh)
+        register_fsdp_forward_method(lifted, "attention_maps")
+        for got, before in zip(lifted.attention_maps(volume, 2), expected, strict=True):
+            torch.testing.assert_close(got.cls, before.cls, rtol=0, atol=1e-6)
+
+
 def test_a_block_is_called_once_per_layer_and_hands_on_no_parameter():
     host = BY_NAME["timm-dinov3-s"]
     lifted, calls = pcf.lift(host.make()), []

@@ -1,5 +1,8 @@
 """Inference on backend "cpu": which blocks run in one call, in groups of how many sequences, in how much memory."""
 
+import re
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -162,3 +165,12 @@ def test_groups_of_equal_size(monkeypatch):
         with Groups():
             lifted(volume)
         assert sizes == of_one * len(lifted.blocks)
+
+
+def test_it_brings_along_the_operations_that_it_is_made_of():
+    """Each has a fake of its own, without which a plan, or whatever runs first in a process, would raise."""
+    made_of = set(re.findall(r'"planecycle_fast_cpu::(\w+)"', (native.csrc() / "blocks.cpp").read_text()))
+    assert {"rope_", "add_norm", "add_norm_", "swiglu", "swiglu_"} <= made_of
+    code = "from planecycle_fast.ops import blocks_cpu, native_ops; print(*native_ops.OPS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made_of <= {*done.stdout.split()}
