@@ -15,6 +15,7 @@ from torch import nn
 from .adapters import find_adapter
 from .gpus import MEASURED_HOST, Machine, gpu, this_cpu
 from .inputs import dtype_of
+from .lift import lift
 from .models import model_without_weights
 from .planning import PASSES, Planned, plan
 from .repeats import first_rounds_only
@@ -175,7 +176,7 @@ def run_plan(
         gpu_name: one of `gpus.GPUS`; None: this machine's CPU, whose ceilings are measured.
         dtype: one of `DTYPES`; None: bf16 on a GPU, fp32 on the CPU.
         step: inference, probe or finetune.
-        modes: names of `MODES` separated by commas; None: all.
+        modes: names of `MODES` separated by commas; None: all that the model can be lifted in.
         graph: on a GPU, replayed as a CUDA graph: no host to wait for.
         launch_us, block_us: what the GPU's host takes, as `gpus.Host`, in microseconds; None: as was measured once.
 
@@ -190,6 +191,8 @@ def run_plan(
     machine = chosen_machine(gpu_name, number, graph, launch_us, block_us)
     host = model_without_weights(model)
     shape = with_channels(shape, host)
+    refused = {} if modes else _refused(host)
+    chosen = [mode for mode in chosen if mode not in refused]
     title = f"{model}, volume {volume}, {dtype}, {step}, on {machine.name}{', as a CUDA graph' if graph else ''}"
     found = []
     for cost in costs(host, shape, machine, number, "cpu" if gpu_name is None else "cuda", step, chosen):
@@ -203,6 +206,8 @@ def run_plan(
         )  # fmt: skip
         print(_line(row), flush=True)
         found.append(cost)
+    for mode, reason in refused.items():
+        print(f"{mode}: {reason}")
     one = found[0].planned
     products, bandwidth = machine.reached
     print(
@@ -216,6 +221,19 @@ def run_plan(
         f"{_si(machine.memory, 'B')} of memory, and that operations take."
     )
     return int(any([cost.planned.total_bytes > USABLE * machine.memory for cost in found]))
+
+
+def _refused(model: nn.Module) -> dict[str, str]:
+    """The modes that a model cannot be lifted in, and why. Raises ValueError where that is all of them."""
+    reasons = {}
+    for mode, settings in MODES.items():
+        try:
+            lift(model, **settings)
+        except ValueError as error:
+            reasons[mode] = str(error)
+            if len(reasons) == len(MODES):
+                raise
+    return reasons
 
 
 def _line(values: Iterable[str]) -> str:

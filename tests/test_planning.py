@@ -251,6 +251,18 @@ def test_rows_appear_as_they_are_known(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[0].startswith("PCm ")
 
 
+def test_modes_that_a_model_cannot_be_lifted_in_are_named(capsys, monkeypatch):
+    """BEiT knows no third axis: flatten3d is a line of its own, or if it was asked for by name an error."""
+    monkeypatch.setattr(plan_table, "deepest", lambda *_: 1)
+    command = ["plan", "beit_base_patch16_224", "--volume", "1x2x224"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == ["mode", "slice2d", "PCg", "PCm", "flatten3d:"]
+    assert "DHW" in lines[5]
+    assert main([*command, "--modes", "PCg,flatten3d"]) == 1
+    assert "DHW" in capsys.readouterr().err
+
+
 def test_the_table_says_what_limits_and_for_which_host(capsys, monkeypatch):
     pytest.importorskip("triton", reason="plans Triton kernels")
     monkeypatch.setattr(plan_table, "deepest", lambda *_: 1)

@@ -26,6 +26,7 @@ SHOWN = ("torch", "triton", "transformers", "timm", "numpy")
 # What runs: a process per line, as arguments of pytest. Long fuzzing is left out.
 HOSTS = ["tests/test_hosts.py", "tests/test_parts.py", "tests/test_stream.py", "tests/test_rope.py"]
 HOSTS += ["tests/test_more_hosts_hf.py", "tests/test_wrapped_hf.py", "tests/test_head_hints.py"]
+HOSTS += ["tests/test_more_hosts_timm.py", "tests/test_wrapped.py", "tests/test_tracing.py"]
 PARITY = ["tests/test_lift_parity.py", "tests/test_peers.py", "tests/test_checkpoints.py"]
 OPERATIONS = ["tests/test_cpu_ops.py", "tests/test_cpu_models.py", "tests/test_compile.py"]
 OF_KERNELS = (
