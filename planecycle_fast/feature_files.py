@@ -129,7 +129,7 @@ def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
         return
     if path.exists():
         raise ValueError(f"{expected}, got the file {path}")
-    if _FILE.fullmatch(path.suffix):
+    if _FILE.fullmatch(path.suffix) or path.name.lower() in files:
         raise ValueError(f"{expected}, got {path}; a new folder whose name ends like a file's must be made before")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -111,16 +111,42 @@ def shapes_of(files: Iterable[str]) -> dict[str, Tensor]:
 
     Raises whatever their libraries raise for files that are damaged.
     """
-    found = {}
+    return {key: torch.zeros((), device="cpu").expand(shape) for key, shape, _ in _headers(files)}
+
+
+def check_plain(name: str, files: Iterable[str]) -> None:
+    """Raises ValueError for weights of 8 bits and less, which loaders cast in silence: their scales are elsewhere.
+
+    Args:
+        name: of the model, for the message.
+        files: as `shapes_of` takes them; not of a model whose configuration says how it was quantised.
+    """
+    quantised = [f"{key} ({dtype})" for key, shape, dtype in _headers(files) if len(shape) > 1 and _is_narrow(dtype)]
+    if quantised:
+        raise ValueError(
+            f"model {name} must have weights of 16 bits or more, or a configuration that says how they were quantised, "
+            f"got {quantised[0]}{f' and {len(quantised) - 1} more' if len(quantised) > 1 else ''}"
+        )
+
+
+def _headers(files: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of each tensor, as torch or safetensors calls it; values are not read."""
     for file in files:
         if str(file).endswith(".safetensors"):
             with require("safetensors", "hf").safe_open(file, framework="pt") as opened:
-                shapes = {key: opened.get_slice(key).get_shape() for key in list(opened.keys())}
+                for key in list(opened.keys()):
+                    part = opened.get_slice(key)
+                    yield key, tuple(part.get_shape()), str(part.get_dtype())
         else:
             read = torch.load(file, map_location="meta", weights_only=True)
-            shapes = {key: tensor.shape for key, tensor in read.items() if isinstance(tensor, Tensor)}
-        found |= {key: torch.zeros((), device="cpu").expand(tuple(shape)) for key, shape in shapes.items()}
-    return found
+            for key, tensor in read.items():
+                if isinstance(tensor, Tensor):
+                    yield key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_narrow(dtype: str) -> bool:
+    """Of `_headers`: integers and floats of 8 bits or less, but for booleans."""
+    return re.match(r"(?i)(u?int|i|u|float|f)[1-8](_|$|e)", dtype) is not None
 
 
 def by_design(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from torch import nn
 from . import lora, timm_models
 from .hub import WEIGHTS, cached, hub_reachable
 from .known_models import known_config
-from .loaded_keys import check_finite, check_keys, part_of, shapes_of
+from .loaded_keys import check_finite, check_keys, check_plain, part_of, shapes_of
 from .optional import MissingPackageError, require
 from .weights import SOURCE, dinov2_small
 
@@ -104,6 +104,8 @@ def _timm_source(name: str) -> timm_models.Source | None:
 
 def _check_path(name: str) -> None:
     """Raises ValueError for what can be neither a folder nor a hub's name."""
+    if not name:  # to Path that is the working directory
+        raise ValueError("model must be a folder or a name, got an empty one")
     if Path(name).is_file():
         raise ValueError(
             f"model {name} must be a folder, got a file: weights alone do not tell what model they are of; put them "
@@ -134,7 +136,13 @@ def _hugging_face_without_weights(name: str) -> nn.Module:
                 None, config=config, state_dict=shapes_of(files), dtype=torch.float32, **_TOLD
             )
             check_keys(name, model, *_keys(info))
+            _check_plain(name, model)
     return model
+
+
+def _check_plain(name: str, model: nn.Module) -> None:
+    if getattr(model.config, "quantization_config", None) is None:
+        check_plain(name, _weights(name))
 
 
 # What transformers reports instead of doing it silently, or failing without saying where.
@@ -173,6 +181,7 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
                 name, local_files_only=not reachable, trust_remote_code=False, **_TOLD
             )
         check_keys(name, model, *_keys(info))
+        _check_plain(name, model)
         where = f"from {name}" if is_folder else f"of {name} from the {'hub' if reachable else 'local cache'}"
         return model.eval(), f"weights {where}"
     config = known_config(transformers, name)

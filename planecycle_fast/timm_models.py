@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .hub import WEIGHTS, cached, hub_file, hub_reachable
-from .loaded_keys import check_keys, keys_of_error, shapes_of
+from .loaded_keys import check_keys, check_plain, keys_of_error, shapes_of
 from .optional import require
 
 CONFIG = "config.json"
@@ -117,6 +117,8 @@ class _DropRates(TorchFunctionMode):
 
 def _checked(name: str, source: Source, overlay: dict[str, Any]) -> nn.Module:
     """With the very head of the checkpoint, as timm skips no key then, and says which do not fit."""
+    if source.file is not None and not source.file.endswith(".npz"):
+        check_plain(name, [source.file])
     try:
         return _without_head(source, True, num_classes=source.num_classes, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:

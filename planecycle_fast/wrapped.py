@@ -20,10 +20,10 @@ _DERIVED = ("torch.nn.utils.parametrize", "torch.distributed.")  # classes made 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what torch has put around it. Other wrappers may compute something of their own: they stay."""
     while type(module).__module__.startswith("torch.") and not isinstance(module, torch.jit.ScriptModule):
-        inner = next((found for name in _INSIDE if (found := module._modules.get(name)) is not None), None)
-        if inner is None:
+        inside = [module._modules[name] for name in _INSIDE if module._modules.get(name) is not None]
+        if not inside:
             break
-        module = inner
+        module = inside[0]
     return module
 
 

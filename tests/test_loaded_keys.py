@@ -12,12 +12,12 @@ import transformers as tr
 import planecycle_fast as pcf
 from planecycle_fast.cli import main
 from planecycle_fast.digests import digest_of_model
-from planecycle_fast.loaded_keys import BY_DESIGN, check_finite, check_keys, keys_of_error
+from planecycle_fast.loaded_keys import BY_DESIGN, check_finite, check_keys, check_plain, keys_of_error
 from planecycle_fast.models import load_model, model_without_weights
 from planecycle_fast.planning import plan
 
 from .hosts import BY_NAME, randomise
-from .saved_models import HOSTS, cached, edit, saved
+from .saved_models import HOSTS, cached, edit, saved, timms
 
 
 def cut(tensor):  # to another shape
@@ -316,3 +316,49 @@ def test_what_stops_a_model_is_one_line(tmp_path, monkeypatch, capsys, error):
     text = "MemoryError" if isinstance(error, MemoryError) else f"model m cannot be loaded: {str(error).split()[0]}"
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"planecycle-fast: {text}") and err.count("\n") == 1
+
+
+def narrow(dtype):
+    def change(state):
+        return {k: (v * 10).to(dtype) if v.ndim == 2 and "mlp" in k else v for k, v in state.items()}
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("layout", ["hugging face", "bin", "timm"])
+def test_weights_of_8_bits_without_their_scales(tmp_path, layout, dtype):
+    """Loaders make float32 of them as they are."""
+    folder = tmp_path / "model"
+    if layout == "timm":
+        timms(folder, change=narrow(dtype))
+    else:
+        saved(folder)
+        edit(folder, narrow(dtype))
+    if layout == "bin":
+        of_torch(folder)
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match=r"must have weights of 16 bits or more, .* got .*mlp.* and \d more"):
+            load(str(folder))
+
+
+def test_other_tensors_of_integers_are_no_weights(tmp_path):
+    """Such as the places of CLIP's positions, and counters."""
+    saved(tmp_path)
+    safetensors.torch.save_file(
+        {
+            "ids": torch.arange(4)[None],
+            "flags": torch.ones(2, 2, dtype=torch.bool),
+            "steps": torch.ones(3).to(torch.int8),
+        },
+        tmp_path / "others.safetensors",
+    )
+    check_plain("it", [str(tmp_path / "others.safetensors"), str(tmp_path / "model.safetensors")])
+
+
+def test_no_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for load in (load_model, model_without_weights):
+        with pytest.raises(ValueError, match="model must be a folder or a name, got an empty one"):
+            load("")

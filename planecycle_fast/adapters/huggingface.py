@@ -94,16 +94,19 @@ class LearnedPositions(HuggingFace):
         self.num_globals = int(self.has_cls)
 
     def check_image_size(self, height: int, width: int) -> None:
-        if self._is_trained(height, width):
+        patch_h, patch_w = self.patch_size
+        fits = height % patch_h == 0 and width % patch_w == 0
+        rows, columns = (n // p for n, p in zip(self.image_size, self.patch_size))
+        interpolates = rows == columns and (not self.asked or isinstance(self.config.patch_size, int))
+        # Sizes are compared last: under torch.compile that would make them constants.
+        if (fits and interpolates) or self._is_trained(height, width):
             return
         super().check_image_size(height, width)
-        rows, columns = (n // p for n, p in zip(self.image_size, self.patch_size))
-        if rows != columns or (self.asked and not isinstance(self.config.patch_size, int)):
-            raise ValueError(
-                f"volume's slices must have the model's own size, {self.image_size[0]} x {self.image_size[1]} pixels, "
-                f"got {height} x {width}: transformers interpolates positions only where the model's own grid of "
-                f"patches is square, and its patch_size one number; it is {rows} x {columns}, {self.config.patch_size}"
-            )
+        raise ValueError(
+            f"volume's slices must have the model's own size, {self.image_size[0]} x {self.image_size[1]} pixels, "
+            f"got {height} x {width}: transformers interpolates positions only where the model's own grid of "
+            f"patches is square, and its patch_size one number; it is {rows} x {columns}, {self.config.patch_size}"
+        )
 
     def _is_trained(self, height: int, width: int) -> bool:
         """Whether positions are taken as they are."""
