@@ -43,6 +43,7 @@ ALL = [
 SOME_MODELS = "test_models_are and (hf-dinov3 or hf-dinov2 or timm-dinov2-s) and float32"
 SMALL = [  # without csrc, whose build takes as long as all of this
     ["tests/test_hosts.py", "tests/test_parts.py"],
+    ["tests/test_compile.py", "-k", "test_sizes_are_no_constants"],
     ["tests/interpreted/test_lifted.py", "-k", SOME_MODELS],
 ]
 
