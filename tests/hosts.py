@@ -5,8 +5,8 @@ final norm, (N, g + L, C), by the library's own forward. For facebookresearch/di
 stand-ins (tests/standins.py), and its own code where DINOV3_REPO names a checkout.
 """
 
-import inspect
 import os
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -245,12 +245,10 @@ MORE_TIMM_HOSTS = [
     ),
     Host("timm-beitv2", timm_other("beitv2_base_patch16_224", swiglu_mlp=True, **TIMM_16), 1, 16, 32, rope=False),
 ]
-if "swiglu_align_to" in inspect.signature(timm.models.eva.EvaBlockPostNorm).parameters:  # else timm cannot build it
-    MORE_TIMM_HOSTS.append(
-        Host(
-            "timm-eva02-e", timm_other("eva02_enormous_patch14_clip_224", mlp_ratio=4, **TIMM_14), 1, 14, 32, rope=False
-        )
-    )
+TIMM = tuple(int(n) for n in re.findall(r"\d+", timm.__version__)[:3])
+if TIMM > (1, 0, 20):  # which cannot build it itself
+    post_norm = timm_other("eva02_enormous_patch14_clip_224", mlp_ratio=4, **TIMM_14)
+    MORE_TIMM_HOSTS.append(Host("timm-eva02-e", post_norm, 1, 14, 32, rope=False))
 MORE_HOSTS += MORE_TIMM_HOSTS
 # End of timm
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parts import BlockParts, Contents, Part, contents, watched
+from ..wrapped import read
 from .base import Adapter, SinCos, is_instance_of, pair
 from .huggingface_parts import block_parts, made_of
 
@@ -44,8 +45,7 @@ class HuggingFace(Adapter):
 
     @property
     def in_channels(self) -> int:
-        found = self._convolution()
-        return self.config.num_channels if found is None else found.in_channels
+        return read(self.core.embeddings, "in_channels", self.config.num_channels)
 
     def _convolution(self) -> nn.Conv2d | None:
         """The patch embedding's, also where something is wrapped around it: what LoRA adds comes after it."""

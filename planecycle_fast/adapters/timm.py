@@ -175,9 +175,8 @@ class Timm(Adapter):
         return getattr(self.model, "dynamic_img_size", False)
 
     def run(self, call: Callable[..., Tensor], tokens: Tensor, **kwargs: Tensor) -> Tensor:
-        if self.model.grad_checkpointing:  # as timm's own forward does
-            return checkpoint(call, tokens, use_reentrant=False, **kwargs)
-        return call(tokens, **kwargs)
+        again = self.checkpoint(self.model)  # as timm's own forward does
+        return call(tokens, **kwargs) if again is None else again(call, tokens, **kwargs)
 
 
 def has_plain_patches(model: nn.Module) -> bool:
