@@ -42,7 +42,7 @@ class Method:
         depth, *pixels = shape_of(x)[2:]
         sizes = (depth, *[n // model.patch_size for n in pixels])  # a rest is lost, as it always was
         start = DHW if takes_volumes(model) and model.block_type == "Flatten3D" else HW
-        if min(sizes) < 1:
+        if any([n < 1 for n in sizes]):
             size = model.patch_size
             raise ValueError(f"x must have slices of at least one patch, {size} x {size} pixels, got {tuple(x.shape)}")
         if masks is not None:

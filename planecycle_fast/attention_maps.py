@@ -75,7 +75,7 @@ def attention_map(
     sequence, row = _place(patch, plane, sizes)
     within = slice(sequence, sequence + 1)
     weights = _weights(q[:, within, g + row], k[:, within], scale)[..., g:]  # (B, 1, heads, L)
-    everywhere = weights.new_zeros(len(weights), plane.slices(sizes), *weights.shape[2:])
+    everywhere = weights.new_zeros(weights.shape[0], plane.slices(sizes), *weights.shape[2:])
     everywhere[:, within] = weights
     return AttentionMap(number, plane.name, cls, _canonical(everywhere, plane, sizes))
 
@@ -94,7 +94,7 @@ def _canonical(
     plane: Plane,
     sizes: Sizes,
 ) -> Tensor:  # (B, heads, D, H, W)
-    cells = weights.transpose(1, 2).reshape(len(weights), weights.shape[2], *plane.ordered(sizes))
+    cells = weights.transpose(1, 2).reshape(weights.shape[0], weights.shape[2], *plane.ordered(sizes))
     return cells.permute(0, 1, *[1 + axis for axis in permutation(plane, HW)[1:4]])
 
 

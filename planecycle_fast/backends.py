@@ -14,12 +14,13 @@ from contextlib import contextmanager
 import torch
 
 from . import native
+from .tracing import recorder
 
 BACKENDS = ("triton", "cpu", "reference")
 HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 NO_CUDA = "no CUDA device was found"
-TRACED = "torch.jit.trace, which records torch's own operations, is running; while it does, 'auto' is the reference"
+RECORDED = "{}, which records torch's own operations, is running; while it does, 'auto' is the reference"
 
 _found: dict[str, str | None] = {}  # why a backend is not usable on this machine, once it has been looked for
 _planned: list[str] = []  # not empty while tensors without data, on "meta", stand for tensors on an NVIDIA GPU
@@ -37,8 +38,8 @@ def why_not(backend: str, device: torch.device | None = None, op: str | None = N
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return None
-    if torch.jit.is_tracing():
-        return TRACED
+    if (recording := recorder()) is not None:
+        return RECORDED.format(recording)
     if backend == "triton":
         reason = _why_not_triton()
         if _planned and (device is None or device.type == "meta"):
@@ -115,7 +116,7 @@ def meta_stands_for_cuda() -> Iterator[None]:
 def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
     """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
     if backend == "cpu" and device is not None and device.type == "cpu" and op in (None, *HAS["cpu"]):
-        return not torch.jit.is_tracing() and native.ready()
+        return recorder() is None and native.ready()
     return why_not(backend, device, op) is None and not _is_slow(backend) and _loads(backend)
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from .backends import choose
 from .layer import Layer
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
+from .ops.registry import may_write
 from .ops.rope_within import rope_within, turns_within
 from .parts import Attention, BlockParts, Plan, watched
 from .rope import PlaneAngles
+from .tracing import recorder
 
 
 def attention_branch(
@@ -63,7 +65,7 @@ def _turned(
     if len(made) > 1:
         return [*[rope(t, angles, num_globals, None, *how) for t in made[:2]], *made[2:]]
     [qkv] = made
-    if not qkv.requires_grad or torch.jit.is_tracing():  # a trace is the same with gradients and without
+    if not qkv.requires_grad or recorder() is not None:  # a record is the same with gradients and without
         queries_keys, values = qkv.split([2 * heads, heads], dim=2)
         return [rope(queries_keys, angles, num_globals, None, *how), values]
     if own and turns_within(backend):
@@ -99,12 +101,8 @@ def mlp_branch(
 
 
 def _is_ours(linears: Sequence[object]) -> bool:
-    """Whether what these layers return may be written to. A compiler plans memory better without being told to.
-
-    Exporters of traces lose what is written in place.
-    """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not recorded and all([is_plain(linear) for linear in linears])
+    """Whether what these layers return may be written to."""
+    return may_write() and all([is_plain(linear) for linear in linears])
 
 
 def is_plain(linear: object) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .ops.registry import transforms_active
+from .ops.registry import may_write
 from .parts import watched
 from .repeats import rounds
 
@@ -24,9 +24,11 @@ def embed(
     backend: str,  # of the stream
 ) -> tuple[Tensor, Tensor]:  # patches (N, L, C), any strides; globals (N, g, C), or (1, g, C)
     """`Adapter.embed_parts` of all slices."""
+    if backend != "cpu" or not may_write():  # before sizes are looked at, which may be symbols
+        return adapter.embed_parts(images)
     length = (images.shape[2] // adapter.patch_size[0]) * (images.shape[3] // adapter.patch_size[1])
     at_once = max(1, ROWS // length)
-    if len(images) <= at_once or backend != "cpu" or not _in_groups(adapter, images):
+    if len(images) <= at_once or not _in_groups(adapter, images):
         return adapter.embed_parts(images)
     patches = globals_ = alike = None
     for start in rounds(range(0, len(images), at_once)):
@@ -43,9 +45,7 @@ def embed(
 
 
 def _in_groups(adapter: Adapter, images: Tensor) -> bool:
-    if images.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active():
-        return False
-    if torch.jit.is_tracing():
+    if images.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if adapter.model.training:  # what it draws depends on how many slices there are
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple  # the one way to name a tuple in what torch.export.save writes
 
 
 class VolumeFeatures(NamedTuple):
@@ -23,3 +24,7 @@ class VolumeFeatures(NamedTuple):
         if self.cls is not None:
             return self.cls.mean(1)
         return self.patches.mean((1, 2, 3))
+
+
+# What torch.export.load says that it lacks where this module has not been imported.
+_register_namedtuple(VolumeFeatures, serialized_type_name="planecycle_fast.VolumeFeatures")

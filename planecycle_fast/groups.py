@@ -20,7 +20,7 @@ from .backends import choose
 from .branches import is_plain
 from .layer import Layer, Own, Stream
 from .ops.add_norm import Norm
-from .ops.registry import transforms_active
+from .ops.registry import may_write
 from .parts import Plan, Snapshot
 from .repeats import most_rounds
 
@@ -87,11 +87,11 @@ def run_in_groups(
     Returns: the stream that goes out, or after a last norm the tokens and their norm, (B*P, g + L, C) each; and how
         many steps that were. None where this block has to run as a whole.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or not may_write():
         return None
     if held[0].residual.device.type != "cpu":
         return None
-    if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu") or transforms_active():
+    if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu"):
         return None
     found, came = parts.once("groups", lambda: _read(parts, todo)), held[0].residual
     if found is None or (

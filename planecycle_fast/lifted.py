@@ -287,7 +287,7 @@ class LiftedModel(SharedModule):
         if norm and final is None:
             tokens = self.adapter.norm(tokens)
         slices, g, plane = layer.new.slices(layer.sizes), layer.num_globals, layer.new
-        batch, channels = len(tokens) // slices, tokens.shape[-1]
+        batch, channels = tokens.shape[0] // slices, tokens.shape[-1]
         patches = tokens[:, g:].reshape(batch, *plane.ordered(layer.sizes), channels)
         globals_ = tokens[:, :g].unflatten(0, (batch, slices))  # (B, S, g, C)
         has_cls = int(self.adapter.has_cls)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .planes import Plane, Sizes
+from .tracing import recorder
 
 NORMALIZATIONS = ("separate", "min", "max")
 
@@ -44,8 +45,17 @@ def coordinates(
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
-    common = {"min": min(sizes), "max": max(sizes), "separate": None}[normalize]
-    return [2.0 * (torch.arange(0.5, n, dtype=dtype, device=device) / (common or n)) - 1.0 for n in sizes]
+    common = {"min": min, "max": max, "separate": lambda _: None}[normalize](sizes)
+    return [2.0 * (_centres(n, dtype, device) / (common or n)) - 1.0 for n in sizes]
+
+
+def _centres(n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:  # (n,)
+    """0.5, 1.5, ... below n."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if wide != dtype and recorder() is None:  # as hosts do: beyond 128 torch's own rounding is another one
+        return torch.arange(0.5, n, dtype=dtype, device=device)
+    # From whole numbers, as torch.export cannot tell how many come of a start between them.
+    return (torch.arange(n, dtype=wide, device=device) + 0.5).to(dtype)
 
 
 def section_sizes(head_dim: int, num_axes: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""What torch.jit.trace, and torch.onnx's exporter that is built on it, need of what they record.
+"""What torch.export and torch.jit.trace, and torch.onnx's exporters that are built on them, need of what they record.
 
-A trace is one run: sizes are numbers in it, "auto" is the reference (`backends.why_not`), nothing is written in place,
-and what is returned holds tensors only.
+"auto" is the reference (`backends.why_not`), and nothing is written in place (`ops.registry.may_write`). A trace is one
+run: sizes are numbers in it, and what is returned holds tensors only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from .features import VolumeFeatures
+
+
+def recorder() -> str | None:
+    """What records torch's own operations now, to be run without us, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    # Not is_exporting(), which up to torch 2.11 is true in all that torch.compile takes.
+    return "torch.export" if torch.compiler._is_exporting_flag else None
 
 
 def shape_of(

@@ -41,7 +41,7 @@ class HuggingFaceMAE(HuggingFaceViT):
 
     def _embedded(self, images: Tensor, settings: dict[str, Any]) -> Tensor:
         rows, columns = (n // p for n, p in zip(images.shape[2:], self.patch_size))
-        rising = torch.arange(rows * columns, device=images.device).expand(len(images), -1)  # the order of patches
+        rising = torch.arange(rows * columns, device=images.device).expand(images.shape[0], -1)  # the order of patches
         # PEFT's modules_to_save have copies of the configuration.
         configs = [module.config for module in self.core.embeddings.modules() if hasattr(module, "random_masking")]
         ratios = [config.mask_ratio for config in configs]

@@ -24,7 +24,7 @@ class TimmBeit(Timm):
         return is_exactly(model, "timm.Beit") and has_plain_patches(model)
 
     def positioned(self, patches: Tensor) -> Tensor:
-        tokens = torch.cat([self.model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.model.pos_drop(tokens if self.model.pos_embed is None else tokens + self.model.pos_embed)
 
     def embed(self, images: Tensor) -> Tensor:

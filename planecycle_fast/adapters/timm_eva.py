@@ -206,7 +206,7 @@ class TimmDINOv3(TimmEva):
         # Eva._pos_embed without its RoPE tables: those depend on the plane and are drawn by `lift`.
         patches, globals_ = self._embedded(images)
         if self.num_globals:
-            patches = torch.cat([globals_.expand(len(patches), -1, -1), patches], dim=1)
+            patches = torch.cat([globals_.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.model.norm_pre(self.model.pos_drop(patches))  # drawn in the order of memory
 
     def _embedded(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
+from ..tracing import recorder
 from .add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
+from .registry import may_write
 
 _loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
@@ -69,7 +71,7 @@ def _switch(
         pooled = transition.apply(volumes[:, :, :g])
     elif g and globals_.shape[0] != 1:
         pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
-    if torch.jit.is_tracing():  # exporters of traces lose what is written to views
+    if not may_write() and (not torch.compiler.is_compiling() or recorder() is not None):
         parts = [] if not g else [pooled.expand(batch, slices, -1, -1).to(dtype)]
         return torch.cat([*parts, source.reshape(batch, slices, length, channels).to(dtype)], 2).flatten(0, 1)
     result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
@@ -184,7 +186,7 @@ def _load(backend: str) -> tuple[Callable[..., Any], ...]:
 def _check(
     x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition, globals_: Tensor | None
 ) -> None:
-    if len(sizes) != 3 or min(sizes) < 1:
+    if len(sizes) != 3 or any([n < 1 for n in sizes]):
         raise ValueError(f"sizes must be (D, H, W), at least 1 each, got {tuple(sizes)}")
     if num_globals < 0:
         raise ValueError(f"num_globals must be at least 0, got {num_globals}")

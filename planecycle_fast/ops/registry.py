@@ -44,6 +44,17 @@ def transforms_active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def may_write() -> bool:
+    """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
+
+    So never within forward mode, torch.func's transforms, torch.jit.trace, torch.export and make_fx, whose records may
+    run with gradients later. A compiler plans memory better without being told to.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+
+
 def pick_once(backend: str, x: Tensor, op: str) -> str:
     """The backend of an operation that is differentiated once, in reverse.
 

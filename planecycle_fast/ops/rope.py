@@ -79,7 +79,7 @@ def _rows(tables: Sequence[Tensor]) -> Tensor:
     """One table of all tokens, (L, 1, hd/2), from those of the axes."""
     if len(tables) == 1:
         return tables[0][:, None]
-    grid = [len(table) for table in tables]
+    grid = [table.shape[0] for table in tables]
     wide = []
     for axis, table in enumerate(tables):
         shape = [1] * len(grid) + [table.shape[1]]
@@ -161,7 +161,7 @@ def _check_tables(x: Tensor, sin: Sequence[Tensor], cos: Sequence[Tensor], lengt
                 raise ValueError(f"{name}[{i}] must have the dtype of sin[0], {sin[0].dtype}, got {table.dtype}")
     if [t.shape for t in sin] != [t.shape for t in cos]:
         raise ValueError(f"cos must have the shapes of sin, {_shape(sin)}, got {_shape(cos)}")
-    if math.prod([len(t) for t in sin]) != length or sum([t.shape[1] for t in sin]) != half:
+    if math.prod([t.shape[0] for t in sin]) != length or sum([t.shape[1] for t in sin]) != half:
         raise ValueError(
             f"sin must have tables (n, s) whose n multiply to L = {length} and whose s add up to hd/2 = {half}, "
             f"got {_shape(sin)}"
@@ -176,7 +176,7 @@ def _check_axial(x: Tensor, axial: Axial, length: int) -> None:
     _check_floating("angles.rope.periods", rope.periods, x)
     if rope.normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {rope.normalize!r}")
-    if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != length:
+    if len(grid) not in (2, 3) or any([n < 1 for n in grid]) or math.prod(grid) != length:
         raise ValueError(f"angles.grid must have two or three sizes that multiply to L = {length}, got {tuple(grid)}")
     if rope.periods.ndim != 1 or rope.head_dim != head_dim:
         raise ValueError(

@@ -76,7 +76,7 @@ def arguments_of(
         if [t.stride() for t in sin] != [t.stride() for t in cos]:
             sin, cos = [[t.contiguous() for t in ts] for ts in (sin, cos)]
         dtype = sin[0].dtype
-        rest = [len(t) for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
+        rest = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
     else:
         rope, augmentation = angles.rope, angles.augmentation
         periods = [p.contiguous() for p in angles.periods or rope.axis_periods(len(angles.grid))]

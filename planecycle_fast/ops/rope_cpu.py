@@ -60,7 +60,7 @@ def arguments_of(
     """What the operations take after x. Tables are made here of what they can be made of."""
     sin, cos = angles.tables() if isinstance(angles, Axial) else angles
     dtype = sin[0].dtype
-    rest = [len(t) for t in sin], list(sin), list(cos), [], [], "", False, False, dtype, dtype
+    rest = [t.shape[0] for t in sin], list(sin), list(cos), [], [], "", False, False, dtype, dtype
     return False, num_globals, x.shape[2] if turned is None else turned, in_table_dtype, *rest
 
 

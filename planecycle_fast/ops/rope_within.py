@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .registry import check_fixed, transforms_active
+from .registry import check_fixed, may_write
 from .rope import Axial, Tables
 
 
@@ -47,8 +47,8 @@ def _operations(backend: str) -> tuple[Any, Any]:
 
 
 def turns_within(backend: str) -> bool:
-    """Whether `rope_within` is for this backend, now: not where torch has to see functions without side effects."""
-    if backend == "reference" or torch.compiler.is_compiling() or transforms_active():
+    """Whether `rope_within` is for this backend, now."""
+    if backend == "reference" or not may_write():
         return False
     modes = _get_current_dispatch_mode_stack()  # selective checkpointing keeps outputs of layers as they are
     return not any([type(mode).__module__ == "torch.utils.checkpoint" for mode in modes])
