@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .branches import queries_keys_values
+from .features import named_in_programs
 from .layer import Layer, Stream
 from .parts import BlockParts, Plan, Snapshot
 from .planes import HW, Plane, Sizes, permutation
@@ -31,6 +33,9 @@ class AttentionMap(NamedTuple):
     patch: (
         Tensor | None
     )  # (B, heads, D, H, W): from the chosen patch, 0 off the plane through it; None if not asked for
+
+
+named_in_programs(AttentionMap)
 
 
 def check_patch(patch: Sequence[int] | None, sizes: Sizes) -> tuple[int, int, int] | None:
@@ -75,8 +80,8 @@ def attention_map(
     sequence, row = _place(patch, plane, sizes)
     within = slice(sequence, sequence + 1)
     weights = _weights(q[:, within, g + row], k[:, within], scale)[..., g:]  # (B, 1, heads, L)
-    everywhere = weights.new_zeros(weights.shape[0], plane.slices(sizes), *weights.shape[2:])
-    everywhere[:, within] = weights
+    before_and_after = (sequence, plane.slices(sizes) - sequence - 1)
+    everywhere = F.pad(weights, (0, 0, 0, 0, *before_and_after))  # (B, P, heads, L)
     return AttentionMap(number, plane.name, cls, _canonical(everywhere, plane, sizes))
 
 

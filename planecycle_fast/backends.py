@@ -2,7 +2,8 @@
 
 A backend asked for by name never falls back: it raises and says why. "auto" takes the first usable
 one of `BACKENDS`, fastest first, that takes the tensors' device, unless `use_backend` or
-PLANECYCLE_FAST_BACKEND names another.
+PLANECYCLE_FAST_BACKEND names another; the reference within forward mode and torch.func's transforms, and while
+torch's own operations are recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from . import native
-from .tracing import recorder
+from .tracing import recorder, transforms_active
 
 BACKENDS = ("triton", "cpu", "reference")
 HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
@@ -68,6 +69,8 @@ def pick(backend: str = "auto", device: torch.device | None = None, op: str | No
     """
     backend = asked_for(backend)
     if backend == "auto":
+        if transforms_active():  # kernels have few derivatives; by name they say so
+            return "reference"
         return next(name for name in BACKENDS if _takes(name, device, op))
     reason = why_not(backend, device, op)
     if reason is None and not _loads(backend):

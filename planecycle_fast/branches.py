@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from .backends import choose
 from .layer import Layer
 from .ops import Axial, Tables, attention, gelu, rope, swiglu
-from .ops.registry import may_write
 from .ops.rope_within import rope_within, turns_within
 from .parts import Attention, BlockParts, Plan, watched
 from .rope import PlaneAngles
-from .tracing import recorder
+from .tracing import may_write, recorder
 
 
 def attention_branch(

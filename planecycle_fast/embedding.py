@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .ops.registry import may_write
 from .parts import watched
 from .repeats import rounds
+from .tracing import may_write
 
 ROWS = 1024  # patches at a time
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import _register_namedtuple  # the one way to name a tuple in what torch.export.save writes
+from torch.utils._pytree import _register_namedtuple
 
 
 class VolumeFeatures(NamedTuple):
@@ -26,5 +26,9 @@ class VolumeFeatures(NamedTuple):
         return self.patches.mean((1, 2, 3))
 
 
-# What torch.export.load says that it lacks where this module has not been imported.
-_register_namedtuple(VolumeFeatures, serialized_type_name="planecycle_fast.VolumeFeatures")
+def named_in_programs(kind: type[tuple]) -> None:
+    """Makes a NamedTuple one that torch.export.save writes; torch.export.load says what to import if it is missing."""
+    _register_namedtuple(kind, serialized_type_name=f"planecycle_fast.{kind.__name__} (import planecycle_fast)")
+
+
+named_in_programs(VolumeFeatures)

@@ -20,9 +20,9 @@ from .backends import choose
 from .branches import is_plain
 from .layer import Layer, Own, Stream
 from .ops.add_norm import Norm
-from .ops.registry import may_write
 from .parts import Plan, Snapshot
 from .repeats import most_rounds
+from .tracing import may_write
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
 CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end

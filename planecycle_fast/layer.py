@@ -17,6 +17,7 @@ from .ops.plane_switch import switch_unchecked
 from .planes import Plane, Sizes
 from .pooling import Transition
 from .rope import PlaneAngles
+from .tracing import may_write
 
 SinCos = tuple[Tensor, Tensor]  # (L, hd) each
 
@@ -96,4 +97,4 @@ def enter(
     backend = layer.backend_for("plane_switch", patches)
     args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
     entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
-    return Stream(entered) if entered is patches or torch.compiler.is_compiling() else Own(entered)
+    return Own(entered) if entered is not patches and may_write() else Stream(entered)

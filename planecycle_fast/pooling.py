@@ -110,7 +110,8 @@ def _average(
         return rows
     bins = torch.arange(m, device=rows.device)
     first, end = bins * n // m, ((bins + 1) * n + m - 1) // m  # rounded up; ONNX evaluators differ below zero
-    columns = first[:, None] + torch.arange((n + m - 1) // m + 1, device=rows.device)  # (m, width), as any bin
+    width = (n - 1) // m + 2  # of any bin; written such that torch.export knows it to be over 1
+    columns = first[:, None] + torch.arange(width, device=rows.device)  # (m, width)
     outside = columns >= end[:, None]
     picked = rows[:, columns.clamp(max=n - 1)]  # (B, m, width, K)
     return picked.masked_fill(outside[..., None], 0).sum(2) / (end - first)[:, None]

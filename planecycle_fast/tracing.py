@@ -1,6 +1,6 @@
-"""What torch.export and torch.jit.trace, and torch.onnx's exporters that are built on them, need of what they record.
+"""What sees operations instead of just running them, and what it needs: exporters, traces, transforms of torch.func.
 
-"auto" is the reference (`backends.why_not`), and nothing is written in place (`ops.registry.may_write`). A trace is one
+"auto" is the reference (`backends.pick`), and nothing is written in place (`may_write`). A trace of torch.jit is one
 run: sizes are numbers in it, and what is returned holds tensors only.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .features import VolumeFeatures
 
@@ -21,6 +22,22 @@ def recorder() -> str | None:
         return "torch.jit.trace"
     # Not is_exporting(), which up to torch 2.11 is true in all that torch.compile takes.
     return "torch.export" if torch.compiler._is_exporting_flag else None
+
+
+def transforms_active() -> bool:
+    """Whether this runs within forward mode or one of torch.func's transforms."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def may_write() -> bool:
+    """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
+
+    So never within forward mode, torch.func's transforms, torch.jit.trace, torch.export and make_fx, whose records may
+    run with gradients later. A compiler plans memory better without being told to.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def shape_of(

@@ -11,9 +11,11 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parts import BlockParts, Contents, Part, contents, watched
+from ..tracing import recorder
 from ..wrapped import read
 from .base import Adapter, SinCos, is_instance_of, pair
 from .huggingface_parts import block_parts, made_of
@@ -85,6 +87,7 @@ class LearnedPositions(HuggingFace):
     projection = "patch_embeddings.projection"  # in `embeddings`: the convolution
     cls = "cls_token"  # in `embeddings`; "" for none
     asked = True  # to interpolate, where a size is not the trained one; False: interpolates by itself, at any size
+    antialias = resampled_in_float32 = False  # how they interpolate
     block_arguments: tuple[None, ...] = ()  # after the tokens
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,10 +161,31 @@ class LearnedPositions(HuggingFace):
         width: int,
     ) -> Tensor:  # (1, g + L, C)
         """Of the class token and the patches of a slice."""
+        if recorder() == "torch.export":
+            return self._resampled(found, height, width)
         if self.asked and self._is_trained(height, width):
             return self._own_positions(found)
         counted = patches.new_empty(1, int(self.has_cls) + patches.shape[1], patches.shape[2])  # it looks at sizes
         return found.interpolate_pos_encoding(counted, height, width)
+
+    def _resampled(
+        self,
+        found: nn.Module,
+        height: int,
+        width: int,
+    ) -> Tensor:  # (1, g + L, C)
+        """As the models interpolate; at the trained size these are the positions as they are.
+
+        The models compare sizes first, which torch.export would make constants by.
+        """
+        (patch_h, patch_w), g, own = self.patch_size, int(self.has_cls), self._own_positions(found)
+        trained = [n // p for n, p in zip(self.image_size, self.patch_size)]
+        maps = own[:, g:].mT.unflatten(2, trained)  # (1, C, rows, columns)
+        if self.resampled_in_float32:
+            maps = maps.float()
+        size = (height // patch_h, width // patch_w)
+        maps = F.interpolate(maps, size, mode="bicubic", antialias=self.antialias)
+        return torch.cat([own[:, :g], maps.flatten(2).mT.to(own.dtype)], dim=1)
 
     def _own_positions(self, found: nn.Module) -> Tensor:  # (1, g + L, C)
         return found.position_embeddings

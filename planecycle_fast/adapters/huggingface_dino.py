@@ -72,10 +72,12 @@ class HuggingFaceDinov2(LearnedPositions):
     names = ("Dinov2Model", "Dinov2WithRegistersModel")
     known = contents("cls_token patch_embeddings position_embeddings dropout", "mask_token register_tokens")
     asked = False
+    resampled_in_float32 = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.num_globals = 1 + getattr(self.config, "num_register_tokens", 0)
+        self.antialias = hasattr(self.config, "num_register_tokens")  # those with registers do
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..parts import Attention, BlockParts, Part, Scale, kind_of
 from ..planes import DHW, Plane
 from ..rope import Augmentation, Rope, section_sizes
+from ..tracing import recorder
 from ..wrapped import own_class, unwrapped
 from .base import SinCos, is_exactly
 from .timm import Timm, TimmParts, call_with_qkv, has_plain_patches, is_more_than_linear, is_timms
@@ -92,7 +93,8 @@ class HostTables:
         if self.mixed:
             return found.get_embed(shape=[*grid]).chunk(2, dim=-1)
         cached = getattr(found, "pos_embed", None)  # of models for one size
-        if cached is not None and tuple(found.feat_shape) == tuple(grid):
+        # Comparing sizes would make them constants of what torch.export records.
+        if cached is not None and recorder() != "torch.export" and tuple(found.feat_shape) == tuple(grid):
             return cached.chunk(2, dim=-1)
         turns = self._turns(grid).flatten(0, -2)  # (L, hd/2)
         turns = turns.tile(2) if getattr(found, "rotate_half", False) else turns.repeat_interleave(2, dim=-1)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import asked_for
+from ..backends import asked_for, pick
 from .configs import LARGEST_ROW
-from .registry import pick_once
 
 
 class Norm(NamedTuple):
@@ -102,7 +101,7 @@ def add_norm(
 
 def pick_rows(backend: str, x: Tensor) -> str:
     """The backend for x (N, rows, C). Raises ValueError for "triton" by name where its kernels cannot hold a row."""
-    chosen = pick_once(backend, x, "add_norm")
+    chosen = pick(backend, x.device, op="add_norm")
     if chosen == "triton" and x.shape[-1] > LARGEST_ROW:
         if asked_for(backend) == "triton":
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attentions import check_attention, flash_function, too_long_for_backward, why_not_for
@@ -38,7 +39,8 @@ def attention(
 
     Args:
         scale: of the scores; None: 1/sqrt(hd).
-        attention: "auto", or a name of `attentions.attentions()`. "sdpa" is torch's scaled_dot_product_attention; on a
+        attention: "auto", or a name of `attentions.attentions()`; in forward mode, which torch's own has no derivatives
+            for, "auto" is the reference. "sdpa" is torch's scaled_dot_product_attention; on a
             GPU never its cuDNN part, which takes about a second for each new shape.
 
     Raises:
@@ -55,7 +57,7 @@ def attention(
     reason = why_not_for(attention, q, k, v)
     if reason is not None:
         raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
-    if attention == "reference":
+    if attention == "reference" or (attention == "auto" and forward_ad._current_level >= 0):  # torch's has no tangents
         return attention_ref(q, k, v, scale)
     if attention in ("auto", "sdpa"):
         return _sdpa(q, k, v, scale)

@@ -19,9 +19,8 @@ from torch import Tensor
 from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
-from ..tracing import recorder
+from ..tracing import may_write, recorder
 from .add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
-from .registry import may_write
 
 _loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
@@ -72,8 +71,9 @@ def _switch(
     elif g and globals_.shape[0] != 1:
         pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
     if not may_write() and (not torch.compiler.is_compiling() or recorder() is not None):
-        parts = [] if not g else [pooled.expand(batch, slices, -1, -1).to(dtype)]
-        return torch.cat([*parts, source.reshape(batch, slices, length, channels).to(dtype)], 2).flatten(0, 1)
+        parts = [] if not g else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
+        # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
+        return torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
     result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
     out = result.view(batch, slices, g + length, channels)
     # The one gather: views name the voxels of both orders, each row is read once and written once.

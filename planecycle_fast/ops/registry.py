@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import asked_for, pick
+from ..tracing import transforms_active
 
 
 class Cost(NamedTuple):
@@ -39,35 +40,10 @@ class CustomOp:
         return self.definition(*args)
 
 
-def transforms_active() -> bool:
-    """Whether this runs within forward mode or one of torch.func's transforms."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def may_write() -> bool:
-    """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
-
-    So never within forward mode, torch.func's transforms, torch.jit.trace, torch.export and make_fx, whose records may
-    run with gradients later. A compiler plans memory better without being told to.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-
-
-def pick_once(backend: str, x: Tensor, op: str) -> str:
-    """The backend of an operation that is differentiated once, in reverse.
-
-    On a CPU "auto" takes the reference within forward mode and torch.func's transforms.
-    """
-    chosen = pick(backend, x.device, op)
-    return "reference" if chosen == "cpu" and asked_for(backend) == "auto" and transforms_active() else chosen
-
-
 def resolve(backend: str, device: torch.device) -> str:
     """For many operations on tensors of a device: the name that "auto" stands for where that can be told beforehand."""
     named = asked_for(backend)
-    if named != "auto" or device.type != "cpu" or transforms_active():
+    if named != "auto" or device.type != "cpu":
         return named
     return pick(named, device, "add_norm")
 

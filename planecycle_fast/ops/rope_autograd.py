@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import transforms_active
 from .custom import register
-from .registry import Cost, check_fixed, linear, transforms_active
+from .registry import Cost, check_fixed, linear
 from .rope import Axial, Tables
 from .rope_triton import _rope, _rope_, keeps_globals
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tracing import transforms_active
 from .native_ops import register
-from .registry import check_fixed, linear, transforms_active
+from .registry import check_fixed, linear
 from .rope import Axial, Tables
 
 

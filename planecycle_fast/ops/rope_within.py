@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .registry import check_fixed, may_write
+from ..tracing import may_write
+from .registry import check_fixed
 from .rope import Axial, Tables
 
 

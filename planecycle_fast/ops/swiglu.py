@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import pick
 from .gelu import check_inplace
-from .registry import pick_once
 
 
 def swiglu_ref(
@@ -44,7 +44,7 @@ def swiglu(
         NotImplementedError: on "triton" and "cpu", forward mode, torch.func's transforms or a second derivative.
     """
     _check(gate, value, inplace)
-    chosen = pick_once(backend, gate, "swiglu")
+    chosen = pick(backend, gate.device, op="swiglu")
     if chosen == "reference":
         return swiglu_ref(gate, value, inplace)
     if chosen == "cpu":
