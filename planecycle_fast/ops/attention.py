@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attentions import check_attention, flash_function, too_long_for_backward, why_not_for
+from ..tracing import transforms_active
 
 
 def attention_ref(
@@ -39,9 +40,9 @@ def attention(
 
     Args:
         scale: of the scores; None: 1/sqrt(hd).
-        attention: "auto", or a name of `attentions.attentions()`; in forward mode, which torch's own has no derivatives
-            for, "auto" is the reference. "sdpa" is torch's scaled_dot_product_attention; on a
-            GPU never its cuDNN part, which takes about a second for each new shape.
+        attention: "auto", or a name of `attentions.attentions()`; "auto" is torch's own, and the reference in forward
+            mode and, on a CPU, torch.func's transforms, which that has no rules for. "sdpa" is torch's
+            scaled_dot_product_attention; on a GPU never its cuDNN part, which takes about a second for each new shape.
 
     Raises:
         TypeError: q, k or v is not a floating-point tensor.
@@ -57,12 +58,16 @@ def attention(
     reason = why_not_for(attention, q, k, v)
     if reason is not None:
         raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
-    if attention == "reference" or (attention == "auto" and forward_ad._current_level >= 0):  # torch's has no tangents
+    if attention == "reference" or (attention == "auto" and _torch_lacks_rules(q)):
         return attention_ref(q, k, v, scale)
     if attention in ("auto", "sdpa"):
         return _sdpa(q, k, v, scale)
     out = flash_function(attention)(q, k, v, softmax_scale=scale)
     return out[0] if isinstance(out, tuple) else out  # some versions return the logarithms of sums as well
+
+
+def _torch_lacks_rules(q: Tensor) -> bool:  # (N, rows, heads, hd)
+    return forward_ad._current_level >= 0 or (q.device.type == "cpu" and transforms_active())
 
 
 def _sdpa(
