@@ -14,6 +14,7 @@ from .backends import backends, use_backend
 from .blocks import LiftedBlock
 from .checkpoints import convert_state_dict
 from .converter import PlaneCycleConverter
+from .exporting import export_model
 from .feature_files import load_features
 from .features import VolumeFeatures
 from .graphs import cuda_graph
@@ -39,6 +40,7 @@ __all__ = [
     "backends",
     "convert_state_dict",
     "cuda_graph",
+    "export_model",
     "lift",
     "load_features",
     "load_model",

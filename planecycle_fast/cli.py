@@ -224,6 +224,48 @@ def _build(arguments: list[str] | None):
         return run_plan(model, volume, gpu, dtype, step, modes, graph, launch_us, block_us)
 
     @app.command()
+    def export(
+        model: str = typer.Argument(help="A timm or Hugging Face name, or a folder: docs/models.md."),
+        to: str = typer.Option(..., help="onnx, export (torch.export), aoti (AOTInductor) or jit (torch.jit.trace)."),
+        volume: str = typer.Option(..., help="Batch x slices x pixels: 1x32x256, or 1x32x256x192."),
+        out: Optional[Path] = typer.Option(
+            None, help=".onnx, .pt2 for export and aoti, .pt for jit. Default: the model's name."
+        ),
+        dynamic: Optional[str] = typer.Option(
+            None, help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit."
+        ),
+        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
+        cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
+        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
+        globals_at: str = typer.Option("depth", help="Where they rest between layers: depth or plane."),
+        dtype: str = typer.Option("fp32", help="What the model computes in: fp32, bf16, fp16, fp64."),
+        device: str = typer.Option("cpu", help="What it is exported for, and checked on: cpu, cuda, cuda:1."),
+        overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that are there."),
+        random_weights: bool = typer.Option(
+            False, "--random-weights", help="Export a model whose weights cannot be found, with random ones."
+        ),
+    ) -> None:
+        """A lifted model in a file that runs without this package, checked against it: docs/export.md."""
+        from .exporting import run_export
+        from .planes import parse_cycle
+
+        run_export(
+            model,
+            to,
+            volume,
+            out,
+            dynamic,
+            dtype,
+            device,
+            overwrite,
+            random_weights,
+            mode=mode,
+            cycle_order=tuple(plane.name for plane in parse_cycle(cycle_order)),
+            pool_method=pool_method,
+            globals_at=globals_at,
+        )
+
+    @app.command()
     def build() -> None:
         """Builds the operations of backend "cpu" now; otherwise that happens when they are first used."""
         from .native import build as build_library

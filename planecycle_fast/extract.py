@@ -24,7 +24,7 @@ from .inputs import dtype_of, wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
 from .loaded_keys import check_finite
-from .models import load_model
+from .models import check_found, load_model
 from .normalisation import normalisation
 from .optional import require
 from .orientation import check_axes
@@ -182,8 +182,7 @@ def _model(
     """Settings in one of the ways they can be written, the lifted model, and what the metadata says of it."""
     dtype = dtype_of(settings.dtype)
     host, note = load_model(settings.model)
-    if note.startswith("RANDOM") and not random_weights:
-        raise ValueError(f"model {settings.model} must have weights, got {note}; --random-weights computes them anyway")
+    check_found(settings.model, note, random_weights)
     names = ("mode", "cycle_order", "pool_method", "globals_at")
     lifted = lift(host, **{name: getattr(settings, name) for name in names})
     if settings.layers is not None:

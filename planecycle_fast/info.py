@@ -30,6 +30,9 @@ PACKAGES = (
     "nibabel",
     "SimpleITK",
     "pydicom",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
     "safetensors",
     "matplotlib",
 )

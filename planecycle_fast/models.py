@@ -230,3 +230,9 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 def random_note(name: str) -> str:
     """What `load_model` says of random weights."""
     return f"RANDOM weights for {name}: no hub can be reached, so the features mean nothing"
+
+
+def check_found(name: str, note: str, random_weights: bool) -> None:
+    """Raises ValueError for random weights that were not asked for, by what `load_model` says of them."""
+    if note.startswith("RANDOM") and not random_weights:
+        raise ValueError(f"model {name} must have weights, got {note}; --random-weights takes them anyway")

@@ -41,20 +41,24 @@ def may_write() -> bool:
 
 
 def shape_of(
-    volume: Tensor,  # (B, channels, D, height, width)
+    x: Tensor,  # any shape
 ) -> Sequence[int]:
     """Its shape, in numbers. Within a trace sizes are tensors, and whatever is made of them becomes part of it."""
-    return [int(n) for n in volume.shape] if torch.jit.is_tracing() else volume.shape
+    return [int(n) for n in x.shape] if torch.jit.is_tracing() else x.shape
 
 
 def fix_shape(
     volume: Tensor,  # (B, channels, D, height, width)
 ) -> Tensor:  # the same
-    """Within a trace: the volume such that another shape given to the trace raises RuntimeError."""
-    if not torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX declares the shapes of inputs
+    """Within a trace: the volume such that another shape given to the trace raises RuntimeError.
+
+    Of ONNX, which declares the shapes of inputs, the batch may be another one, where it is declared dynamic.
+    """
+    if not torch.jit.is_tracing():
         return volume
     for axis, size in enumerate(shape_of(volume)):
-        volume = volume.unflatten(axis, (size,))  # nothing but a check, which what comes after depends on
+        if axis or not torch.onnx.is_in_onnx_export():
+            volume = volume.unflatten(axis, (size,))  # nothing but a check, which what comes after depends on
     return volume
 
 

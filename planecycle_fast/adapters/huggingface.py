@@ -138,7 +138,7 @@ class LearnedPositions(HuggingFace):
         found = self.core.embeddings
         if not self._is_known(found):
             return super().embed_parts(images)
-        patches = attrgetter(self.projection)(found)(self._cast(images)).flatten(2).mT  # (N, L, C)
+        patches = attrgetter(self.projection)(found)(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
         positions, g = self._positions(found, patches, *images.shape[2:]), int(self.has_cls)  # (1, g + L, C)
         patches, first = patches + positions[:, g:], positions[:, :g]
         globals_ = first + getattr(found, self.cls) if self.cls else first

@@ -43,7 +43,7 @@ class HuggingFaceDINOv3(HuggingFace):
         found = self.model.embeddings
         if not made_of(found, _DINOV3_EMBEDDINGS) or watched(found) is not None:
             return super().embed_parts(images)
-        patches = found.patch_embeddings(self._cast(images)).flatten(2).mT  # (N, L, C)
+        patches = found.patch_embeddings(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
         return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)
 
     def norm(self, tokens: Tensor) -> Tensor:

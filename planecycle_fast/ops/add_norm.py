@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import asked_for, pick
+from ..tracing import shape_of
 from .configs import LARGEST_ROW
 
 
@@ -57,9 +58,9 @@ def normalize_ref(
     norm_dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., C); of no `norm_dtype` as torch gives it, float32 under autocast
     if norm.rms:
-        out = F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+        out = F.rms_norm(x, shape_of(x)[-1:], norm.weight, norm.eps)
     else:
-        out = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        out = F.layer_norm(x, shape_of(x)[-1:], norm.weight, norm.bias, norm.eps)
     return out if norm_dtype is None else out.to(norm_dtype)
 
 

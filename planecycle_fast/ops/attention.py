@@ -24,7 +24,7 @@ def attention_ref(
 ) -> Tensor:  # (N, rows, heads, hd), contiguous
     """Pure PyTorch, any device and floating dtype, differentiable any number of times. Softmax in at least float32."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (N, heads, rows, hd)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)  # (N, heads, rows, rows)
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (N, heads, rows, rows)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return (weights @ v).transpose(1, 2).contiguous()
 
