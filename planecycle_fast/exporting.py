@@ -92,7 +92,10 @@ def export_model(
         lifted(volume)  # raises what is wrong with it, before any work
         other = _other(lifted, volume, axes)
         module = NamedTensors(lifted).eval()
-        expected = module(other)
+        try:
+            expected = module(other)
+        except ValueError as error:  # of a model for one size
+            raise ValueError(f"dynamic {','.join(axes)} is not possible for this model: {error}") from error
     check_features(lifted, other, expected)
     metadata = described(lifted, volume, axes) | dict(metadata or {})
     wanted = Wanted(

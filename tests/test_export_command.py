@@ -294,6 +294,13 @@ def test_dynamic_depth(lifted, tmp_path):
             torch.testing.assert_close(got, right, rtol=0, atol=1e-4)
 
 
+def test_sizes_that_a_model_does_not_take(tmp_path):
+    host = BY_NAME["timm-eva02-s"]  # for slices of 42 x 70 pixels
+    with pytest.raises(ValueError, match="dynamic D,H is not possible for this model: .*42.*70"):
+        pcf.export_model(pcf.lift(host.make(depth=1)), host.volume(1, 2), tmp_path / "m.pt2", "export", "D,H")
+    assert [*tmp_path.iterdir()] == []
+
+
 HOW = {"onnx": ("model.onnx", "onnxruntime"), "export": ("program.pt2", "torch"), "aoti": ("compiled.pt2", "torch"),
        "jit": ("traced.pt", "torch")}  # fmt: skip
 

@@ -43,14 +43,14 @@ def check(run, model, volume):
         torch.testing.assert_close(torch.from_numpy(got), right, rtol=0, atol=1e-4)
 
 
-def cases(quick, dynamics):
-    for name in (*HOSTS, *OTHERS):
-        for dynamic in dynamics:
-            marks = [] if (name, dynamic) in quick else [pytest.mark.full]
+def cases():
+    for dynamic, names in (("D", (*HOSTS, *OTHERS)), ("B,D", HOSTS)):
+        for name in names:
+            marks = [] if (name, dynamic) == ("hf-clip", "D") else [pytest.mark.full]
             yield pytest.param(name, dynamic, marks=marks, id=f"{name}-{dynamic}")
 
 
-@pytest.mark.parametrize("name, dynamic", list(cases([("hf-clip", "D")], ["D", "B,D"])))
+@pytest.mark.parametrize("name, dynamic", list(cases()))
 def test_depth_is_dynamic(tmp_path, name, dynamic):
     host = BY_NAME[name]
     model, path = lifted(host), tmp_path / "m.onnx"
