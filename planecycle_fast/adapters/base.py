@@ -47,6 +47,8 @@ class Adapter(ABC):
     has_cls: bool  # whether the first global is a class token
     patch_size: tuple[int, int]  # pixels (height, width) of one patch
     in_channels: int = 3
+    block_settings: tuple[str, ...] = ()  # attributes with underscores that the library sets on blocks, and reads there
+    framework: str | None = None  # the name of the base class by which the library finds its models within others
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """A subclass that overrides a method of a family loses the family's shortcut around that method."""
