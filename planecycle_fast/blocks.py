@@ -6,7 +6,7 @@ one: what is loaded, replaced or sharded in one shows in the other. `module_tree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -16,10 +16,11 @@ from .adapters import Adapter
 from .groups import Following
 from .layer import Layer, Stream
 from .ops import Norm
-from .parts import Plan, watched
+from .parts import Plan, plan_of, watched
 from .reading import Reading
 from .shared_module import SharedModule
 from .stream import run_block
+
 
 class LiftedBlock(SharedModule):
     """One layer of a lifted model: takes a `Stream` and a `Layer`, returns a `Stream`.
@@ -39,8 +40,7 @@ class LiftedBlock(SharedModule):
 
     def plan(self) -> Plan:
         """What of the block runs by operations now, and why the rest does not."""
-        parts = self.reading.now()
-        return Plan(block=parts) if isinstance(parts, str) else parts.plan()
+        return plan_of(self.reading.now())
 
     def forward(self, stream: Stream, layer: Layer) -> Stream:
         """Runs the layer.
@@ -66,16 +66,17 @@ class LiftedBlock(SharedModule):
         def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
             return self.adapter.call_block(self.host, tokens, layer.grid, layer.sincos)
 
-        checkpoint = self.adapter.checkpoint(self.host)
-        if checkpoint is None or not torch.is_grad_enabled() or self.plan().block is not None:
-            out, ran = run_block(self.reading.now(), held, layer, call, following)
+        parts, checkpoint = self.reading.now(), self.adapter.checkpoint(self.host)  # for all of this call
+        if checkpoint is None or not torch.is_grad_enabled() or plan_of(parts).block is not None:
+            out, ran = run_block(parts, held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
-            parts = self.reading.parts
-            if self.plan().attention is not None:  # made outside: they may be of learned frequencies, and serve others
+            if plan_of(parts).attention is not None:  # made outside: they serve other blocks, and may be learned
                 _ = layer.sincos
-            run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call)[0])  # noqa: E731
+            anew = self.reading.parts  # read when it runs: again in backward, with other tensors if it is sharded
+            run = lambda *stream: _own_scale(run_block(anew, [Stream(*stream)], layer, call)[0])  # noqa: E731
             out, ran = Stream(*checkpoint(run, *held.pop())), 1
-        return (_own_scale(out) if self._forward_hooks else out), ran  # FSDP frees the parameter when the block ends
+        hooked = self._forward_hooks and isinstance(out, Stream)  # a hook may have come while a last norm ran as well
+        return (_own_scale(out) if hooked else out), ran  # FSDP frees the parameter when the block ends
 
     def extra_repr(self) -> str:
         return type(self.host).__name__

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import Adapter
 from .attention_maps import AttentionMap, attention_map, check_patch
 from .blocks import LiftedBlock, Step, run_lifted
+from .buffers import BufferCheck
 from .embedding import embed
 from .features import VolumeFeatures
 from .framework_class import class_of, reduced
@@ -52,7 +53,7 @@ class LiftedModel(TreeModule):
         super().__init__(adapter.model, LiftedTree(adapter))
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
-        self.__dict__.update(backend=backend, attention=attention, strict=strict)
+        self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
         self.__class__ = class_of(type(self), adapter)
 
     @property
@@ -278,6 +279,7 @@ class LiftedModel(TreeModule):
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
         check_volume(volume, self.adapter.in_channels, self.host)
+        self.check_buffers(self.adapter)
         depth, height, width = shape_of(volume)[2:]
         self.adapter.check_image_size(height, width)
         patch_h, patch_w = self.adapter.patch_size

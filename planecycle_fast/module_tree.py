@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import ItemsView, Iterator, KeysView, MutableMapping, ValuesView
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -146,10 +147,8 @@ class Tree(MutableMapping, dict):
     def _now(self) -> Tree:
         """Itself, as the host's modules are now."""
         lifted, theirs = self.lifted, self.host._modules
-        try:
+        with suppress(AttributeError):  # where the container of the blocks has been taken out, to be set again
             lifted.layers()
-        except AttributeError:  # the container of the blocks has been taken out, to be set again
-            pass
         seen = (lifted.changes, [*theirs], [*map(id, theirs.values())])
         if seen != self._seen:
             shown = {name: lifted.stands_for(module) for name, module in theirs.items()}
@@ -211,7 +210,9 @@ class Tree(MutableMapping, dict):
 
     def set_all(self, modules: dict[str, nn.Module | None]) -> None:
         """In place of everything."""
-        theirs = {name: self.lifted.to_host(name, value, self.host._modules.get(name)) for name, value in modules.items()}
+        theirs = {
+            name: self.lifted.to_host(name, value, self.host._modules.get(name)) for name, value in modules.items()
+        }
         if self.spread:
             raise TypeError("blocks cannot be exchanged here: the model holds them in several modules of its own")
         self.host._modules = theirs

@@ -1,4 +1,4 @@
-"""A module that is another one under a second name: what `LiftedModel`, its blocks and its containers have in common."""
+"""A module that is another one under a second name: what a lifted model, its blocks and containers are."""
 
 from __future__ import annotations
 
@@ -134,5 +134,3 @@ class OfHost:
 
     def __get__(self, module: SharedModule | None, owner: type) -> Any:
         return getattr(self.base if module is None or "host" not in module.__dict__ else module.host, self.name)
-
-

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import WHOLE, BlockParts
 from ..planes import DHW, Plane
 from ..rope import Rope, section_sizes
@@ -117,6 +118,10 @@ class Adapter(ABC):
     def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
         """``function(run, *tensors)`` where the model wants this block's activations computed again in backward."""
         return None
+
+    def computed_buffers(self) -> list[Computed]:
+        """Buffers that positions are made from, with what the configuration gives. `buffers` checks them."""
+        return []
 
     def check_planes(self, planes: Sequence[Plane]) -> None:
         """Raises ValueError for a plane that the model's positions cannot be moved to."""
