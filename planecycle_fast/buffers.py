@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .ops.registry import transforms_active
 
@@ -57,7 +58,7 @@ class BufferCheck:
         if self._checked and same:
             return
         # Among others FakeTensorMode: what is seen then may be without data, and what reads it no part of the model.
-        if transforms_active() or torch._C._len_torch_dispatch_stack() or not all([_has_data(t) for t in found]):
+        if transforms_active() or _get_current_dispatch_mode_stack() or not all([_has_data(t) for t in found]):
             return
         self._refuse({name: t for name, t in adapter.model.named_buffers() if _has_data(t)}, computed)
         self._seen, self._checked = [(t, version(t)) for t in found], True
