@@ -17,7 +17,7 @@ from torch import Tensor
 from .branches import queries_keys_values
 from .features import named_in_programs
 from .layer import Layer, Stream
-from .parts import BlockParts, Plan, Snapshot
+from .parts import BlockParts, Snapshot, plan_of
 from .planes import HW, Plane, Sizes, permutation
 
 
@@ -65,7 +65,7 @@ def attention_map(
 ) -> AttentionMap:
     """The maps of one block. Raises ValueError where its attention cannot be taken apart."""
     snapshot = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
-    todo = Plan(block=snapshot) if isinstance(snapshot, str) else snapshot.plan()
+    todo = plan_of(snapshot)
     if (reason := todo.block or todo.attention) is not None:
         raise ValueError(f"layers must have attention that can be taken apart, got layer {number}: {reason}")
     plain = replace(layer, backend="reference")

@@ -1,15 +1,13 @@
 """The blocks of a lifted model: modules that are called with the stream, and own nothing that is not the host's.
 
-`LiftedBlock` and `Mirror` share the dictionaries of a host's module (parameters, submodules, hooks of state_dict), so
-that both are one: what is loaded, replaced or sharded in one shows in the other. Mirrors stand where the host keeps
-its blocks, such that walking through a lifted model meets lifted blocks instead of the host's.
+`LiftedBlock` shares the dictionaries of a host's block (parameters, submodules, hooks of state_dict), so that both are
+one: what is loaded, replaced or sharded in one shows in the other. `module_tree` puts them in the place of the host's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +16,10 @@ from .adapters import Adapter
 from .groups import Following
 from .layer import Layer, Stream
 from .ops import Norm
-from .parts import Plan, watched
+from .parts import Plan, plan_of, watched
 from .reading import Reading
+from .shared_module import SharedModule
 from .stream import run_block
-
-SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-class SharedModule(nn.Module):
-    """A module with the dictionaries and the mode, training or not, of another one, `self.host`."""
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__()
-        # Sharing the dictionaries themselves is what makes both modules one: keys, Parameter objects,
-        # replaced submodules (LoRA) and assigned parameters are the same in both, copies included.
-        for shared in SHARED:
-            self.__dict__[shared] = host.__dict__[shared]
-        self.__dict__["host"] = host  # past nn.Module.__setattr__: no child
-
-    @property
-    def training(self) -> bool:
-        """Shared with the host, like everything else."""
-        return self.host.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "host" in self.__dict__:  # not yet while nn.Module.__init__ runs
-            self.host.training = mode
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise TypeError(
-            "a lifted model cannot be compiled by torch.jit.script; use torch.export, or torch.jit.trace for one shape"
-        )
-
-    def train(self, mode: bool = True) -> SharedModule:
-        self.host.train(mode)  # hosts override this, to keep norms frozen for example
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedModule:
-        self.host._apply(fn) if recurse else self.host._apply(fn, recurse=False)  # overridden by hosts as well
-        return self
 
 
 class LiftedBlock(SharedModule):
@@ -83,12 +36,11 @@ class LiftedBlock(SharedModule):
 
     def __init__(self, adapter: Adapter, block: nn.Module) -> None:
         super().__init__(block)
-        self.__dict__.update(adapter=adapter, reading=Reading(adapter.parts(block)))
+        self.__dict__.update(adapter=adapter, reading=Reading(adapter.parts(block)), told=adapter.block_settings)
 
     def plan(self) -> Plan:
         """What of the block runs by operations now, and why the rest does not."""
-        parts = self.reading.now()
-        return Plan(block=parts) if isinstance(parts, str) else parts.plan()
+        return plan_of(self.reading.now())
 
     def forward(self, stream: Stream, layer: Layer) -> Stream:
         """Runs the layer.
@@ -114,16 +66,17 @@ class LiftedBlock(SharedModule):
         def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
             return self.adapter.call_block(self.host, tokens, layer.grid, layer.sincos)
 
-        checkpoint = self.adapter.checkpoint(self.host)
-        if checkpoint is None or not torch.is_grad_enabled() or self.plan().block is not None:
-            out, ran = run_block(self.reading.now(), held, layer, call, following)
+        parts, checkpoint = self.reading.now(), self.adapter.checkpoint(self.host)  # for all of this call
+        if checkpoint is None or not torch.is_grad_enabled() or plan_of(parts).block is not None:
+            out, ran = run_block(parts, held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
-            parts = self.reading.parts
-            if self.plan().attention is not None:  # made outside: they may be of learned frequencies, and serve others
+            if plan_of(parts).attention is not None:  # made outside: they serve other blocks, and may be learned
                 _ = layer.sincos
-            run = lambda *stream: _own_scale(run_block(parts, [Stream(*stream)], layer, call)[0])  # noqa: E731
+            anew = self.reading.parts  # read when it runs: again in backward, with other tensors if it is sharded
+            run = lambda *stream: _own_scale(run_block(anew, [Stream(*stream)], layer, call)[0])  # noqa: E731
             out, ran = Stream(*checkpoint(run, *held.pop())), 1
-        return (_own_scale(out) if self._forward_hooks else out), ran  # FSDP frees the parameter when the block ends
+        hooked = self._forward_hooks and isinstance(out, Stream)  # a hook may have come while a last norm ran as well
+        return (_own_scale(out) if hooked else out), ran  # FSDP frees the parameter when the block ends
 
     def extra_repr(self) -> str:
         return type(self.host).__name__
@@ -167,47 +120,3 @@ def _following(steps: Sequence[Step]) -> Iterator[Following]:
 def _own_scale(stream: Stream) -> Stream:
     """The stream with a scale that is no parameter."""
     return stream if stream.scale is None else stream._replace(scale=stream.scale.clone())
-
-
-class Mirror(nn.ModuleList):
-    """A host's module on the way to its blocks, usually the list of them, with lifted blocks in their place."""
-
-    def __init__(self, host: nn.Module, children: dict[str, nn.Module]) -> None:
-        nn.Module.__init__(self)
-        for shared in SHARED:
-            self.__dict__[shared] = host.__dict__[shared]
-        self.__dict__.update(host=host, _modules=children)
-
-    training = SharedModule.training
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return nn.ModuleList(list(self)[index])
-        return super().__getitem__(index)
-
-
-def mirrored(module: nn.Module, blocks: dict[int, nn.Module]) -> nn.Module:
-    """`module`, or where any of `blocks` (by the id of the host's) is inside, a `Mirror` of it that holds those."""
-    if id(module) in blocks:
-        return blocks[id(module)]
-    children = {name: mirrored(child, blocks) for name, child in module._modules.items() if child is not None}
-    if all([child is module._modules[name] for name, child in children.items()]):
-        return module
-    return Mirror(module, {name: children.get(name) for name in module._modules})
-
-
-def holds_lifted(module: nn.Module) -> bool:
-    """Whether lifted blocks are in a module, or it is one."""
-    return any([isinstance(inner, (LiftedBlock, Mirror)) for inner in module.modules()])
-
-
-def list_of(mirrors: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> nn.ModuleList:
-    """The mirror among or below these whose children are just `blocks`, or a new list of them."""
-    for mirror in mirrors:
-        if isinstance(mirror, Mirror):
-            if [*mirror._modules.values()] == list(blocks):
-                return mirror
-            found = list_of([child for child in mirror._modules.values() if child is not None], blocks)
-            if isinstance(found, Mirror):
-                return found
-    return nn.ModuleList(blocks)

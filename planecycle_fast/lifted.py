@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .attention_maps import AttentionMap, attention_map, check_patch
-from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirrored, run_lifted
+from .blocks import LiftedBlock, Step, run_lifted
+from .buffers import BufferCheck
 from .embedding import embed
 from .features import VolumeFeatures
+from .framework_class import class_of, reduced
 from .inputs import check_volume, wanted_layers
 from .layer import Layer, Stream, enter
+from .module_tree import LiftedTree, TreeModule
 from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm
@@ -28,7 +31,7 @@ from .stream import check_strict
 from .tracing import fix_shape, shape_of, traceable
 
 
-class LiftedModel(SharedModule):
+class LiftedModel(TreeModule):
     """A 2D model that takes volumes. Made by `lift`; attributes it lacks are those of the 2D model.
 
     `blocks` are called once per layer with the residual stream in plane order: `LiftedBlock` says what hooks on them
@@ -47,10 +50,11 @@ class LiftedModel(SharedModule):
         attention: str,
         strict: bool,
     ) -> None:
-        super().__init__(adapter.model)
+        super().__init__(adapter.model, LiftedTree(adapter))
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
-        self.__dict__.update(backend=backend, attention=attention, strict=strict, lifted_blocks=(), mirrors={})
+        self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
+        self.__class__ = class_of(type(self), adapter)
 
     @property
     def cycle_order(self) -> tuple[str, ...]:
@@ -60,50 +64,16 @@ class LiftedModel(SharedModule):
     @property
     def blocks(self) -> nn.ModuleList:
         """The layers, first to last: `LiftedBlock`s, or what has been put around them."""
-        hosts = list(self.adapter.blocks)
-        known = self.lifted_blocks
-        if len(hosts) != len(known) or not all([mine.host is host for mine, host in zip(known, hosts)]):
-            self._lift_blocks(hosts)
-        return self.block_list
+        return self.lifted_tree.block_list(self._modules)
 
-    def _lift_blocks(self, hosts: list[nn.Module]) -> None:
-        known = {id(block.host): block for block in self.lifted_blocks}
-        blocks = tuple([known.get(id(host)) or LiftedBlock(self.adapter, host) for host in hosts])
-        by_host = {id(block.host): block for block in blocks}
-        children = {name: child for name, child in self._modules.items() if child is not None}
-        replaced = {name: mirrored(child, by_host) for name, child in children.items()}
-        mirrors = {name: module for name, module in replaced.items() if module is not children[name]}
-        self.__dict__.update(lifted_blocks=blocks, mirrors=mirrors, block_list=list_of(mirrors.values(), blocks))
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As of any module, with lifted blocks in place of the 2D model's."""
-        _ = self.blocks
-        seen = set()
-        for name, module in self._modules.items():
-            module = self.mirrors.get(name, module)
-            if module is not None and module not in seen:
-                seen.add(module)
-                yield name, module
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """As of any module, with lifted blocks in place of the 2D model's."""
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        _ = self.blocks
-        if remove_duplicate:
-            memo.add(self)
-        yield prefix, self
-        for name, module in self._modules.items():
-            module = self.mirrors.get(name, module)
-            if module is not None:
-                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+    @property
+    def lifted_blocks(self) -> tuple[LiftedBlock, ...]:
+        """The layers, without what has been put around them."""
+        self.lifted_tree.layers()
+        return self.lifted_tree.blocks
 
     def plans(self) -> list[Plan]:
         """Per block: the parts that the model's own code runs, and why."""
-        _ = self.blocks
         return [block.plan() for block in self.lifted_blocks]
 
     def report(self) -> None:
@@ -114,23 +84,31 @@ class LiftedModel(SharedModule):
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
             return object.__getattribute__(self, name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "adapter" not in self.__dict__ or name.startswith("__"):
-                raise
-        return getattr(self.adapter.model, name)
+        return super().__getattr__(name)
+
+    def passes_on(self, name: str) -> bool:
+        return "adapter" in self.__dict__ and not name.startswith("__")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and holds_lifted(value):  # what walks through modules sets what it finds
-            if self.mirrors.get(name) is value:
-                return
-            raise TypeError(f"{name} cannot be set to a module that holds lifted blocks; set blocks[i] one by one")
-        host = self.__dict__["adapter"].model if "adapter" in self.__dict__ else None
-        if host is not None and name in host.__dict__ and name not in self.__dict__ and name != "training":
-            setattr(host, name, value)  # what one reads through the lifted model, one sets through it
-        else:
-            super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and hasattr(LiftedModel, name) and name not in self._modules:
+            if getattr(self, name) is value:
+                return  # what walks through modules sets what it finds
+            raise TypeError(f"{name} cannot be set to a module: it is an attribute of lifted models; set blocks[i]")
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self) or super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__class__ = class_of(type(self), self.adapter)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of classes that are kept on one device, as transformers and accelerate ask for them."""
+        theirs = getattr(self.host, "_no_split_modules", None) or ()
+        replaced = {type(block.host).__name__ for block in self.lifted_blocks}
+        return [LiftedBlock.__name__, *[name for name in theirs if name not in replaced]]
 
     def _replicate_for_data_parallel(self) -> LiftedModel:
         raise TypeError("a lifted model cannot be replicated by DataParallel; use DistributedDataParallel")
@@ -197,7 +175,7 @@ class LiftedModel(SharedModule):
                 token, attention that runs in the model's own code (`report()` says why), and whatever `forward` raises.
         """
         sizes = self._check(volume)
-        wanted_layers(layers, len(self.blocks), "layers")
+        wanted_layers(layers, len(self.lifted_blocks), "layers")
         chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, {}
         if chosen is None and not has_cls:
             raise ValueError("patch must be given for a model without a class token, got None")
@@ -225,7 +203,7 @@ class LiftedModel(SharedModule):
 
         `see` takes the place of calling those: it is given index, block, stream and layer.
         """
-        blocks, features, layers = list(self.blocks), [], {}
+        blocks, features, layers = self.lifted_tree.layers(), [], {}
         wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
         tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
@@ -301,6 +279,7 @@ class LiftedModel(SharedModule):
     def _check(self, volume: Tensor) -> Sizes:
         """Validates the volume; returns its size (D, H, W) in tokens."""
         check_volume(volume, self.adapter.in_channels, self.host)
+        self.check_buffers(self.adapter)
         depth, height, width = shape_of(volume)[2:]
         self.adapter.check_image_size(height, width)
         patch_h, patch_w = self.adapter.patch_size

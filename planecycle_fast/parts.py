@@ -174,6 +174,10 @@ class BlockParts(ABC):
         """norm1 or norm2."""
         return getattr(self.block, f"norm{number}")
 
+    def norm_or_reason(self, number: int) -> tuple[Norm | None, str | None]:
+        """norm1 or norm2 as operations take it, or the reason why it must be called."""
+        return known_norm(self.norm(number))
+
     @abstractmethod
     def call_attention(
         self,
@@ -236,9 +240,12 @@ class Snapshot(BlockParts):
         """`plan` of these parts."""
         return self.once("plan", lambda: plan(self))
 
+    def norm_or_reason(self, number: int) -> tuple[Norm | None, str | None]:
+        return self._read("norm_or_reason", number)
+
     def known_norm(self, number: int) -> Norm | None:
         """norm1 or norm2 as operations take it."""
-        return self.once(f"known norm {number}", lambda: known_norm(self.norm(number))[0])
+        return self.norm_or_reason(number)[0]
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of these parts, made once."""
@@ -299,6 +306,11 @@ class Plan:
         return {name: reason for name, reason in vars(self).items() if reason is not None}
 
 
+def plan_of(parts: Snapshot | str) -> Plan:
+    """The plan of parts that have been read, or of a block that has none, and why."""
+    return Plan(block=parts) if isinstance(parts, str) else parts.plan()
+
+
 def plan(parts: BlockParts | str) -> Plan:
     """What can be replaced in a block now. `parts` is a reason where the block is of an unknown kind."""
     if isinstance(parts, str):
@@ -306,10 +318,10 @@ def plan(parts: BlockParts | str) -> Plan:
     if (reason := parts.why_not()) is not None:
         return Plan(block=reason)
     return Plan(
-        norm1=known_norm(parts.norm(1))[1],
+        norm1=parts.norm_or_reason(1)[1],
         attention=parts.attention().part.why_not(),
         scale1=parts.scale(1).part.why_not(),
-        norm2=known_norm(parts.norm(2))[1],
+        norm2=parts.norm_or_reason(2)[1],
         mlp=parts.mlp().part.why_not(),
         scale2=parts.scale(2).part.why_not(),
     )

@@ -8,6 +8,7 @@ one comparison.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -24,35 +25,51 @@ _END = object()  # of what was seen: nothing equals it but itself
 
 
 class Reading:
-    """Reads a block's parts when something has changed since it did so last."""
+    """Reads a block's parts when something has changed since it did so last.
+
+    Other threads may change the block, or read it, meanwhile: what was read is exchanged as one, and never changed.
+    """
 
     def __init__(self, parts: BlockParts | str) -> None:
         self.parts = parts  # or the reason why there are none
-        self._snapshot: Snapshot | None = None
-        self._seen: list[Any] = []
+        self._last: tuple[_Watched, list[Any], Snapshot] | None = None  # with everything that it was read from
 
     def now(self) -> Snapshot | str:
-        """The parts as they are at this moment."""
+        """The parts as they are at this moment, all of them."""
         if isinstance(self.parts, str):
             return self.parts
         if torch.compiler.is_compiling():  # its guards are for what is read
             return Snapshot(self.parts)
-        if self._snapshot is not None and all(map(is_, self._look(), self._seen)):
-            return self._snapshot
-        # What is scripted has no dictionaries to look at, and nothing of it changes.
-        self._watch([m for m in self.parts.block.modules() if not isinstance(m, torch.jit.ScriptModule)])
-        self._seen, self._snapshot = [*self._look()], Snapshot(self.parts)
-        return self._snapshot
+        last = self._last
+        if last is not None and all(map(is_, last[0].look(), last[1])):
+            return last[2]
+        while True:
+            # What is scripted has no dictionaries to look at, and nothing of it changes.
+            block = self.parts.block
+            watched = _Watched([m for m in block.modules() if not isinstance(m, torch.jit.ScriptModule)], self.parts)
+            seen, snapshot = [*watched.look()], Snapshot(self.parts)
+            with suppress(Exception):  # which is shown where the plan is asked for
+                snapshot.plan()  # reads all that a pass needs, now
+            if all(map(is_, watched.look(), seen)):  # else a hook came, or a module was replaced, in between
+                self._last = watched, seen, snapshot
+                return snapshot
 
-    def _watch(self, modules: list[nn.Module]) -> None:
-        attributes = [m.__dict__ for m in modules]
-        self._modules, self._attributes = modules, attributes
+    def __reduce__(self) -> tuple:  # copies look for themselves
+        return Reading, (self.parts,)
+
+
+class _Watched:
+    """The modules of a block, and where to look for changes of them."""
+
+    def __init__(self, modules: list[nn.Module], parts: BlockParts) -> None:
+        self._parts, self._modules = parts, modules
+        self._attributes = attributes = [m.__dict__ for m in modules]
         children = [found[name] for found in attributes for name in ("_modules", "_parameters", "_buffers")]
         self._children = [some for some in children if some]
         self._empty = [none for none in children if not none]
         self._empty += [found[name] for found in attributes for name in _HOOKS]  # most of them
 
-    def _look(self) -> Iterator[Any]:
+    def look(self) -> Iterator[Any]:
         """Everything that parts are read from, as objects."""
         return chain(
             map(len, self._attributes),
@@ -61,8 +78,5 @@ class Reading:
             chain.from_iterable(map(dict.values, self._attributes)),
             chain.from_iterable(map(dict.values, self._children)),
             chain(map(bool, self._empty), *map(dict.values, self._empty)) if any(self._empty) else (),
-            (_has_any_global_hook(), *self.parts.settings(), _END),
+            (_has_any_global_hook(), *self._parts.settings(), _END),
         )
-
-    def __reduce__(self) -> tuple:  # copies look for themselves
-        return Reading, (self.parts,)

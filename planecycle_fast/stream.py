@@ -28,7 +28,7 @@ from .groups import Following, run_in_groups
 from .layer import Layer, Stream
 from .ops import add_norm
 from .ops.add_norm import add_ref
-from .parts import WHOLE, BlockParts, Plan, Snapshot
+from .parts import WHOLE, BlockParts, Plan, Snapshot, plan_of
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "gelu", "swiglu")  # of a block
 
@@ -51,7 +51,7 @@ def run_block(
     Returns: the stream, or after a last norm the tokens and their norm; and how many steps that were.
     """
     parts = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
-    todo = Plan(block=parts) if isinstance(parts, str) else parts.plan()
+    todo = plan_of(parts)
     if todo.block is not None:
         return Stream(call(layer.switch(held.pop()))), 1
     if (done := run_in_groups(parts, todo, held, layer, following)) is not None:

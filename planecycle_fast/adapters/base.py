@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import WHOLE, BlockParts
 from ..planes import DHW, Plane
 from ..rope import Rope, section_sizes
@@ -47,6 +48,8 @@ class Adapter(ABC):
     has_cls: bool  # whether the first global is a class token
     patch_size: tuple[int, int]  # pixels (height, width) of one patch
     in_channels: int = 3
+    block_settings: tuple[str, ...] = ()  # attributes with underscores that the library sets on blocks, and reads there
+    framework: str | None = None  # the name of the base class by which the library finds its models within others
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """A subclass that overrides a method of a family loses the family's shortcut around that method."""
@@ -115,6 +118,10 @@ class Adapter(ABC):
     def checkpoint(self, block: nn.Module) -> Callable[..., Any] | None:
         """``function(run, *tensors)`` where the model wants this block's activations computed again in backward."""
         return None
+
+    def computed_buffers(self) -> list[Computed]:
+        """Buffers that positions are made from, with what the configuration gives. `buffers` checks them."""
+        return []
 
     def check_planes(self, planes: Sequence[Plane]) -> None:
         """Raises ValueError for a plane that the model's positions cannot be moved to."""

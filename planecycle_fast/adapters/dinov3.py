@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import (
     Attention,
     BlockParts,
@@ -212,3 +213,10 @@ class FacebookDINOv3(Adapter):
             rescale=rope.rescale_coords,
             draw_per_block=True,
         )
+
+    def computed_buffers(self) -> list[Computed]:
+        found = None if self.model.rope_embed is None else unwrapped(self.model.rope_embed)
+        if found is None or hasattr(found, "sections"):  # periods of three axes, which `rope` does not take
+            return []
+        bounds = (found.base, None, None) if found.base is not None else (None, found.min_period, found.max_period)
+        return [Computed(found, "periods", lambda: make_periods(found.D_head // 4, *bounds))]

@@ -27,6 +27,8 @@ class HuggingFace(Adapter):
     """What all families have in common. `names` are those of their classes."""
 
     names: tuple[str, ...] = ()
+    block_settings = ("_gradient_checkpointing_func",)
+    framework = "PreTrainedModel"  # of which `from_pretrained` looks for those that initialise their own parts
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import contents, watched
 from .huggingface import LearnedPositions
 
@@ -26,6 +28,10 @@ class HuggingFaceSiglip(LearnedPositions):
 
     def _own_positions(self, found: nn.Module) -> Tensor:
         return found.position_embedding(found.position_ids)
+
+    def computed_buffers(self) -> list[Computed]:
+        found = self.core.embeddings
+        return [Computed(found, "position_ids", lambda: torch.arange(found.position_ids.shape[-1])[None])]
 
     def norm(self, tokens: Tensor) -> Tensor:
         return self.core.post_layernorm(tokens)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import contents, watched
-from ..rope import Rope
+from ..rope import Rope, make_periods
 from .base import SinCos
 from .huggingface import HuggingFace, LearnedPositions
 from .huggingface_parts import made_of
@@ -64,6 +65,10 @@ class HuggingFaceDINOv3(HuggingFace):
             jitter=config.pos_embed_jitter,
             rescale=config.pos_embed_rescale,
         )
+
+    def computed_buffers(self) -> list[Computed]:
+        found = self.model.rope_embeddings
+        return [Computed(found, "inv_freq", lambda: 1 / make_periods(len(found.inv_freq), found.base))]
 
 
 class HuggingFaceDinov2(LearnedPositions):

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..planes import DHW, Plane
 from ..wrapped import read
 from .base import SinCos, is_exactly
@@ -53,6 +54,12 @@ class TimmBeit(Timm):
             for attention in biased:
                 del vars(attention)[METHOD]
 
+    def computed_buffers(self) -> list[Computed]:
+        found = [self.model.rel_pos_bias, *[getattr(block, "attn", None) for block in self.blocks]]
+        name = "relative_position_index"
+        found = [module for module in found if getattr(module, name, None) is not None]
+        return [Computed(module, name, partial(_indices, *module.window_size)) for module in found]
+
     def check_planes(self, planes: Sequence[Plane]) -> None:
         biased = any([name.endswith("relative_position_bias_table") for name, _ in self.model.named_parameters()])
         if DHW in planes and biased:
@@ -60,6 +67,19 @@ class TimmBeit(Timm):
                 "model's attention has biases of relative positions along two axes, which say nothing about the third "
                 "of DHW (mode 'flatten3d'); expected planes HW, DW and DH"
             )
+
+
+def _indices(
+    rows: int,
+    columns: int,
+) -> Tensor:  # (1 + L, 1 + L), L = rows * columns
+    """Where in a module's table the bias of two tokens is, its own grid's."""
+    y, x = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)  # (L,)
+    within = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1  # (L, L)
+    count = (2 * rows - 1) * (2 * columns - 1)
+    indices = torch.full((1 + rows * columns,) * 2, count + 2)
+    indices[0, 1:], indices[1:, 0], indices[1:, 1:] = count, count + 1, within
+    return indices
 
 
 def relative_bias(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..buffers import Computed
 from ..parts import Attention, BlockParts, Part, Scale, kind_of
 from ..planes import DHW, Plane
-from ..rope import Augmentation, Rope, section_sizes
+from ..rope import Augmentation, Rope, make_periods, section_sizes
 from ..tracing import recorder
 from ..wrapped import own_class, unwrapped
 from .base import SinCos, is_exactly
@@ -96,12 +97,31 @@ class HostTables:
         # Comparing sizes would make them constants of what torch.export records.
         if cached is not None and recorder() != "torch.export" and tuple(found.feat_shape) == tuple(grid):
             return cached.chunk(2, dim=-1)
-        turns = self._turns(grid).flatten(0, -2)  # (L, hd/2)
+        return self.computed(grid, torch.float32 if cached is None else cached.dtype, getattr(found, "bands", None))
+
+    def computed(
+        self,
+        grid: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        bands: Tensor | None = None,  # (hd/4,): frequencies of an axis, if they are kept
+    ) -> SinCos:
+        """(L, hd) each, of the embedding's settings."""
+        found = self.embedding
+        turns = self._turns(grid, bands).flatten(0, -2)  # (L, hd/2)
         turns = turns.tile(2) if getattr(found, "rotate_half", False) else turns.repeat_interleave(2, dim=-1)
-        dtype = torch.float32 if cached is None else cached.dtype
         return turns.sin().to(dtype), turns.cos().to(dtype)
 
-    def _turns(self, grid: Sequence[int]) -> Tensor:  # (n0, n1[, n2], hd/2)
+    def frequencies(self, count: int | None = None) -> Tensor:  # (count,)
+        """Of an axis that has so many, hd/4 by default."""
+        count = self.head_dim // 4 if count is None else count
+        device = next((b.device for b in self.embedding.buffers()), None)
+        return 1.0 / float(self.embedding.temperature) ** (torch.arange(count, device=device).float() / count)
+
+    def _turns(
+        self,
+        grid: Sequence[int],
+        bands: Tensor | None,  # (hd/4,)
+    ) -> Tensor:  # (n0, n1[, n2], hd/2)
         found, axes = self.embedding, range(len(grid))
         device = next((b.device for b in found.buffers()), None)
         sections = section_sizes(self.head_dim, len(grid))
@@ -112,10 +132,7 @@ class HostTables:
         for axis, n, count in zip(axes, grid, sections):
             at = torch.arange(n, dtype=torch.float32, device=device) + found.grid_offset
             at = at if reference is None else at / n * reference[axis]
-            frequencies = getattr(found, "bands", None)
-            if frequencies is None or len(frequencies) != count:
-                exponents = torch.arange(count, device=device).float() / count
-                frequencies = 1.0 / float(found.temperature) ** exponents
+            frequencies = self.frequencies(count) if bands is None or len(bands) != count else bands
             table = at[:, None] * frequencies  # (n, count)
             tables.append(table.view([n if a == axis else 1 for a in axes] + [count]).expand(*grid, -1))
         return torch.cat(tables[::-1] if found.grid_indexing == "xy" else tables, dim=-1)
@@ -170,6 +187,18 @@ class TimmEva(Timm):
     def rope(self, dtype: torch.dtype) -> Rope | HostTables | None:
         return None if self.model.rope is None else HostTables(self._embedding())
 
+    def computed_buffers(self) -> list[Computed]:
+        found = self._embedding()
+        if found is None or own_class(found).__name__ == MIXED:  # whose frequencies are learned
+            return []
+        made = HostTables(found)
+        computed = {"bands": made.frequencies, "pos_embed": lambda: torch.cat(made.computed(found.feat_shape), -1)}
+        return [
+            Computed(found, name, make, atol=1e-6 if name == "bands" else 2.0**-5)
+            for name, make in computed.items()
+            if getattr(found, name, None) is not None
+        ]
+
     def check_planes(self, planes: Sequence[Plane]) -> None:
         if DHW in planes and self.model.rope is not None and own_class(self._embedding()).__name__ == MIXED:
             raise ValueError(
@@ -222,14 +251,24 @@ class TimmDINOv3(TimmEva):
     def turns_otherwise(self) -> None:
         return None
 
+    def computed_buffers(self) -> list[Computed]:
+        found, bounds = unwrapped(self.model.rope), self._bounds()
+        return [Computed(found, "periods", lambda: make_periods(len(found.periods), *bounds))]
+
+    def _bounds(self) -> tuple[float | None, float | None, float | None]:
+        """Base, or least and greatest period."""
+        rope = unwrapped(self.model.rope)
+        given = rope.min_period is not None and rope.max_period is not None
+        return (None, rope.min_period, rope.max_period) if given else (rope.temperature, None, None)
+
     def rope(self, dtype: torch.dtype) -> Rope:
         rope = unwrapped(self.model.rope)
-        periods_given = rope.min_period is not None and rope.max_period is not None
+        base, least, greatest = self._bounds()
         return Rope(
             periods=rope.periods,
-            base=None if periods_given else rope.temperature,
-            min_period=rope.min_period if periods_given else None,
-            max_period=rope.max_period if periods_given else None,
+            base=base,
+            min_period=least,
+            max_period=greatest,
             normalize=rope.normalize_coords,
             coord_dtype=torch.float32,
             coords_as_periods=True,  # which up to timm 1.0.30 are cast with the model
