@@ -13,6 +13,7 @@ from .ops import Axial, Tables, attention, gelu, rope, swiglu
 from .ops.rope_within import rope_within, turns_within
 from .parts import Attention, BlockParts, Plan, watched
 from .rope import PlaneAngles
+from .tracing import results_are_saved
 
 
 def attention_branch(
@@ -78,6 +79,19 @@ def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
     return Tables(*[(half,) for half in angles.halves()])
 
 
+def make_tables(layer: Layer, device: torch.device) -> None:
+    """What a block may ask of RoPE, by operations or for its own attention, on rows of a device.
+
+    Made before the block is called: blocks share tables, and what is checkpointed and computed again has to run the
+    same operations both times.
+    """
+    if layer.angles is None:
+        return
+    if hasattr(layer.angles.rope, "periods"):  # not only tables
+        _angles(layer.angles, choose(layer.backend, device, "rope", layer.strict))
+    layer.angles.sincos()
+
+
 def mlp_branch(
     parts: BlockParts,
     todo: Plan,
@@ -101,9 +115,9 @@ def mlp_branch(
 def _is_ours(linears: Sequence[object]) -> bool:
     """Whether what these layers return may be written to. A compiler plans memory better without being told to.
 
-    Exporters of traces lose what is written in place.
+    Exporters of traces lose what is written in place; selective checkpointing keeps it.
     """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or results_are_saved()
     return not recorded and all([is_plain(linear) for linear in linears])
 
 

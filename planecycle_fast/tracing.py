@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .features import VolumeFeatures
 
@@ -41,3 +42,10 @@ def traceable(features: VolumeFeatures) -> VolumeFeatures:
     absent = dict.fromkeys([name for name in features._fields if name not in present])
     kind = namedtuple("VolumeFeatures", present)
     return type("VolumeFeatures", (kind,), absent | {"pooled": VolumeFeatures.pooled})(**present)
+
+
+def results_are_saved() -> bool:
+    """Whether selective activation checkpointing keeps what operations return, which must not be written to then."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any([type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()])

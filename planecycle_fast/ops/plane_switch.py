@@ -19,6 +19,7 @@ from torch import Tensor
 from ..backends import pick
 from ..planes import Plane, Sizes, parse_plane, permutation
 from ..pooling import Transition
+from ..tracing import results_are_saved
 from .add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
 
 _loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
@@ -69,7 +70,8 @@ def _switch(
         pooled = transition.apply(volumes[:, :, :g])
     elif g and globals_.shape[0] != 1:
         pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
-    if torch.jit.is_tracing():  # exporters of traces lose what is written to views
+    # Exporters of traces lose what is written to views.
+    if torch.jit.is_tracing() or results_are_saved():
         parts = [] if not g else [pooled.expand(batch, slices, -1, -1).to(dtype)]
         return torch.cat([*parts, source.reshape(batch, slices, length, channels).to(dtype)], 2).flatten(0, 1)
     result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
