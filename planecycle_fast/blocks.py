@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
+from .branches import make_tables
 from .groups import Following
 from .layer import Layer, Stream
 from .ops import Norm
 from .parts import Plan, plan_of, watched
+from .placement import TensorsOfHost
 from .reading import Reading
 from .shared_module import SharedModule
 from .stream import run_block
 
 
-class LiftedBlock(SharedModule):
+class LiftedBlock(TensorsOfHost, SharedModule):
     """One layer of a lifted model: takes a `Stream` and a `Layer`, returns a `Stream`.
 
     What hooks see: ``args`` is ``(stream, layer)``, the rows of `stream` in the order of the previous layer's plane,
@@ -31,7 +33,10 @@ class LiftedBlock(SharedModule):
     returns ``Stream(tokens)``. Hooks on the host's own block (``unlift(lifted)``) see tokens in the order of this
     layer's plane, before and after, and make it run as a whole.
 
-    FSDP2 (`fully_shard`), activation checkpointing and anything else that wraps modules goes around lifted blocks.
+    FSDP2 (`fully_shard`), activation checkpointing and anything else that wraps modules goes around lifted blocks. What
+    a block returns when it is called is a stream of one tensor, its own: what is kept between checkpointed blocks is no
+    more than that, and no parameter leaves a block whose owner may free it. Blocks that nobody watches are not called:
+    between those streams are ``residual + scale * branch``, which the next one adds.
     """
 
     def __init__(self, adapter: Adapter, block: nn.Module) -> None:
@@ -47,21 +52,23 @@ class LiftedBlock(SharedModule):
 
         Raises TypeError for a stream that is none: a hook may have returned something else.
         """
+        if not isinstance(stream, Stream):
+            raise TypeError(
+                f"stream must be a planecycle_fast.Stream, got {type(stream).__name__}; hooks must return one"
+            )
+        layer = layer.on(stream.residual.device)  # hooks that move arguments see a stream, and no tables
         if layer.look is not None:
             layer.look(stream)
-        return Stream(*self.take([stream], layer)[0])
+        return layer.one(self.take([stream], layer)[0], layer.new)
 
     def take(
         self, held: list[Stream], layer: Layer, following: Iterable[Following] = ()
     ) -> tuple[Stream | tuple[Tensor, Tensor], int]:
         """`forward` of the stream in a list, which is taken out of it: its memory is free once it has been read.
 
-        With it the steps that are `following` which can run in the same call; and how many steps that were.
+        With it the steps that are `following` which can run in the same call; and how many steps that were. The stream
+        that goes out may hold this block's LayerScale, for a block that follows without being called.
         """
-        if not isinstance(held[0], Stream):
-            raise TypeError(
-                f"stream must be a planecycle_fast.Stream, got {type(held[0]).__name__}; hooks must return one"
-            )
 
         def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
             return self.adapter.call_block(self.host, tokens, layer.grid, layer.sincos)
@@ -70,13 +77,14 @@ class LiftedBlock(SharedModule):
         if checkpoint is None or not torch.is_grad_enabled() or plan_of(parts).block is not None:
             out, ran = run_block(parts, held, layer, call, following)
         else:  # tensors one by one: some ways of checkpointing see no others
-            if plan_of(parts).attention is not None:  # made outside: they serve other blocks, and may be learned
-                _ = layer.sincos
             anew = self.reading.parts  # read when it runs: again in backward, with other tensors if it is sharded
-            run = lambda *stream: _own_scale(run_block(anew, [Stream(*stream)], layer, call)[0])  # noqa: E731
-            out, ran = Stream(*checkpoint(run, *held.pop())), 1
-        hooked = self._forward_hooks and isinstance(out, Stream)  # a hook may have come while a last norm ran as well
-        return (_own_scale(out) if hooked else out), ran  # FSDP frees the parameter when the block ends
+            make_tables(layer, held[0].residual.device)
+
+            def run(*stream: Tensor | None) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)
+                return layer.one(run_block(anew, [Stream(*stream)], layer, call)[0], layer.new).residual
+
+            out, ran = Stream(checkpoint(run, *held.pop())), 1
+        return out, ran
 
     def extra_repr(self) -> str:
         return type(self.host).__name__
@@ -92,16 +100,22 @@ def run_lifted(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, 
     """
     step, layer = steps[0]
     if isinstance(step, Norm):
-        out, ran = layer.switch(held.pop(), step), 1
-    elif _is_plain(step):
+        out, ran = layer.on(held[0].residual.device).switch(held.pop(), step), 1
+    elif is_plain(step):
         out, ran = step.take(held, layer, _following(steps))
     else:
-        out, ran = step(Stream(*held.pop()), layer), 1  # hooks may keep it, or change it
+        one = layer.on(held[0].residual.device).one(held.pop(), layer.old)  # hooks may keep it, or change it
+        out, ran = step(one, layer), 1
+        if not isinstance(out, Stream):
+            raise TypeError(
+                f"stream must be a planecycle_fast.Stream, got {type(out).__name__}; hooks must return one, and "
+                "checkpointing around a block must not be reentrant, which makes a tuple of it"
+            )
     del steps[:ran]
     return out
 
 
-def _is_plain(block: nn.Module) -> bool:
+def is_plain(block: nn.Module) -> bool:
     """Whether nobody can tell that a block is not called as a module."""
     return type(block) is LiftedBlock and watched(block) is None
 
@@ -111,12 +125,7 @@ def _following(steps: Sequence[Step]) -> Iterator[Following]:
     for step, layer in islice(steps, 1, None):
         if isinstance(step, Norm):
             yield step, layer
-        elif _is_plain(step):
+        elif is_plain(step):
             yield step.reading.now(), layer
         else:
             return
-
-
-def _own_scale(stream: Stream) -> Stream:
-    """The stream with a scale that is no parameter."""
-    return stream if stream.scale is None else stream._replace(scale=stream.scale.clone())

@@ -79,6 +79,19 @@ def _angles(angles: PlaneAngles, backend: str) -> Tables | Axial:
     return Tables(*[(half,) for half in angles.halves()])
 
 
+def make_tables(layer: Layer, device: torch.device) -> None:
+    """What a block may ask of RoPE, by operations or for its own attention, on rows of a device.
+
+    Made before the block is called: blocks share tables, and what is checkpointed and computed again has to run the
+    same operations both times.
+    """
+    if layer.angles is None:
+        return
+    if hasattr(layer.angles.rope, "periods"):  # not only tables
+        _angles(layer.angles, choose(layer.backend, device, "rope", layer.strict))
+    layer.angles.sincos()
+
+
 def mlp_branch(
     parts: BlockParts,
     todo: Plan,

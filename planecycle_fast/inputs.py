@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .placement import running_place, same_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -26,6 +28,8 @@ def check_volume(
 ) -> None:
     """Refuses what a model cannot take as a volume. `name` is that of the argument.
 
+    Device and dtype are those of the first parameter when its module runs, wherever it is kept until then.
+
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: wrong rank or channels, an empty volume, or another device or dtype than the model's.
@@ -42,18 +46,32 @@ def check_volume(
         )
     if volume.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(volume.shape)}")
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), volume)
-    if volume.device != parameter.device:
-        raise ValueError(f"{name} must be on the model's device, {parameter.device}, got {volume.device}")
-    if volume.dtype != parameter.dtype and not _autocast_casts(volume, parameter):
-        raise ValueError(f"{name} must have the model's dtype, {parameter.dtype}, got {volume.dtype}")
+    device, dtype = running_place(model) or (volume.device, volume.dtype)
+    if not same_device(volume.device, device):
+        raise ValueError(f"{name} must be on the model's device, {device}, got {volume.device}")
+    if volume.dtype != dtype and not _autocast_casts(volume.device, volume.dtype, dtype):
+        raise ValueError(f"{name} must have the model's dtype, {dtype}, got {volume.dtype}")
 
 
-def _autocast_casts(*tensors: Tensor) -> bool:
-    """Whether autocast is on and makes these tensors' dtypes equal; it leaves float64 alone."""
-    device = tensors[0].device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return on and all(t.dtype != torch.float64 for t in tensors)
+def check_others(others: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments of a 2D model's forward, and says what does their work for volumes."""
+    if not others:
+        return
+    name = next(iter(others))
+    instead = {
+        "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
+        "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
+        "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
+        "return_dict": "it returns VolumeFeatures",
+    }
+    instead = instead.get(name, "settings are those of lift")
+    raise TypeError(f"a lifted model takes a volume alone, got {name}; {instead}")
+
+
+def _autocast_casts(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether autocast is on and makes these dtypes equal; it leaves float64 alone."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return on and torch.float64 not in dtypes
 
 
 def wanted_layers(n: int | Sequence[int], count: int, name: str = "n") -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ class Layer:
     backend: str = "auto"
     attention: str = "auto"
     strict: bool = True
+    named: str = ""  # the backend asked for, where `backend` is what it is on the device of the volume
     look: Callable[[Stream], None] | None = None  # is shown the stream that a block gets, within its call
 
     @property
@@ -81,6 +82,21 @@ class Layer:
         backend = self.backend_for("plane_switch", stream.residual)
         switch = switch_unchecked if type(stream) is Own else plane_switch
         return switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
+
+    def on(self, device: torch.device) -> Layer:
+        """The same for a stream on this device: RoPE tables go there, and "auto" is another backend."""
+        backend = self.named or self.backend if device.type != "cpu" else self.backend
+        angles = None if self.angles is None else self.angles.on(device)
+        if angles is self.angles and backend == self.backend:
+            return self
+        return replace(self, angles=angles, backend=backend)
+
+    def one(self, stream: Stream, plane: Plane) -> Stream:
+        """A stream in this plane's order as one tensor: nothing of it is a parameter, whose owner may free it."""
+        if stream.branch is None:
+            return Stream(stream.residual)
+        count = plane.slices(self.sizes)
+        return Stream(replace(self, old=plane, new=plane, transition=Transition(count, count)).switch(stream))
 
     def backend_for(self, op: str, x: Tensor) -> str:
         """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .attention_maps import AttentionMap, attention_map, check_patch
-from .blocks import LiftedBlock, Step, run_lifted
+from .blocks import LiftedBlock, Step, is_plain, run_lifted
+from .branches import make_tables
 from .buffers import BufferCheck
 from .embedding import embed
 from .features import VolumeFeatures
 from .framework_class import class_of, reduced
-from .inputs import check_volume, wanted_layers
+from .inputs import check_others, check_volume, wanted_layers
 from .layer import Layer, Stream, enter
 from .module_tree import LiftedTree, TreeModule
 from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm
+from .placement import TensorsOfHost, brought, run_placed
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
@@ -31,7 +33,7 @@ from .stream import check_strict
 from .tracing import fix_shape, shape_of, traceable
 
 
-class LiftedModel(TreeModule):
+class LiftedModel(TensorsOfHost, TreeModule):
     """A 2D model that takes volumes. Made by `lift`; attributes it lacks are those of the 2D model.
 
     `blocks` are called once per layer with the residual stream in plane order: `LiftedBlock` says what hooks on them
@@ -130,10 +132,8 @@ class LiftedModel(TreeModule):
             ValueError: wrong rank, channels or size, an empty volume, or another device or dtype than
                 the model's.
         """
-        if others:
-            raise TypeError(_not_taken(next(iter(others))))
-        sizes = self._check(volume)
-        return self._run(volume, sizes, 1, norm=True)[0]
+        check_others(others)
+        return self._pass("forward", volume, lambda volume, sizes: self._run(volume, sizes, 1, norm=True)[0])
 
     def intermediate(
         self,
@@ -150,8 +150,7 @@ class LiftedModel(TreeModule):
 
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
-        sizes = self._check(volume)
-        return self._run(volume, sizes, n, norm)
+        return self._pass("intermediate", volume, lambda volume, sizes: self._run(volume, sizes, n, norm))
 
     def attention_maps(
         self,
@@ -174,15 +173,25 @@ class LiftedModel(TreeModule):
             ValueError: layers that the model lacks, a patch outside the volume, no patch for a model without a class
                 token, attention that runs in the model's own code (`report()` says why), and whatever `forward` raises.
         """
-        sizes = self._check(volume)
+        return self._pass("attention_maps", volume, partial(self._attention_maps, layers, patch))
+
+    def _attention_maps(
+        self,
+        layers: int | Sequence[int],
+        patch: Sequence[int] | None,
+        volume: Tensor,  # (B, 3, D, height, width)
+        sizes: Sizes,
+    ) -> list[AttentionMap]:
         wanted_layers(layers, len(self.lifted_blocks), "layers")
         chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, {}
         if chosen is None and not has_cls:
             raise ValueError("patch must be given for a model without a class token, got None")
 
         def look(i: int, layer: Layer, stream: Stream) -> None:
-            if i not in maps:  # checkpointed blocks run again in backward
-                maps[i] = attention_map(i, self.lifted_blocks[i].reading.now(), stream, layer, has_cls, chosen)
+            block = self.lifted_blocks[i]
+            with brought(block.host):
+                found = attention_map(i, block.reading.now(), stream, layer, has_cls, chosen)
+            maps.setdefault(i, found)  # checkpointed blocks run again in backward, and have to do the same
 
         def see(i: int, block: nn.Module, stream: Stream, layer: Layer) -> Stream:
             # Within its call: hooks before it have changed the stream, and weights that were sharded are there.
@@ -216,6 +225,8 @@ class LiftedModel(TreeModule):
             if tables.augments or key not in layers:  # each block may have angles of its own
                 old, new = planes[(i - 1) % len(planes) if i else 0], planes[i % len(planes)]
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
+            if torch.is_grad_enabled() and not is_plain(blocks[i]):  # it may be checkpointed
+                make_tables(layers[key], volume.device)
             return blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i]), layers[key]
 
         done, last = 0, max(wanted)
@@ -246,13 +257,15 @@ class LiftedModel(TreeModule):
         if entered:
             m = Transition(new.slices(sizes), new.slices(sizes))
         g = self.adapter.num_globals
-        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
+        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict, self.backend)
 
     def _leaving(self, plane: Plane, sizes: Sizes, norm: bool, backend: str) -> tuple[Norm | None, Layer]:
         """The model's final norm, where it is asked for and operations know it, and the change to canonical order."""
         target = HW if self.globals_at == "depth" else plane
         pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
-        layer = Layer(plane, target, sizes, self.adapter.num_globals, pooling, backend=backend, strict=self.strict)
+        layer = Layer(
+            plane, target, sizes, self.adapter.num_globals, pooling, None, backend, "auto", self.strict, self.backend
+        )
         return known_norm(self.adapter.final_norm())[0] if norm else None, layer
 
     def _features(
@@ -260,7 +273,7 @@ class LiftedModel(TreeModule):
     ) -> VolumeFeatures:
         """Of a stream, or of tokens and their norm: canonical features."""
         if isinstance(out, Stream):
-            out = layer.switch(out, final)
+            out = layer.on(out.residual.device).switch(out, final)
         tokens = out if final is None else out[1]  # (B*S, g + L, C)
         if norm and final is None:
             tokens = self.adapter.norm(tokens)
@@ -276,22 +289,20 @@ class LiftedModel(TreeModule):
         )
         return traceable(features)
 
-    def _check(self, volume: Tensor) -> Sizes:
-        """Validates the volume; returns its size (D, H, W) in tokens."""
-        check_volume(volume, self.adapter.in_channels, self.host)
-        self.check_buffers(self.adapter)
-        depth, height, width = shape_of(volume)[2:]
-        self.adapter.check_image_size(height, width)
-        patch_h, patch_w = self.adapter.patch_size
-        return depth, height // patch_h, width // patch_w
+    def _pass(
+        self,
+        method: str,
+        volume: Tensor,  # (B, 3, D, height, width)
+        run: Callable[[Tensor, Sizes], Any],
+    ) -> Any:
+        """What a method does: ``run(volume, sizes)`` of a valid volume and its size (D, H, W) in tokens."""
 
+        def checked(volume: Tensor) -> Any:  # (B, 3, D, height, width)
+            check_volume(volume, self.adapter.in_channels, self)
+            self.check_buffers(self.adapter)
+            depth, height, width = shape_of(volume)[2:]
+            self.adapter.check_image_size(height, width)
+            patch_h, patch_w = self.adapter.patch_size
+            return run(volume, (depth, height // patch_h, width // patch_w))
 
-def _not_taken(name: str) -> str:
-    """Why forward takes no argument of this name."""
-    instead = {
-        "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
-        "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
-        "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
-        "return_dict": "it returns VolumeFeatures",
-    }
-    return f"a lifted model takes a volume alone, got {name}; {instead.get(name, 'settings are those of lift')}"
+        return run_placed(self, method, checked, volume)

@@ -223,6 +223,7 @@ class PlaneAngles:
     ) -> None:
         self.rope, self.grid, self.augmentation = rope, grid, augmentation
         self._sincos, self._periods, self._halves = sincos, None, None
+        self._elsewhere: dict[torch.device, PlaneAngles] = {}
 
     def sincos(self) -> tuple[Tensor, Tensor]:
         """Sine and cosine, (L, hd) each."""
@@ -237,6 +238,16 @@ class PlaneAngles:
         elif self._halves is None:
             self._halves = tuple([table[:, : table.shape[1] // 2] for table in self._sincos])
         return self._halves
+
+    def on(self, device: torch.device) -> PlaneAngles:
+        """The same for rows that are on this device."""
+        made_from = getattr(self.rope, "periods", None)
+        mine = (self.sincos()[0] if made_from is None else made_from).device
+        if mine == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = PlaneAngles(None, sincos=tuple([table.to(device) for table in self.sincos()]))
+        return self._elsewhere[device]
 
     def periods(self) -> list[Tensor]:
         """`Rope.axis_periods`, made once: for three axes they are computed."""

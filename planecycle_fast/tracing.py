@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .features import VolumeFeatures
 
@@ -33,11 +34,16 @@ def may_write() -> bool:
     """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
 
     So never within forward mode, torch.func's transforms, torch.jit.trace, torch.export and make_fx, whose records may
-    run with gradients later. A compiler plans memory better without being told to.
+    run with gradients later, nor within selective activation checkpointing, which keeps what operations return. A
+    compiler plans memory better without being told to.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    return not torch._C._len_torch_dispatch_stack() or not any(
+        [type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()]
+    )
 
 
 def shape_of(

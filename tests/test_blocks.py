@@ -105,10 +105,12 @@ def gradients(lifted, volume):
     return {name: p.grad for name, p in pcf.unlift(lifted).named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @families
-def test_activation_checkpointing_around_lifted_blocks(host):
+def test_activation_checkpointing_around_lifted_blocks(host, backend):
+    """Bit for bit on the reference; kernels sum before the planes change instead of within, and round otherwise."""
     model, volume = host.make().train(), host.volume()
-    lifted = pcf.lift(model, cycle_order=("DW", "HW"))
+    lifted = pcf.lift(model, cycle_order=("DW", "HW"), backend=backend)
     expected, calls = gradients(lifted, volume), []
     apply_activation_checkpointing(lifted, check_fn=lambda module: isinstance(module, pcf.LiftedBlock))
     assert {type(block).__name__ for block in lifted.blocks} == {"CheckpointWrapper"}
@@ -117,7 +119,10 @@ def test_activation_checkpointing_around_lifted_blocks(host):
     first.register_forward_hook(lambda *_: calls.append(1))
     got = gradients(lifted, volume)
     assert len(calls) == 2  # forward, and once more in backward
-    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value) or backend == "auto"
+        torch.testing.assert_close(got[name], value, rtol=0, atol=2e-8, msg=name)
     assert list(lifted.state_dict()) == list(model.state_dict())
 
 
@@ -217,7 +222,8 @@ def test_a_block_is_called_once_per_layer_and_hands_on_no_parameter():
     lifted(host.volume())
     assert [m for m, _ in calls] == list(lifted.blocks)
     for _, out in calls:
-        assert isinstance(out, pcf.Stream) and not isinstance(out.scale, nn.Parameter) and out.scale.requires_grad
+        assert isinstance(out, pcf.Stream) and out.branch is None and out.scale is None
+        assert not isinstance(out.residual, nn.Parameter) and out.residual.requires_grad
 
 
 @families
