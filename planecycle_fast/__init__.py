@@ -22,6 +22,8 @@ from .lift import lift, unlift
 from .lifted import LiftedModel
 from .models import load_model
 from .operator import plane_cycle
+from .pretrained import from_pretrained
+from .pyramid import pyramid
 from .torchvision_fix import watch_torchvision
 from .version import __version__
 
@@ -39,11 +41,13 @@ __all__ = [
     "backends",
     "convert_state_dict",
     "cuda_graph",
+    "from_pretrained",
     "lift",
     "load_features",
     "load_model",
     "ops",
     "plane_cycle",
+    "pyramid",
     "restore",
     "unlift",
     "use_backend",
