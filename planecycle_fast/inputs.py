@@ -80,5 +80,16 @@ def wanted_layers(n: int | Sequence[int], count: int, name: str = "n") -> set[in
     return {i % count for i in indices}
 
 
+def not_taken(name: str) -> str:
+    """Why the forward of a lifted model takes no argument of this name."""
+    instead = {
+        "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
+        "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
+        "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
+        "return_dict": "it returns VolumeFeatures",
+    }
+    return f"a lifted model takes a volume alone, got {name}; {instead.get(name, 'settings are those of lift')}"
+
+
 def _is_index(n: Any) -> bool:
     return hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) and getattr(n, "ndim", 0) == 0

@@ -16,7 +16,7 @@ from .attention_maps import AttentionMap, attention_map, check_patch
 from .blocks import LiftedBlock, SharedModule, Step, holds_lifted, list_of, mirrored, run_lifted
 from .depth_position import describe_depth, embed_with_depth, tables_of
 from .features import VolumeFeatures
-from .inputs import check_volume, wanted_layers
+from .inputs import check_volume, not_taken, wanted_layers
 from .layer import Layer, Stream, enter
 from .ops import Norm
 from .ops.registry import resolve
@@ -161,7 +161,7 @@ class LiftedModel(SharedModule):
                 the model's.
         """
         if others:
-            raise TypeError(_not_taken(next(iter(others))))
+            raise TypeError(not_taken(next(iter(others))))
         sizes = self._check(volume)
         return self._run(volume, sizes, 1, norm=True)[0]
 
@@ -340,14 +340,3 @@ class LiftedModel(SharedModule):
         self.adapter.check_image_size(height, width)
         patch_h, patch_w = self.adapter.patch_size
         return depth, height // patch_h, width // patch_w
-
-
-def _not_taken(name: str) -> str:
-    """Why forward takes no argument of this name."""
-    instead = {
-        "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
-        "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
-        "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
-        "return_dict": "it returns VolumeFeatures",
-    }
-    return f"a lifted model takes a volume alone, got {name}; {instead.get(name, 'settings are those of lift')}"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, find_adapter
 from .hub import WEIGHTS, hub_file
-from .models import load_model, model_without_weights
+from .loaded_keys import check_finite
+from .models import load_model, model_without_weights, quiet
 from .normalisation import preprocessor_file
 from .optional import require
 from .planes import DEFAULT_CYCLE, Plane
@@ -37,15 +38,10 @@ DEFAULTS: dict[str, Any] = {  # of `lift`
     "globals_at": "depth",
     "depth_position": "none",
 }
-_OF_WEIGHTS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-)
+_OF_WEIGHTS = (*WEIGHTS, "model-*.safetensors", "pytorch_model-*.bin")  # with shards
 # What may differ between a model of timm's and the one that its folder gives: heads, how it runs, what it drops.
 _MAY_DIFFER = {"training", "grad_checkpointing", "fused_attn", "num_classes", "dynamic_img_size", "strict_img_size"}
-_MAY_DIFFER |= {"flatten", "drop_prob", "p", "inplace", "global_pool"}
+_MAY_DIFFER |= {"flatten", "output_fmt", "drop_prob", "p", "inplace", "global_pool"}
 
 
 def from_pretrained(
@@ -113,8 +109,8 @@ def _recorded(name: str, file: Path) -> dict[str, Any]:
     for key, value in found.items():
         if key not in (*DEFAULTS, "adapter"):
             raise ValueError(
-                f"model {name} must have settings of a lift in {file}: {', '.join(DEFAULTS)}, got {key or found[key]!r}; "
-                "a newer version of planecycle_fast may have written it"
+                f"model {name} must have settings of a lift in {file}, {', '.join(DEFAULTS)}, got "
+                f"{key or found[key]!r}; a newer version of planecycle_fast may have written it"
             )
         planes = key == "cycle_order" and isinstance(value, list)
         if not all([isinstance(each, str) for each in (value if planes else [value])]):
@@ -171,7 +167,7 @@ def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: A
 
 
 def _preprocessor(host: nn.Module) -> Path | None:
-    """What says how pictures become its input, where it was loaded from; timm's models keep that in their config.json."""
+    """What says how pictures become its input, where it was loaded from. timm's models keep that in config.json."""
     source = getattr(host, "name_or_path", None) or ""
     known = Path(source).is_dir() if source else False
     return preprocessor_file(source) if known or (source.count("/") == 1 and source[0] not in "./~") else None
@@ -209,9 +205,11 @@ def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
                     f"model must have plain weights to be saved, got {type(tensor).__name__} at {name}: quantise after "
                     "loading; gather what is sharded and give it as state_dict (Hugging Face)"
                 )
+        if not any([tensor.is_meta for tensor in host.parameters()]):  # nor offloaded
+            check_finite("to be saved", host)
     packages = [cls.__module__.split(".")[0] for cls in type(host).__mro__]
     if "transformers" in packages and hasattr(host, "save_pretrained"):
-        return lambda folder: host.save_pretrained(folder, **options)
+        return lambda folder: _write_quietly(host, folder, options)
     if "timm" in packages and hasattr(host, "pretrained_cfg"):
         rest = {name: value for name, value in options.items() if name != "is_main_process"}
         return lambda folder: require("timm", "timm").models.save_for_hf(
@@ -221,6 +219,11 @@ def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
         f"model must be of Hugging Face or timm to be saved as a folder, got {type(host).__name__}: save "
         "lifted.state_dict() by safetensors, and load it into a model that your own code builds and lifts"
     )
+
+
+def _write_quietly(host: nn.Module, folder: Path, options: dict[str, Any]) -> None:
+    with quiet(require("transformers", "hf")):
+        host.save_pretrained(folder, **options)
 
 
 def _in_words(write: Callable[[Path], None], folder: Path) -> None:
@@ -242,7 +245,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_comes_back(host: nn.Module, folder: Path) -> None:
-    """Raises ValueError unless a folder gives this model: its class, its weights, and of timm's what it was built with."""
+    """Raises ValueError unless a folder gives this model: its class, its weights, of timm's what it was built with."""
     advice = "save lifted.state_dict() instead"
     try:
         back = model_without_weights(str(folder))
@@ -267,8 +270,8 @@ def _check_comes_back(host: nn.Module, folder: Path) -> None:
             difference = next(_differences(name, module, other), None)
         if difference is not None:
             raise ValueError(
-                f"model must come back from a folder to be saved, got one that timm builds otherwise: {difference}; give "
-                "save_pretrained the model_args that it was created with, such as dict(depth=3)"
+                f"model must come back from a folder to be saved, got one that timm builds otherwise: {difference}; "
+                "give save_pretrained the model_args that it was created with, such as dict(depth=3)"
             )
 
 

@@ -1,4 +1,4 @@
-"""`pyramid`: maps at several resolutions for decoders, of features that a transformer has at one. Nothing is learned."""
+"""`pyramid`: maps at several resolutions for decoders, of features that a transformer has at one. It learns nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _scaled(
 ) -> Tensor:  # (B, C, D', H', W')
     # n * a // b keeps sizes that are symbols as they are.
     sizes = [n * scale.numerator // scale.denominator for n, scale in zip(maps.shape[2:], scales)]
-    for axis, n, size, scale in zip("DHW", maps.shape[2:], sizes, scales):
+    for axis, n, scale in zip("DHW", maps.shape[2:], scales):
         if n * scale.numerator % scale.denominator:
             raise ValueError(f"scale {float(scale):g} must give whole numbers of cells, got {n} patches along {axis}")
     grown = [size if scale > 1 else n for n, size, scale in zip(maps.shape[2:], sizes, scales)]

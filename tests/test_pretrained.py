@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: what comes back, what the libraries read, what is refused, and no half folders."""
+"""save_pretrained and from_pretrained: what comes back, what the libraries read, what is refused, no half folders."""
 
 import json
 import os
@@ -28,13 +28,14 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", COME_BACK)
 @torch.no_grad()
-def test_hugging_face_models_come_back(tmp_path, name):
+def test_hugging_face_models_come_back(tmp_path, name, capfd):
     host = BY_NAME[name]
     model, volume = host.make(num_hidden_layers=2), host.volume(depth=3)
     depth = {} if host.rope else {"depth_position": "sincos"}
     lifted = pcf.lift(model, **SETTINGS, **depth)
     lifted.save_pretrained(tmp_path / "new" / "folder")
     back = pcf.from_pretrained(tmp_path / "new" / "folder")
+    assert "shards" not in capfd.readouterr().err  # no bars
     for setting in ("mode", "cycle_order", "pool_method", "globals_at", "depth_position"):
         assert getattr(back, setting) == getattr(lifted, setting)
     equal(back(volume), lifted(volume))
@@ -179,6 +180,12 @@ def quantised(model):
     return pcf.lift(model)
 
 
+def spoilt(model):
+    with torch.no_grad():
+        model.layernorm.weight[3] = torch.nan
+    return pcf.lift(model)
+
+
 def shorter(model):
     del model.encoder.layer[-1]
     return pcf.lift(model)
@@ -189,6 +196,7 @@ REFUSED = {
     compiled: "must come back from a folder to be saved",
     parametrised: "must come back from a folder to be saved",
     quantised: "must have plain weights to be saved, got .*quantise after loading",
+    spoilt: "must have finite weights.*layernorm.weight",
     shorter: "must come back from a folder to be saved",
 }
 
@@ -209,6 +217,15 @@ def test_other_classes_are_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             lifted.save_pretrained(tmp_path / "folder")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_timm_model_with_a_head_and_for_one_size(tmp_path):
+    lifted = pcf.lift(timm.create_model("vit_tiny_patch16_224", num_classes=10).eval(), "slice2d")
+    lifted.save_pretrained(tmp_path)
+    volume = torch.randn(1, 3, 1, 224, 224)
+    with torch.no_grad():
+        equal(pcf.from_pretrained(tmp_path)(volume), lifted(volume))
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 10
 
 
 @pytest.mark.parametrize("change", [dict(num_heads=4), dict(depth=2), dict(embed_dim=128)])
@@ -236,7 +253,7 @@ def test_folders_and_options_that_are_refused(tmp_path):
     lifted.save_pretrained(tmp_path / "new", is_main_process=False)  # as accelerate's users write it
     assert sorted(os.listdir(tmp_path)) == ["adapter", "file"]
     gathered = {name: tensor + 1 for name, tensor in lifted.state_dict().items()}  # of an FSDP model, for example
-    lifted.save_pretrained(tmp_path / "new", state_dict=gathered)
+    lifted.save_pretrained(tmp_path / "new", state_dict=dict(gathered))
     for name, tensor in pcf.from_pretrained(tmp_path / "new").state_dict().items():
         assert torch.equal(tensor, gathered[name])
 

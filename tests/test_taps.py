@@ -97,11 +97,13 @@ def test_nothing_runs_without_hooks(monkeypatch):
     plain = lifted(volume)
     forward = type(tap).forward
     monkeypatch.setattr(type(tap), "forward", lambda self, maps: calls.append(self.layer) or forward(self, maps))
-    called = []
-    run = blocks.run_lifted
-    monkeypatch.setattr(
-        "planecycle_fast.lifted.run_lifted", lambda steps, held: called.append(len(steps)) or run(steps, held)
-    )
+    called, run = [], blocks.run_lifted
+
+    def counted(steps, held):
+        called.append(len(steps))
+        return run(steps, held)
+
+    monkeypatch.setattr("planecycle_fast.lifted.run_lifted", counted)
     again, number = lifted(volume), len(called)
     assert calls == [] and all([torch.equal(a, b) for a, b in zip(again, plain)])
     handle = tap.register_forward_hook(lambda *_: None)
