@@ -201,6 +201,23 @@ REFUSED = {
 }
 
 
+def test_sharded_weights_are_gathered_first(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model = BY_NAME["hf-dinov2"].make()
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="must have plain weights.*got DTensor.*gather what is sharded"):
+            pcf.lift(model).save_pretrained(tmp_path)
+        assert os.listdir(tmp_path) == []
+        pcf.lift(model).save_pretrained(tmp_path, state_dict=dict(gathered))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all([torch.equal(t, gathered[name]) for name, t in pcf.from_pretrained(tmp_path).state_dict().items()])
+
+
 @pytest.mark.parametrize("change", REFUSED)
 def test_models_that_would_not_come_back_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match=REFUSED[change]) as error:

@@ -9,7 +9,7 @@ import planecycle_fast as pcf
 from ..hosts import BY_NAME, GRID
 
 pytest.importorskip("captum", reason="needs captum, extra integrations")
-from captum.attr import IntegratedGradients, LayerActivation, LayerGradCam, LayerIntegratedGradients  # noqa: E402
+from captum.attr import IntegratedGradients, LayerActivation, LayerGradCam, LayerIntegratedGradients
 
 VOLUME = dict(batch=2, depth=3)
 

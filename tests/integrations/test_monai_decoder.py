@@ -10,7 +10,7 @@ import planecycle_fast as pcf
 from ..hosts import BY_NAME
 
 pytest.importorskip("monai", reason="needs monai, extra monai")
-from monai.networks.blocks import UnetOutBlock, UnetrUpBlock  # noqa: E402
+from monai.networks.blocks import UnetOutBlock, UnetrUpBlock
 
 
 class Unetr(nn.Module):
