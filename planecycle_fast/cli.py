@@ -95,10 +95,21 @@ def _build(arguments: list[str] | None):
         scans: list[Path] = typer.Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
         model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder: docs/models.md."),
-        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
-        cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
-        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
-        globals_at: str = typer.Option("depth", help="Where they rest between layers: depth or plane."),
+        mode: Optional[str] = typer.Option(
+            None,
+            help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder "
+            "records (LiftedModel.save_pretrained), else planecycle.",
+        ),
+        cycle_order: Optional[str] = typer.Option(None, help="Planes that layers take in turn. Default: HW,DW,DH,HW."),
+        pool_method: Optional[str] = typer.Option(
+            None, help="How globals pass between planes: PCg or PCm. Default: PCg."
+        ),
+        globals_at: Optional[str] = typer.Option(
+            None, help="Where they rest between layers: depth or plane. Default: depth."
+        ),
+        depth_position: Optional[str] = typer.Option(
+            None, help="A place along D for models without one: none, sincos or rope1d. Default: none."
+        ),
         layers: Optional[str] = typer.Option(
             None, help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."
         ),
@@ -139,9 +150,10 @@ def _build(arguments: list[str] | None):
         settings = Settings(
             model=model,
             mode=mode,
-            cycle_order=tuple(plane.name for plane in parse_cycle(cycle_order)),
+            cycle_order=None if cycle_order is None else tuple(plane.name for plane in parse_cycle(cycle_order)),
             pool_method=pool_method,
             globals_at=globals_at,
+            depth_position=depth_position,
             layers=None if layers is None else _indices(layers),
             pool=pool,
             window=parse_window(window),

@@ -29,6 +29,7 @@ from .normalisation import normalisation
 from .optional import require
 from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
+from .pretrained import DEFAULTS, settings_of
 from .progress import Progress, progress_of
 from .scan_checks import named, reason, warnings_printed
 from .scan_files import load_scan, other_file, scan_name
@@ -47,10 +48,11 @@ class Settings:
     """What makes the features of a scan what they are."""
 
     model: str
-    mode: str = "planecycle"
-    cycle_order: tuple[str, ...] = ("HW", "DW", "DH", "HW")
-    pool_method: str = "PCg"
-    globals_at: str = "depth"
+    mode: str | None = None  # these five: None, what the model's folder records, or else the default of `lift`
+    cycle_order: tuple[str, ...] | None = None
+    pool_method: str | None = None
+    globals_at: str | None = None
+    depth_position: str | None = None
     layers: tuple[int, ...] | None = None  # None: the last one, under plain names
     pool: bool = False  # only one vector per volume
     window: Window = PERCENTILES
@@ -183,8 +185,8 @@ def _model(
     dtype = dtype_of(settings.dtype)
     host, note = load_model(settings.model)
     check_found(settings.model, note, random_weights)
-    names = ("mode", "cycle_order", "pool_method", "globals_at")
-    lifted = lift(host, **{name: getattr(settings, name) for name in names})
+    how = settings_of(settings.model, **{name: getattr(settings, name) for name in DEFAULTS})
+    settings, lifted = replace(settings, **how), lift(host, **how)
     if settings.layers is not None:
         layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
         settings = replace(settings, layers=tuple(sorted(layers)))

@@ -19,6 +19,11 @@ class VolumeFeatures(NamedTuple):
     cls: Tensor | None  # (B, S, C), None for a model without a class token
     registers: Tensor | None  # (B, S, r, C), None for a model without register tokens
 
+    @property
+    def maps(self) -> Tensor:  # (B, C, D, H, W)
+        """The patches as convolutions take them, a view."""
+        return self.patches.movedim(-1, 1)
+
     def pooled(self) -> Tensor:
         """One vector per volume, (B, C): the mean class token, or the mean patch where there is none."""
         if self.cls is not None:

@@ -108,6 +108,8 @@ def run_in_groups(
             last = after
             layers.append(next_layer)
             break
+        if (next_layer.angles is None) != (layer.angles is None):  # one call turns in all of its blocks, or in none
+            break
         more = None if isinstance(after, str) else after.once("groups", lambda of=after: _read(of, of.plan()))
         if more is None or more.settings != found.settings or (tensors := more.tensors(dtype)) is None:
             break

@@ -9,6 +9,7 @@ from torch import nn
 from .adapters import Adapter, find_adapter
 from .attentions import check_attention
 from .backends import pick
+from .depth_position import check_depth_position
 from .lifted import LiftedModel
 from .planes import DEFAULT_CYCLE, Plane, parse_cycle
 from .pooling import check_pooling
@@ -26,6 +27,7 @@ def lift(
     attention: str = "auto",
     strict: bool = True,
     adapter: Callable[[nn.Module], Adapter] | None = None,
+    depth_position: str = "none",
 ) -> LiftedModel:
     """A module that runs the 2D `model` on volumes, layer by layer along the planes of a cycle.
 
@@ -46,6 +48,9 @@ def lift(
             code (hooks, dropout, kinds it does not know) raises ValueError when the model runs; False lets it.
             `LiftedModel.report` lists these parts.
         adapter: a class or function that makes an `Adapter` for `model`, for models of your own.
+        depth_position: "none", as in the paper; for models that know no place along D (DINOv2, CLIP, MAE) "sincos",
+            which adds one to the patches, in slice2d too, or "rope1d", which turns queries and keys by it on planes
+            that contain D. Neither learns anything; `planecycle_fast.depth_position` says what they compute.
 
     Raises:
         TypeError: model is no nn.Module, or cycle_order no sequence of names.
@@ -65,7 +70,8 @@ def lift(
     if mode != "planecycle":
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
     adapter.check_planes(cycle)
-    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict)
+    check_depth_position(depth_position, adapter)
+    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position)
 
 
 def _make_adapter(model: nn.Module, adapter: Callable[[nn.Module], Adapter] | None) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .attention_maps import AttentionMap, attention_map, check_patch
 from .blocks import LiftedBlock, Step, is_plain, run_lifted
 from .branches import make_tables
 from .buffers import BufferCheck
-from .embedding import embed
+from .depth_position import describe_depth, embed_with_depth, tables_of
 from .features import VolumeFeatures
 from .framework_class import class_of, reduced
 from .inputs import check_others, check_volume, wanted_layers
@@ -28,8 +29,9 @@ from .placement import TensorsOfHost, brought, run_placed
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
-from .rope import PlaneAngles, PlaneTables
+from .rope import PlaneAngles
 from .stream import check_strict
+from .taps import Tap, live, tapped
 from .tracing import fix_shape, shape_of, traceable
 
 
@@ -51,11 +53,13 @@ class LiftedModel(TensorsOfHost, TreeModule):
         backend: str,
         attention: str,
         strict: bool,
+        depth_position: str = "none",
     ) -> None:
         super().__init__(adapter.model, LiftedTree(adapter))
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
         self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
+        self.__dict__.update(depth_position=depth_position, taps={})
         self.__class__ = class_of(type(self), adapter)
 
     @property
@@ -82,6 +86,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
         """Prints per block what is fused, by which backend, what is not, and why."""
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         print(describe(self.plans(), self.backend, self.attention, self.strict, device))
+        if self.depth_position != "none":
+            print(describe_depth(self.depth_position, self.adapter, self.planes))
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
@@ -117,7 +123,9 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
     def extra_repr(self) -> str:
         order = ",".join(self.cycle_order)
-        return f"mode={self.mode}, cycle_order={order}, pool_method={self.pool_method}, globals_at={self.globals_at}"
+        depth = "" if self.depth_position == "none" else f", depth_position={self.depth_position}"
+        how = f"mode={self.mode}, cycle_order={order}, pool_method={self.pool_method}, globals_at={self.globals_at}"
+        return how + depth
 
     def forward(
         self,
@@ -151,6 +159,29 @@ class LiftedModel(TensorsOfHost, TreeModule):
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
         return self._pass("intermediate", volume, lambda volume, sizes: self._run(volume, sizes, n, norm))
+
+    def tap(self, layer: int) -> Tap:
+        """Where hooks see a layer's patches as maps (B, C, D, H, W), in canonical order, within the pass.
+
+        For GradCAM, Captum's `LayerGradCam` and their like: what comes after the layer is computed from the output of
+        this module, so that it has gradients, and a forward hook may return other maps in its place. Globals pass
+        beside it: what is read from a class token does not depend on the patches of the last layer, but on those of
+        the layers before. The same module at every call; it is no part of the tree of modules, and as long as nobody
+        has hooks on it nothing of it runs.
+
+        Args:
+            layer: its index (negative ones count from the end).
+
+        Raises TypeError or ValueError for one that the model lacks.
+        """
+        [i] = wanted_layers([layer], len(self.blocks), "layer")
+        return self.taps.setdefault(i, Tap(i))
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Writes the 2D model's weights and the settings of the lift to a folder: `pretrained.save_pretrained`."""
+        from .pretrained import save_pretrained  # which needs what makes lifted models
+
+        save_pretrained(self, folder, **options)
 
     def attention_maps(
         self,
@@ -215,10 +246,13 @@ class LiftedModel(TensorsOfHost, TreeModule):
         blocks, features, layers = self.lifted_tree.layers(), [], {}
         wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
-        tables = PlaneTables(self.adapter.rope(volume.dtype), self.training, len(self.planes[0].sequence))
+        axes = len(self.planes[0].sequence)
+        tables = tables_of(self.depth_position, self.adapter, self.lifted_blocks, volume, self.training, axes)
         images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         backend, planes = resolve(self.backend, volume.device), self.planes
-        held = [enter(*embed(self.adapter, images, backend), self._layer(backend, HW, planes[0], sizes))]
+        embedded = embed_with_depth(self.depth_position, sizes[0], self.adapter, images, backend)
+        held, taps = [enter(*embedded, self._layer(backend, HW, planes[0], sizes))], live(self.taps)
+        del embedded
 
         def step(i: int) -> Step:
             key = (i == 0, i % len(planes))  # of the planes before and after
@@ -227,7 +261,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
             if torch.is_grad_enabled() and not is_plain(blocks[i]):  # it may be checkpointed
                 make_tables(layers[key], volume.device)
-            return blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i]), layers[key]
+            run = blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i])
+            return partial(tapped, taps[i], run) if i in taps else run, layers[key]
 
         done, last = 0, max(wanted)
         for end in range(last + 1) if tables.augments else sorted(wanted):  # draws are made block by block

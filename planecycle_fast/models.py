@@ -123,7 +123,7 @@ def _check_path(name: str) -> None:
 def _hugging_face_without_weights(name: str) -> nn.Module:
     transformers = require("transformers", "hf")
     config = None if Path(name).is_dir() else known_config(transformers, name)
-    with _quiet(transformers):
+    with quiet(transformers):
         if config is None:
             config = transformers.AutoConfig.from_pretrained(
                 name, local_files_only=not hub_reachable(), trust_remote_code=False
@@ -175,7 +175,7 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
     is_folder = Path(name).is_dir()
     reachable = not is_folder and hub_reachable()
     if _weights(name) or is_folder or reachable:
-        with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        with quiet(transformers), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what may be missing, and is not used, is the same every time
             model, info = transformers.AutoModel.from_pretrained(
                 name, local_files_only=not reachable, trust_remote_code=False, **_TOLD
@@ -213,7 +213,7 @@ def _in_words(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
+def quiet(transformers: ModuleType) -> Iterator[None]:
     """transformers shows bars while it reads weights, and prints what does not fit, on a terminal or not."""
     log = transformers.utils.logging
     bars, level = log.is_progress_bar_enabled(), log.get_verbosity()

@@ -75,4 +75,5 @@ def traceable(features: VolumeFeatures) -> VolumeFeatures:
     present = {name: t for name, t in features._asdict().items() if t is not None}
     absent = dict.fromkeys([name for name in features._fields if name not in present])
     kind = namedtuple("VolumeFeatures", present)
-    return type("VolumeFeatures", (kind,), absent | {"pooled": VolumeFeatures.pooled})(**present)
+    methods = {"pooled": VolumeFeatures.pooled, "maps": VolumeFeatures.maps}
+    return type("VolumeFeatures", (kind,), absent | methods)(**present)

@@ -99,6 +99,14 @@ class Adapter(ABC):
         """
         return None
 
+    def positions(self) -> Tensor | None:  # (L, C), L as many as the model was trained with
+        """Learned positions of the patches of a slice, or None: that of depth takes their size (`depth_position`)."""
+        return None
+
+    def positions_on_planes(self) -> str | None:
+        """What tells the model places along the axes of every plane already, D among them; or None."""
+        return None if self.rope(torch.float32) is None else "rotary embeddings"
+
     def embed_parts(
         self,
         images: Tensor,  # (N, in_channels, height, width)

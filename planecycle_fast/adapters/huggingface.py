@@ -192,5 +192,8 @@ class LearnedPositions(HuggingFace):
     def _own_positions(self, found: nn.Module) -> Tensor:  # (1, g + L, C)
         return found.position_embeddings
 
+    def positions(self) -> Tensor:
+        return self._own_positions(self.core.embeddings)[0, int(self.has_cls) :]
+
     def call_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, ...], sincos: SinCos | None) -> Tensor:
         return block(tokens, *self.block_arguments)

@@ -149,6 +149,11 @@ class Timm(Adapter):
         """What comes between the patch embedding and the norm before the blocks: positions, globals, dropout."""
         return self.model._pos_embed(patches)
 
+    def positions(self) -> Tensor | None:
+        found = self.model.pos_embed
+        of_globals = 0 if getattr(self.model, "no_embed_class", False) else self.num_globals
+        return None if found is None else found[0, of_globals:]
+
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if not self.embeds_in_parts():
             return super().embed_parts(images)

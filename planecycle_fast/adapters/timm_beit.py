@@ -60,9 +60,12 @@ class TimmBeit(Timm):
         found = [module for module in found if getattr(module, name, None) is not None]
         return [Computed(module, name, partial(_indices, *module.window_size)) for module in found]
 
-    def check_planes(self, planes: Sequence[Plane]) -> None:
+    def positions_on_planes(self) -> str | None:
         biased = any([name.endswith("relative_position_bias_table") for name, _ in self.model.named_parameters()])
-        if DHW in planes and biased:
+        return "biases of relative positions" if biased else None
+
+    def check_planes(self, planes: Sequence[Plane]) -> None:
+        if DHW in planes and self.positions_on_planes() is not None:
             raise ValueError(
                 "model's attention has biases of relative positions along two axes, which say nothing about the third "
                 "of DHW (mode 'flatten3d'); expected planes HW, DW and DH"
