@@ -7,7 +7,7 @@
 See the README, or the docstrings of `lift`, `LiftedModel` and `plane_cycle`.
 """
 
-from . import ops
+from . import ops, transforms
 from .accelerate import accelerate, restore
 from .adapters import Adapter
 from .backends import backends, use_backend
@@ -17,13 +17,19 @@ from .converter import PlaneCycleConverter
 from .feature_files import load_features
 from .features import VolumeFeatures
 from .graphs import cuda_graph
+from .grids import to_scan
 from .layer import Stream
 from .lift import lift, unlift
 from .lifted import LiftedModel
 from .models import load_model
 from .operator import plane_cycle
+from .preprocess import prepare
+from .scan_files import load_scan
+from .sliding import sliding_window
 from .torchvision_fix import watch_torchvision
 from .version import __version__
+from .volume_lists import map_volumes
+from .volumes import Scan
 
 watch_torchvision()
 
@@ -32,6 +38,7 @@ __all__ = [
     "LiftedBlock",
     "LiftedModel",
     "PlaneCycleConverter",
+    "Scan",
     "Stream",
     "VolumeFeatures",
     "__version__",
@@ -42,9 +49,15 @@ __all__ = [
     "lift",
     "load_features",
     "load_model",
+    "load_scan",
+    "map_volumes",
     "ops",
     "plane_cycle",
+    "prepare",
     "restore",
+    "sliding_window",
+    "to_scan",
+    "transforms",
     "unlift",
     "use_backend",
 ]
