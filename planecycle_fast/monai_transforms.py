@@ -131,7 +131,7 @@ class ToModelVolumed(MapTransform, InvertibleTransform):
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
         self.patch_size, self.dtype = model, torch.float32
-        if not isinstance(model, tuple):
+        if not isinstance(model, (tuple, list)):
             lifted = lifted_in(model)
             self.patch_size = tuple(lifted.adapter.patch_size)
             self.dtype = next((p.dtype for p in lifted.parameters() if p.is_floating_point()), torch.float32)

@@ -64,6 +64,8 @@ def normalisation_of(host: nn.Module, channels: int = 3) -> tuple[Values, Values
     """
     name = getattr(host, "name_or_path", None)  # of transformers and `load_model`
     name = name if isinstance(name, str) and name else type(host).__name__
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"mean and std must be given: folder {name}, beside whose weights they were, is there no more")
     known = getattr(host, "pretrained_cfg", None) is not None or "dino" in type(host).__name__.lower()
     if not known and preprocessor_file(name) is None:
         raise ValueError(f"mean and std must be given for a {type(host).__name__}, which does not say what they are")

@@ -76,11 +76,12 @@ def prepare(
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must both be given, or neither, got {mean} and {std}")
     scan, window = as_scan(scan), None if window is None else as_window(window)
-    least, most = float(scan.voxels.min()), float(scan.voxels.max())
-    if window is None and not (least >= -BEYOND and most <= 1 + BEYOND):
-        raise ValueError(f"scan must be in [0, 1] where window is None, got {least:g} to {most:g}")
+    if window is None:
+        least, most = float(scan.voxels.min()), float(scan.voxels.max())
+        if not (least >= -BEYOND and most <= 1 + BEYOND):
+            raise ValueError(f"scan must be in [0, 1] where window is None, got {least:g} to {most:g}")
     patch_size, like = model, None
-    if not isinstance(model, tuple):
+    if not isinstance(model, (tuple, list)):
         lifted = lifted_in(model)
         patch_size = lifted.adapter.patch_size
         like = next((p for p in lifted.parameters() if p.is_floating_point()), None)
@@ -103,4 +104,6 @@ def prepare(
         )
     image = pad(resize(scan if window is None else windowed(scan, window), shape), padded, where="end", value=0.0)
     pixels = channels(image, mean, std)
-    return ModelInput(pixels if like is None else pixels.to(like), image.voxels, image.affine, padding, patch_size)
+    return ModelInput(
+        pixels if like is None else pixels.to(like), image.voxels, image.affine, padding, tuple(patch_size)
+    )
