@@ -131,6 +131,9 @@ def _build(arguments: list[str] | None):
             False, "--allow-shear", help="Keep axes that are not at right angles, as of a tilted gantry, as they are."
         ),
         fit: str = typer.Option("pad", help="Make slices a multiple of the patch: pad or resize."),
+        tile: Optional[str] = typer.Option(
+            None, help="The model sees windows of slices x pixels x pixels, 32x224x224, a quarter of each overlapping."
+        ),
         picture: bool = typer.Option(False, "--picture", help="Also draw the features, as a .png beside each file."),
         format: str = typer.Option("safetensors", help="Of the files in a folder: safetensors or npz."),
         device: str = typer.Option("auto", help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."),
@@ -146,6 +149,7 @@ def _build(arguments: list[str] | None):
         from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
         from .scan_options import ScanOptions
+        from .sliding import parse_tile
 
         settings = Settings(
             model=model,
@@ -169,6 +173,7 @@ def _build(arguments: list[str] | None):
             spacing=None if spacing is None else parse_spacing(spacing),
             fit=fit,
             dtype=dtype,
+            tile=None if tile is None else parse_tile(tile),
         )
         jobs = plan_files(scans, out, format, series)
         complaints = run_features(jobs, settings, device, picture, overwrite, random_weights)

@@ -34,6 +34,7 @@ from .progress import Progress, progress_of
 from .scan_checks import named, reason, warnings_printed
 from .scan_files import load_scan, other_file, scan_name
 from .scan_options import PLAIN, ScanOptions
+from .sliding import in_patches, sliding_window
 from .version import __version__
 from .viz import foreground, pca_colours, three_views
 from .volume_sets import features_of, read_set
@@ -60,6 +61,7 @@ class Settings:
     spacing: tuple[float, float, float] | None = None
     fit: str = "pad"
     dtype: str = "fp32"  # of the pass; files hold float32
+    tile: tuple[int, int, int] | None = None  # pixels of a sliding window along D, H, W; None: the volume at once
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ def _model(
     check_found(settings.model, note, random_weights)
     how = settings_of(settings.model, **{name: getattr(settings, name) for name in DEFAULTS})
     settings, lifted = replace(settings, **how), lift(host, **how)
+    if settings.tile is not None:
+        in_patches(settings.tile, (1, *lifted.adapter.patch_size), "tile")
     if settings.layers is not None:
         layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
         settings = replace(settings, layers=tuple(sorted(layers)))
@@ -232,14 +236,14 @@ def _one(
         tensors, given = features_of(
             volumes,
             prepared,
-            lambda pixels: compute(lifted, pixels, settings.layers, settings.pool)[1],
+            lambda pixels: compute(lifted, pixels, settings.layers, settings.pool, settings.tile)[1],
             progress.advance_scan,
         )
         scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
     else:
         scan, several = load_scan(job.scan, **vars(settings.reading)), {}
         given = prepared(scan)
-        features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool)
+        features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool, settings.tile)
         tensors = {name: tensor[0] for name, tensor in tensors.items()}
     affine = given.feature_affine(patch)
     metadata = wanted | {
@@ -273,19 +277,28 @@ def compute(
     pixels: Tensor,  # (B, channels, D, height, width), any dtype
     layers: Sequence[int] | None = None,
     pool: bool = False,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
     """Features of volumes, and the tensors of their file: float32, on the CPU, under their names.
 
     Those are `patches` (B, D, H, W, C), `cls` (B, S, C), `registers` (B, S, r, C) as far as the model has them, and
-    `pooled` (B, C); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0.
+    `pooled` (B, C); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0. With `tile`,
+    pixels along D, H, W, the model sees windows of this size (`sliding_window`).
 
     Raises ValueError for features that are not finite.
     """
     count = len(model.blocks)
     wanted = [count - 1] if layers is None else sorted(wanted_layers(layers, count))
-    pixels = pixels.to(next(p for p in model.parameters() if p.is_floating_point()))
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    pixels = pixels.to(like) if tile is None else pixels.to(like.dtype)  # windows alone go to the device
+
+    def run() -> list[VolumeFeatures]:
+        if tile is None:
+            return model.intermediate(pixels, wanted)
+        return sliding_window(model, pixels, tile, layers=wanted)
+
     with torch.inference_mode():
-        features = model.intermediate(pixels, wanted)
+        features = run()
         tensors = {}
         for i, each in zip(wanted, features):
             prefix = "" if layers is None else f"layer{i}."
@@ -293,7 +306,7 @@ def compute(
             for name, tensor in (parts | {"pooled": each.pooled()}).items():
                 if tensor is not None:
                     tensors[prefix + name] = tensor.float().cpu()
-    check_features(model, pixels, tensors)
+    check_features(model, pixels, tensors, run)
     return features, tensors
 
 

@@ -16,18 +16,22 @@ def check_features(
     model: LiftedModel,
     pixels: Tensor,  # (B, channels, D, height, width), finite
     features: Mapping[str, Tensor],  # what the model made of them, any shapes
+    again: Callable[[], object] | None = None,
 ) -> None:
-    """Raises ValueError, which says from which layer on they are not, unless all features are finite."""
+    """Raises ValueError, which says from which layer on they are not, unless all features are finite.
+
+    To see where they begin the model is run once more: by `again`, or on the pixels.
+    """
     for name, tensor in features.items():
         if not (finite := torch.isfinite(tensor)).all():
             bad = tensor.numel() - int(finite.sum())
             raise ValueError(
                 f"features must be finite, got {bad} of {tensor.numel()} NaN or infinite in {name}: "
-                f"{_beginning(model, pixels)}, in {str(pixels.dtype).removeprefix('torch.')}"
+                f"{_beginning(model, again or (lambda: model(pixels)))}, in {str(pixels.dtype).removeprefix('torch.')}"
             )
 
 
-def _beginning(model: LiftedModel, pixels: Tensor) -> str:
+def _beginning(model: LiftedModel, again: Callable[[], object]) -> str:
     """Where the first ones are, seen in another pass through the model."""
     found = []
 
@@ -47,5 +51,5 @@ def _beginning(model: LiftedModel, pixels: Tensor) -> str:
             see = look(f"they begin in layer {i} of 0 to {len(model.blocks) - 1}")
             after = block.register_forward_hook(lambda module, args, out, see=see: see(out))
             hooks.callback(after.remove)
-        model(pixels)
+        again()
     return found[0] if found else "they begin behind the last layer, in the norm or the mean"

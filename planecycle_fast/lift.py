@@ -13,6 +13,7 @@ from .depth_position import check_depth_position
 from .lifted import LiftedModel
 from .planes import DEFAULT_CYCLE, Plane, parse_cycle
 from .pooling import check_pooling
+from .wrapped import unwrapped
 
 MODES = ("planecycle", "slice2d", "flatten3d")
 
@@ -92,3 +93,11 @@ def unlift(lifted: LiftedModel) -> nn.Module:
     if not isinstance(lifted, LiftedModel):
         raise TypeError(f"lifted must be a model made by lift(), got {type(lifted).__name__}")
     return lifted.adapter.model
+
+
+def lifted_in(model: nn.Module) -> LiftedModel:
+    """A lifted model, or the one inside what torch has put around it. Raises TypeError for anything else."""
+    inside = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inside, LiftedModel):
+        raise TypeError(f"lifted must be a model made by lift(), got {type(inside).__name__}")
+    return inside

@@ -46,6 +46,9 @@ def load_model(name: str) -> tuple[nn.Module, str]:
     if part := part_of(model):
         model, note = model.get_submodule(part), f"{part} of the {note}"
     check_finite(name, model)
+    if getattr(model, "pretrained_cfg", None) is None:
+        # Where `normalisation_of` finds the statistics; of a part as well.
+        model.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model, note
 
 

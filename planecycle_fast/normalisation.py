@@ -57,6 +57,21 @@ def normalisation(model: nn.Module, name: str, channels: int = 3) -> tuple[Value
     return (mean, std) if channels == 3 else (_grey(mean, channels), _grey(std, channels))
 
 
+def normalisation_of(host: nn.Module, channels: int = 3) -> tuple[Values, Values]:
+    """`normalisation` of a model in memory: by what timm keeps in it, or by the name that it was loaded by.
+
+    DINO models by themselves have ImageNet's. Raises ValueError for others that do not say what theirs are.
+    """
+    name = getattr(host, "name_or_path", None)  # of transformers and `load_model`
+    name = name if isinstance(name, str) and name else type(host).__name__
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"mean and std must be given: folder {name}, beside whose weights they were, is there no more")
+    known = getattr(host, "pretrained_cfg", None) is not None or "dino" in type(host).__name__.lower()
+    if not known and preprocessor_file(name) is None:
+        raise ValueError(f"mean and std must be given for a {type(host).__name__}, which does not say what they are")
+    return normalisation(host, name, channels)
+
+
 def preprocessor_file(name: str) -> Path | None:
     """The file that says how pictures become a model's input: in its folder, the cache or the hub.
 

@@ -47,6 +47,7 @@ class Planned:
     volume_bytes: int
     optimizer_bytes: int  # two moments for every trained parameter, in its dtype, as AdamW keeps them
     path: str  # which operations were planned: "triton", "cpu" or "reference", or several
+    output_bytes: int = 0  # of the features, of "inference"
 
     @property
     def total_bytes(self) -> int:
@@ -100,7 +101,7 @@ def plan(
         head = None if step == "inference" else make_head(lifted, volume)
         target = torch.zeros(shape[0], dtype=torch.long, device=planned_device)
         with Meter() as meter:
-            take_step(lifted, volume, step, head, target)
+            out = take_step(lifted, volume, step, head, target)
         weights = [*lifted.parameters(), *lifted.buffers()]
         trained = [] if head is None else [*head.parameters(), *(lifted.parameters() if step == "finetune" else ())]
         return Planned(
@@ -115,6 +116,7 @@ def plan(
             volume_bytes=_bytes(volume),
             optimizer_bytes=2 * sum([_bytes(p) for p in trained if p.requires_grad]),
             path=_path(lifted, planned_device),
+            output_bytes=sum([_bytes(t) for t in out if t is not None]) if step == "inference" else 0,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,3 +59,18 @@ def progress_of(model: LiftedModel, scans: int) -> Iterator[Progress]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def window_bar(wanted: bool | Callable[[int, int], Any] | None) -> Iterator[Callable[[int, int], Any]]:
+    """Within the block what is to be called with windows done and in all: a bar on a terminal, or a callback."""
+    if callable(wanted) or not wanted:
+        yield wanted or (lambda done, total: None)
+        return
+    console = require("rich.console", "scans").Console(stderr=True)
+    bars = require("rich.progress", "scans").Progress(
+        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
+    )
+    task = bars.add_task("windows", total=None)
+    with bars:
+        yield lambda done, total: bars.update(task, completed=done, total=total)

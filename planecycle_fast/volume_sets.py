@@ -18,9 +18,8 @@ from .preprocess import ModelInput
 from .scan_checks import Refused, ScanWarning, gib, warn
 from .scan_files import check_no_series, checked, complaints, filled, in_place
 from .scan_options import ScanOptions
+from .volume_lists import PIXELS
 from .volumes import MAX_BYTES, Scan
-
-PIXELS = 2**21  # that pass through the model together, if a volume has no more: a few small ones
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ def in_channels(
     """
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean and std must have one number per channel, got {len(mean)} and {len(std)}")
-    means, stds = (torch.tensor(t).view(1, -1, 1, 1, 1) for t in (mean, std))
+    means, stds = (torch.tensor(t, device=image.device).view(1, -1, 1, 1, 1) for t in (mean, std))
     pixels = (image[None, None] - means) / stds
     if not (stds > 0).all() or not torch.isfinite(pixels).all():
         raise ValueError(f"mean and std must make finite pixels, with std above 0, got {tuple(mean)} and {tuple(std)}")
