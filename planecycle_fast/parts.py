@@ -80,7 +80,7 @@ def contents(needed: str, optional: str = "") -> Contents:
 def consists_of(module: nn.Module, known: Contents) -> bool:
     """Whether a module has all that is needed and nothing that is not known, which its forward may use.
 
-    What is None counts as absent.
+    What is None counts as absent. Where FSDP has a flat parameter, its views are attributes in place of parameters.
     """
     held = {
         name
@@ -88,7 +88,9 @@ def consists_of(module: nn.Module, known: Contents) -> bool:
         for name, value in held.items()
         if value is not None
     }
-    return known.needed <= held <= known.needed | known.optional
+    names = known.needed | known.optional
+    held |= {name for name in names if isinstance(module.__dict__.get(name), Tensor)}
+    return known.needed <= held <= names
 
 
 class Part(NamedTuple):

@@ -173,11 +173,11 @@ def on_two_processes(tmp_path, name, recipes):
 
 
 def test_sharded_blocks_that_are_checkpointed_or_compiled(tmp_path):
-    on_two_processes(tmp_path, "timm-dinov3-s", QUICK)
+    on_two_processes(tmp_path, "hf-dinov2", QUICK)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov2"])
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov2", "timm-dinov2-s-reg4"])
 def test_every_order_of_wrappers(tmp_path, name):
     on_two_processes(tmp_path, name, list(RECIPES))
 
