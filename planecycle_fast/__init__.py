@@ -24,9 +24,9 @@ from .lift import lift, unlift
 from .lifted import LiftedModel
 from .models import load_model
 from .operator import plane_cycle
+from .preprocess import prepare
 from .pretrained import from_pretrained
 from .pyramid import pyramid
-from .preprocess import prepare
 from .scan_files import load_scan
 from .sliding import sliding_window
 from .torchvision_fix import watch_torchvision
@@ -58,8 +58,8 @@ __all__ = [
     "map_volumes",
     "ops",
     "plane_cycle",
-    "pyramid",
     "prepare",
+    "pyramid",
     "restore",
     "sliding_window",
     "to_scan",

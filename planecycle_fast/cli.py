@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -11,10 +12,13 @@ from typing import Optional
 from .optional import require
 
 INTERRUPTED = 130  # as shells have it
+NOISY = ("torchao", "torch.utils._pytree")  # transformers imports torchao where it is, which logs what it cannot load
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is one line on stderr and status 1."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app = _build(arguments)
         result = app(args=arguments, standalone_mode=False, prog_name="planecycle-fast")
