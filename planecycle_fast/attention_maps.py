@@ -52,7 +52,7 @@ def check_patch(patch: Sequence[int] | None, sizes: Sizes) -> tuple[int, int, in
         raise TypeError(f"patch must be the indices (d, h, w) of a patch, got {patch!r}")
     if len(listed) != 3 or not all([-n <= i < n for i, n in zip(listed, sizes)]):
         raise ValueError(f"patch must be indices (d, h, w) within {tuple(sizes)} patches, got {patch!r}")
-    return tuple([int(i) % n for i, n in zip(listed, sizes)])
+    return tuple([int(i) + n if i < 0 else int(i) for i, n in zip(listed, sizes)])
 
 
 def attention_map(
@@ -79,7 +79,7 @@ def attention_map(
         return AttentionMap(number, plane.name, cls, None)
     sequence, row = _place(patch, plane, sizes)
     within = slice(sequence, sequence + 1)
-    weights = _weights(q[:, within, g + row], k[:, within], scale)[..., g:]  # (B, 1, heads, L)
+    weights = _weights(q[:, within].select(2, g + row), k[:, within], scale)[..., g:]  # (B, 1, heads, L)
     before_and_after = (sequence, plane.slices(sizes) - sequence - 1)
     everywhere = F.pad(weights, (0, 0, 0, 0, *before_and_after))  # (B, P, heads, L)
     return AttentionMap(number, plane.name, cls, _canonical(everywhere, plane, sizes))

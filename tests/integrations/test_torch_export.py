@@ -277,12 +277,13 @@ def test_narrow(name, how):
 @pytest.mark.full
 @pytest.mark.parametrize("block_type", ["PlaneCycle", "Flatten3D"])
 def test_accelerated_models(block_type):
+    """For one size of volumes: their own code makes the tables, and torch.export numbers of its sizes."""
     model = DinoVisionTransformer(block_type, depth=2).eval()
     accelerated = pcf.accelerate(Converter()(model) if block_type == "PlaneCycle" else model)
     module = Made(accelerated, lambda m, v: m.get_intermediate_layers(v, n=2, return_class_token=True))
-    volume = torch.randn(1, 3, 2, 8, 12)
+    volume = torch.randn(2, 3, 4, 8, 12)
     with torch.no_grad():
-        program = export(module, (volume,), dynamic_shapes=({0: Dim("B"), 2: Dim("D")},)).module()
+        program = export(module, (volume,), dynamic_shapes=({0: Dim("B")},)).module()
         for other in (volume, torch.randn(3, 3, 4, 8, 12)):
             close(program(other), module(other))
 
