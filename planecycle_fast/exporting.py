@@ -86,8 +86,8 @@ def export_model(
         OSError: the file cannot be written; nothing is left behind.
     """
     axes, path = parse_dynamic(dynamic, to), check_path(path, to, overwrite)
-    check_tools(to)
     _check_model(lifted)
+    check_tools(to)
     with torch.no_grad():
         lifted(volume)  # raises what is wrong with it, before any work
         other = _other(lifted, volume, axes)

@@ -282,9 +282,9 @@ def test_names_of_sizes(dynamic, to, expected):
     assert exporting.parse_dynamic(dynamic, to) == expected
 
 
-def test_dynamic_depth(lifted, tmp_path):
-    """Of an example of one slice, too; and where only torch is."""
-    example = VOLUME[:, :, :1]
+def test_dynamic_depth(tmp_path):
+    """Of an example of one slice, too."""
+    lifted, example = pcf.lift(BY_NAME["hf-clip"].make(num_hidden_layers=1), cycle_order=("DW",)), VOLUME[:, :, :1]
     done = pcf.export_model(lifted, example, tmp_path / "m.pt2", "export", dynamic="D")
     assert done.checked == (1, 3, 2, 32, 32) and done.dynamic == ("D",)
     run = torch.export.load(done.files[0]).module()
