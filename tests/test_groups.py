@@ -128,7 +128,8 @@ def test_what_hooks_keep_stays_what_it_was(name):
     for block in lifted.blocks:
         block.register_forward_pre_hook(keep)
     lifted(host.volume())
-    assert len(kept) == len(lifted.blocks) and all(torch.equal(t, before) for t, before in kept)  # one tensor each
+    assert len(kept) == len(lifted.blocks)  # one tensor each
+    assert all(torch.equal(t, before) for t, before in kept)
     lifted.blocks[0].register_forward_hook(lambda m, args, out: out._replace(residual=out.residual[:, 1:]))
     with pytest.raises(ValueError, match="must have"):
         lifted(host.volume())
