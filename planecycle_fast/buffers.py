@@ -48,7 +48,7 @@ class BufferCheck:
         self._checked = False
 
     def __call__(self, adapter: Adapter) -> None:
-        """Raises ValueError, with the buffer's name, for one that is not finite or not what it should be."""
+        """Raises ValueError, with the buffer's name, for one that holds NaN or is not what it should be."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         computed = adapter.computed_buffers()
@@ -66,7 +66,7 @@ class BufferCheck:
     @torch.no_grad()
     def _refuse(self, buffers: dict[str, Tensor], computed: list[Computed]) -> None:
         for name, t in buffers.items():
-            if t.is_floating_point() and not (t.isfinite() | t.isneginf()).all():  # -inf: masks are made of it
+            if t.is_floating_point() and t.isnan().any():  # infinities: masks, and ranges that nobody has observed yet
                 raise ValueError(f"{name} must be finite, got {_values(t)}: {_ADVICE}")
         for each in computed:
             if (reason := each.why_not()) is not None:

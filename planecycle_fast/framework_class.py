@@ -48,7 +48,7 @@ def _with(cls: type, base: type) -> type:
 def reduced(model: nn.Module) -> tuple | None:
     """How to pickle or copy a model of a class that has been made here: it is made again from its state."""
     cls = type(model)
-    return (_empty, (cls.__bases__[0],), model.__dict__.copy()) if _MADE in vars(cls) else None
+    return (_empty, (cls.__bases__[0],), model.__getstate__()) if _MADE in vars(cls) else None
 
 
 def _empty(cls: type) -> nn.Module:

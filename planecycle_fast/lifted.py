@@ -118,6 +118,11 @@ class LiftedModel(TensorsOfHost, TreeModule):
         replaced = {type(block.host).__name__ for block in self.lifted_blocks}
         return [LiftedBlock.__name__, *[name for name in theirs if name not in replaced]]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What transformers asks of each part: where it saves a model around this one, keys of this part stay."""
+        return True
+
     def _replicate_for_data_parallel(self) -> LiftedModel:
         raise TypeError("a lifted model cannot be replicated by DataParallel; use DistributedDataParallel")
 

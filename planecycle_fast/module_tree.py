@@ -54,7 +54,7 @@ class LiftedTree:
         inside = {*self.adapter.model.modules()}
         self._lifted = {host: self._lifted[host] for host in hosts}
         self._wrapped = {host: around for host, around in self._wrapped.items() if host in self._lifted}
-        self._mirrors = {host: mirror for host, mirror in self._mirrors.items() if host in inside}
+        self._mirrors = {host: mirror for host, mirror in [*self._mirrors.items()] if host in inside}
         self._list = None
         self.blocks = tuple([self._lifted[host] for host in hosts])
         self._show(hosts)

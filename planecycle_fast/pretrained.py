@@ -131,7 +131,9 @@ def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: A
         lifted: of a Hugging Face or timm model.
         folder: made if it is not there.
         options: for the library's own `save_pretrained`, or `save_for_hf`: ``max_shard_size``, ``state_dict``,
-            ``model_args`` (timm's, for what it does not know that the model was built with).
+            ``model_args`` (timm's, for what it does not know that the model was built with). Where a ``state_dict`` is
+            given, be it None as transformers' Trainer does, Hugging Face's files have the keys of `state_dict` and not
+            those of the hub, by which older versions of transformers read them (``save_original_format=True``).
 
     Raises:
         TypeError: options that the library does not take.
@@ -209,6 +211,8 @@ def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
             check_finite("to be saved", host)
     packages = [cls.__module__.split(".")[0] for cls in type(host).__mro__]
     if "transformers" in packages and hasattr(host, "save_pretrained"):
+        if "state_dict" in options:  # under its own keys: Trainer gives it, and resumes by `load_state_dict`
+            options = {"save_original_format": False} | options
         return lambda folder: _write_quietly(host, folder, options)
     if "timm" in packages and hasattr(host, "pretrained_cfg"):
         rest = {name: value for name, value in options.items() if name != "is_main_process"}

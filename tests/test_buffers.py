@@ -102,6 +102,7 @@ def test_buffers_without_data_are_not_read():
 def test_other_buffers_must_be_finite():
     model = ToyViT(rope=False)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    model.register_buffer("min_val", torch.tensor(torch.inf))  # as of an observer that has seen nothing
     model.blocks[1].register_buffer("mean", torch.tensor([0.0, torch.nan]))
     volume = torch.randn(1, 3, 2, 4, 6)
     with pytest.raises(ValueError, match=r"blocks.1.mean must be finite, got 0, nan: a buffer"):

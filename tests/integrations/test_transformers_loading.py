@@ -1,5 +1,8 @@
 """Lifted models within transformers' own: what `from_pretrained` initialises, and what it asks of its parts."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +89,17 @@ def test_a_lifted_model_is_still_its_own(name):
     assert not isinstance(pcf.lift(BY_NAME["timm-dinov3-s"].make()), transformers.PreTrainedModel)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lifted.nothing
+
+
+def test_copies_are_of_its_class():
+    """And leave out what torch leaves out: `compile` in place."""
+    host = BY_NAME["hf-dinov2"]
+    lifted, volume = pcf.lift(host.make()), host.volume()
+    expected = lifted(volume).patches
+    lifted.compile(backend="eager")
+    for copied in (copy.copy(lifted), copy.deepcopy(lifted), pickle.loads(pickle.dumps(lifted))):
+        assert type(copied) is type(lifted) and isinstance(copied, transformers.PreTrainedModel)
+        assert copied._compiled_call_impl is None and torch.equal(copied(volume).patches, expected)
 
 
 def test_accelerates_empty_weights_and_dispatch(tmp_path):

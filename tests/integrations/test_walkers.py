@@ -147,6 +147,27 @@ def test_quantize_dynamic(name, inplace):
         both_are_right(host, model, volume)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["hf-dinov2", "timm-dinov3-s"])
+@pytest.mark.parametrize("training", [False, True])
+def test_observed_layers(name, training):
+    """Static quantisation and quantisation-aware training begin with ranges from inf to -inf."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    host = BY_NAME[name]
+    model, volume = host.make().train(training), host.volume()
+    lifted = pcf.lift(model)
+    expected = lifted(volume).patches
+    for module in lifted.modules():
+        if type(module) is nn.Linear:
+            module.qconfig = getattr(quantization, "get_default_qat_qconfig" if training else "get_default_qconfig")()
+    (quantization.prepare_qat if training else quantization.prepare)(lifted, inplace=True)
+    ranges = {key: t for key, t in lifted.named_buffers() if key.endswith("min_val") and not t.isfinite().all()}
+    got = lifted(volume).patches
+    assert ranges and all(lifted.get_buffer(key).isfinite().all() for key in ranges)
+    if not training:
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["hf-dinov2", "timm-dinov3-s"])
 @torch.no_grad()
 def test_torchao(name):
