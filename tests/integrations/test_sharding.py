@@ -292,8 +292,7 @@ def test_a_sharded_model_from_meta_and_its_checkpoint(alone, tmp_path):
     with torch.no_grad():
         expected, periods = pcf.lift(model)(volume), model.rope.periods.clone()
         dcp.save(get_model_state_dict(sharded(pcf.lift(model), alone)), checkpoint_id=tmp_path / "saved")
-        with torch.device("meta"):
-            empty = host.make()
+        empty = host.make().to("meta")
         lifted = sharded(pcf.lift(empty), alone).to_empty(device="cpu")
         state = get_model_state_dict(lifted)
         assert state.keys() == model.state_dict().keys()
