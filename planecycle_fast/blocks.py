@@ -104,8 +104,10 @@ def run_lifted(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, 
     elif is_plain(step):
         out, ran = step.take(held, layer, _following(steps))
     else:
-        one = layer.on(held[0].residual.device).one(held.pop(), layer.old)  # hooks may keep it, or change it
-        out, ran = step(one, layer), 1
+        here = layer.on(held[0].residual.device)
+        if torch.is_grad_enabled():  # it may be checkpointed
+            make_tables(here, held[0].residual.device)
+        out, ran = step(here.one(held.pop(), layer.old), layer), 1  # hooks may keep the stream, or change it
         if not isinstance(out, Stream):
             raise TypeError(
                 f"stream must be a planecycle_fast.Stream, got {type(out).__name__}; hooks must return one, and "

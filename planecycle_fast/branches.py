@@ -87,7 +87,7 @@ def make_tables(layer: Layer, device: torch.device) -> None:
     """
     if layer.angles is None:
         return
-    if hasattr(layer.angles.rope, "periods"):  # not only tables
+    if layer.angles.rope is None or hasattr(layer.angles.rope, "halves"):  # else only for the model's own attention
         _angles(layer.angles, choose(layer.backend, device, "rope", layer.strict))
     layer.angles.sincos()
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .attention_maps import AttentionMap, attention_map, check_patch
-from .blocks import LiftedBlock, Step, is_plain, run_lifted
-from .branches import make_tables
+from .blocks import LiftedBlock, Step, run_lifted
 from .buffers import BufferCheck
 from .depth_position import describe_depth, embed_with_depth, tables_of
 from .features import VolumeFeatures
@@ -252,7 +251,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         wanted = wanted_layers(n, len(blocks))
         check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
         axes = len(self.planes[0].sequence)
-        tables = tables_of(self.depth_position, self.adapter, self.lifted_blocks, volume, self.training, axes)
+        tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)
         images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         backend, planes = resolve(self.backend, volume.device), self.planes
         embedded = embed_with_depth(self.depth_position, sizes[0], self.adapter, images, backend)
@@ -264,8 +263,6 @@ class LiftedModel(TensorsOfHost, TreeModule):
             if tables.augments or key not in layers:  # each block may have angles of its own
                 old, new = planes[(i - 1) % len(planes) if i else 0], planes[i % len(planes)]
                 layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
-            if torch.is_grad_enabled() and not is_plain(blocks[i]):  # it may be checkpointed
-                make_tables(layers[key], volume.device)
             run = blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i])
             return partial(tapped, taps[i], run) if i in taps else run, layers[key]
 

@@ -247,7 +247,7 @@ class Snapshot(BlockParts):
 
     def known_norm(self, number: int) -> Norm | None:
         """norm1 or norm2 as operations take it."""
-        return self.norm_or_reason(number)[0]
+        return self._read("norm_or_reason", number)[0]
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """What `make` makes of these parts, made once."""

@@ -19,7 +19,7 @@ from .features import VolumeFeatures
 
 def recorder() -> str | None:
     """What records torch's own operations now, to be run without us, or None."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     # Not is_exporting(), which up to torch 2.11 is true in all that torch.compile takes.
     return "torch.export" if torch.compiler._is_exporting_flag else None
@@ -37,7 +37,9 @@ def may_write() -> bool:
     run with gradients later, nor within selective activation checkpointing, which keeps what operations return. A
     compiler plans memory better without being told to.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # written out: it is asked often
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
@@ -50,7 +52,7 @@ def shape_of(
     x: Tensor,  # any shape
 ) -> Sequence[int]:
     """Its shape, in numbers. Within a trace sizes are tensors, and whatever is made of them becomes part of it."""
-    return [int(n) for n in x.shape] if torch.jit.is_tracing() else x.shape
+    return x.shape if torch._C._get_tracing_state() is None else [int(n) for n in x.shape]
 
 
 def fix_shape(

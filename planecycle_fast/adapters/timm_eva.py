@@ -252,8 +252,8 @@ class TimmDINOv3(TimmEva):
         return None
 
     def computed_buffers(self) -> list[Computed]:
-        found, bounds = unwrapped(self.model.rope), self._bounds()
-        return [Computed(found, "periods", lambda: make_periods(len(found.periods), *bounds))]
+        found = unwrapped(self.model.rope)
+        return [Computed(found, "periods", lambda: make_periods(len(found.periods), *self._bounds()))]
 
     def _bounds(self) -> tuple[float | None, float | None, float | None]:
         """Base, or least and greatest period."""

@@ -70,7 +70,7 @@ def _switch(
         pooled = transition.apply(volumes[:, :, :g])
     elif g and globals_.shape[0] != 1:
         pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
-    if recorder() is not None or not (torch.compiler.is_compiling() or may_write()):
+    if not may_write() and (recorder() is not None or not torch.compiler.is_compiling()):
         parts = [] if not g else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
         # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
         return torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)

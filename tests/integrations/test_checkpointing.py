@@ -77,7 +77,7 @@ def check(got, expected, atol=5e-7):
         torch.testing.assert_close(got[name], value, rtol=0, atol=atol * max(1, float(value.norm())), msg=name)
 
 
-QUICK = ["timm-dinov3-s", "hf-dinov3", "hf-dinov2-swiglu"]
+QUICK = ["timm-dinov3-s", "hf-dinov3"]
 HOSTS_OF_ALL = [pytest.param(p.values[0], id=p.id, marks=() if p.id in QUICK else pytest.mark.full) for p in EVERY_HOST]
 
 
@@ -91,6 +91,18 @@ def test_every_policy_of_selective_checkpointing(host):
             if backend == "reference":
                 assert all(torch.equal(got[key], expected[key]) for key in expected), name
             check(got, expected)
+
+
+@pytest.mark.parametrize("policy", ["save all", pytest.param("prefer to save", marks=pytest.mark.full)])
+@pytest.mark.parametrize("depth_position", ["rope1d", "sincos"])
+def test_selective_checkpointing_with_a_position_of_depth(depth_position, policy):
+    """Tables that belong to no RoPE of the model are made before its blocks as well, in the form that kernels take."""
+    host = BY_NAME["timm-dinov2-s-reg4"]
+    model, volume = host.make().train(), host.volume(1)
+    for backend in ("reference", "auto"):
+        settings = {"backend": backend, "depth_position": depth_position}
+        expected = gradients(pcf.lift(model, **settings), volume)
+        check(gradients(wrap(pcf.lift(model, **settings), context_fn=POLICIES[policy]), volume), expected)
 
 
 @pytest.mark.parametrize("policy", ["save all", pytest.param("products", marks=pytest.mark.full)])
