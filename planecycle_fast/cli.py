@@ -73,6 +73,22 @@ def _build(arguments: list[str] | None):
     series_option = typer.Option(
         None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
     )
+    mode_option = typer.Option(
+        None,
+        help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder records "
+        "(LiftedModel.save_pretrained), else planecycle.",
+    )
+    cycle_option = typer.Option(None, help="Planes that layers take in turn. Default: HW,DW,DH,HW.")
+    pool_option = typer.Option(None, help="How globals pass between planes: PCg or PCm. Default: PCg.")
+    globals_option = typer.Option(None, help="Where they rest between layers: depth or plane. Default: depth.")
+    depth_option = typer.Option(
+        None, help="A place along D for models without one: none, sincos or rope1d. Default: none."
+    )
+
+    def planes_of(cycle_order: str | None) -> tuple[str, ...] | None:
+        from .planes import parse_cycle
+
+        return None if cycle_order is None else tuple(plane.name for plane in parse_cycle(cycle_order))
 
     @app.command()
     def demo(
@@ -99,21 +115,11 @@ def _build(arguments: list[str] | None):
         scans: list[Path] = typer.Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
         model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder: docs/models.md."),
-        mode: Optional[str] = typer.Option(
-            None,
-            help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder "
-            "records (LiftedModel.save_pretrained), else planecycle.",
-        ),
-        cycle_order: Optional[str] = typer.Option(None, help="Planes that layers take in turn. Default: HW,DW,DH,HW."),
-        pool_method: Optional[str] = typer.Option(
-            None, help="How globals pass between planes: PCg or PCm. Default: PCg."
-        ),
-        globals_at: Optional[str] = typer.Option(
-            None, help="Where they rest between layers: depth or plane. Default: depth."
-        ),
-        depth_position: Optional[str] = typer.Option(
-            None, help="A place along D for models without one: none, sincos or rope1d. Default: none."
-        ),
+        mode: Optional[str] = mode_option,
+        cycle_order: Optional[str] = cycle_option,
+        pool_method: Optional[str] = pool_option,
+        globals_at: Optional[str] = globals_option,
+        depth_position: Optional[str] = depth_option,
         layers: Optional[str] = typer.Option(
             None, help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."
         ),
@@ -150,7 +156,6 @@ def _build(arguments: list[str] | None):
         """Features of scans, with the affine that places them. Run it again to finish what was interrupted."""
         from .extract import Settings, run_features
         from .extract import plan as plan_files
-        from .planes import parse_cycle
         from .preprocess import parse_spacing, parse_window
         from .scan_options import ScanOptions
         from .sliding import parse_tile
@@ -158,7 +163,7 @@ def _build(arguments: list[str] | None):
         settings = Settings(
             model=model,
             mode=mode,
-            cycle_order=None if cycle_order is None else tuple(plane.name for plane in parse_cycle(cycle_order)),
+            cycle_order=planes_of(cycle_order),
             pool_method=pool_method,
             globals_at=globals_at,
             depth_position=depth_position,
@@ -219,13 +224,27 @@ def _build(arguments: list[str] | None):
         dtype: str = typer.Option("fp32", help="fp32, bf16, fp16."),
         device: str = typer.Option("auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one."),
         backend: str = typer.Option("auto", help="auto, triton, cpu."),
-        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
-        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
+        mode: Optional[str] = mode_option,
+        cycle_order: Optional[str] = cycle_option,
+        pool_method: Optional[str] = pool_option,
+        globals_at: Optional[str] = globals_option,
+        depth_position: Optional[str] = depth_option,
     ) -> int:
         """The fast path against the reference on this machine: outputs and gradients, block by block."""
         from .verify import run_verify
 
-        return run_verify(model, volume, dtype, device, backend, mode, pool_method)
+        return run_verify(
+            model,
+            volume,
+            dtype,
+            device,
+            backend,
+            mode=mode,
+            cycle_order=planes_of(cycle_order),
+            pool_method=pool_method,
+            globals_at=globals_at,
+            depth_position=depth_position,
+        )
 
     @app.command()
     def plan(
@@ -255,10 +274,11 @@ def _build(arguments: list[str] | None):
         dynamic: Optional[str] = typer.Option(
             None, help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit."
         ),
-        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
-        cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
-        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
-        globals_at: str = typer.Option("depth", help="Where they rest between layers: depth or plane."),
+        mode: Optional[str] = mode_option,
+        cycle_order: Optional[str] = cycle_option,
+        pool_method: Optional[str] = pool_option,
+        globals_at: Optional[str] = globals_option,
+        depth_position: Optional[str] = depth_option,
         dtype: str = typer.Option("fp32", help="What the model computes in: fp32, bf16, fp16, fp64."),
         device: str = typer.Option("cpu", help="What it is exported for, and checked on: cpu, cuda, cuda:1."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that are there."),
@@ -268,7 +288,6 @@ def _build(arguments: list[str] | None):
     ) -> None:
         """A lifted model in a file that runs without this package, checked against it: docs/export.md."""
         from .exporting import run_export
-        from .planes import parse_cycle
 
         run_export(
             model,
@@ -281,9 +300,10 @@ def _build(arguments: list[str] | None):
             overwrite,
             random_weights,
             mode=mode,
-            cycle_order=tuple(plane.name for plane in parse_cycle(cycle_order)),
+            cycle_order=planes_of(cycle_order),
             pool_method=pool_method,
             globals_at=globals_at,
+            depth_position=depth_position,
         )
 
     @app.command()

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backends import pick
 from .finite import check_features
@@ -21,6 +22,7 @@ from .models import DEMO_MODEL, load_model
 from .normalisation import normalisation
 from .optional import MissingPackageError, require
 from .preprocess import PERCENTILES
+from .progress import following
 from .scan_checks import warnings_printed
 from .scan_files import load_scan
 from .scan_options import PLAIN, ScanOptions
@@ -149,20 +151,11 @@ class _PeakMemory:
 
 @contextmanager
 def _progress(console, model: LiftedModel, mode: str) -> Iterator[None]:
-    """A bar that moves with every block."""
+    """A bar that moves with the layers."""
     progress = require("rich.progress", "demo").Progress(console=console, transient=True)
-    task = progress.add_task(f"{mode}, layers", total=len(model.blocks))
-
-    def advance(module: nn.Module, args: object, output: object) -> None:
-        progress.advance(task)
-
-    hooks = [block.register_forward_hook(advance) for block in model.blocks]
-    try:
-        with progress:
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    task = progress.add_task(f"{mode}, layers", total=len(model.blocks) + 1)  # and the last norm
+    with following(model, partial(progress.advance, task)), progress:
+        yield
 
 
 def _table(rows: list[Row]):

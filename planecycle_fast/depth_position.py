@@ -32,9 +32,7 @@ BASE = 100.0  # of periods, as in DINOv3
 
 
 def check_depth_position(depth_position: str, adapter: Adapter) -> None:
-    """Raises ValueError for an unknown name, or one that this model cannot use."""
-    if depth_position not in KINDS:
-        raise ValueError(f"depth_position must be one of {', '.join(KINDS)}, got {depth_position!r}")
+    """Raises ValueError for a kind that this model cannot use."""
     if depth_position == "none":
         return
     if (known := adapter.positions_on_planes()) is not None:

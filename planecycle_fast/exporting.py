@@ -285,17 +285,17 @@ def run_export(
         dtype: one of `inputs.DTYPES`.
         device: "auto" (CUDA where there is one), or torch's name for one.
         random_weights: export a model whose weights could not be found, with random ones.
-        settings: as `lift` takes them.
+        settings: of `pretrained.DEFAULTS`; None: what the model's folder records, or else the default of `lift`.
         to, dynamic, overwrite: as `export_model` takes them.
 
     Raises whatever `export_model` does, naming the argument.
     """
-    from .extract import usable_device
-    from .inputs import dtype_of
+    from .inputs import dtype_of, usable_device
     from .lift import lift
     from .models import check_found, load_model
     from .normalisation import normalisation
     from .plan_table import parse_shape, with_channels
+    from .pretrained import settings_of
 
     axes, shape, number = parse_dynamic(dynamic, to), parse_shape(volume), dtype_of(dtype)
     check_tools(to)
@@ -303,7 +303,7 @@ def run_export(
     on = usable_device(device)
     host, note = load_model(model)
     check_found(model, note, random_weights)
-    lifted = lift(host, **settings).to(on, number)
+    lifted = lift(host, **settings_of(model, **settings)).to(on, number)
     mean, std = normalisation(host, model, lifted.adapter.in_channels)
     pixels = torch.zeros(with_channels(shape, host), dtype=number, device=on)
     about = {"model": model, "weights": note, "mean": list(mean), "std": list(std)}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .arrays import holds_volumes
 from .digests import digest_of_model, digest_of_scan
 from .features import VolumeFeatures
 from .finite import check_features
-from .inputs import dtype_of, wanted_layers
+from .inputs import dtype_of, usable_device, wanted_layers
 from .lift import lift
 from .lifted import LiftedModel
 from .loaded_keys import check_finite
@@ -31,7 +30,7 @@ from .orientation import check_axes
 from .preprocess import FITS, PERCENTILES, ModelInput, Window, prepare
 from .pretrained import DEFAULTS, settings_of
 from .progress import Progress, progress_of
-from .scan_checks import named, reason, warnings_printed
+from .scan_checks import named, warnings_printed
 from .scan_files import load_scan, other_file, scan_name
 from .scan_options import PLAIN, ScanOptions
 from .sliding import in_patches, sliding_window
@@ -149,7 +148,7 @@ def run_features(
         settings = replace(settings, reading=replace(reading, axes=check_axes(reading.axes)))
     settings, lifted, identity = _model(settings, usable_device(device), random_weights)
     complaints = []
-    with progress_of(lifted, len(jobs)) as progress:
+    with progress_of(lifted, len(jobs), settings.tile is not None) as progress:
         for job in jobs:
             progress.start(job.scan.name)
             line = None
@@ -162,22 +161,6 @@ def run_features(
             if line is not None and sys.stdout is not None:
                 print(line, flush=True)
     return complaints
-
-
-def usable_device(name: str) -> torch.device:
-    """torch's device of this name, "auto" CUDA where there is one. Raises ValueError for one that cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            device = torch.device(name)
-            torch.ones(1, device=device).item()  # meta has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device must be 'auto' or one that torch can use here, got {name!r}: {reason(error)}"
-        ) from error
-    return device
 
 
 def _model(
@@ -228,6 +211,9 @@ def _one(
     def prepared(scan: Scan) -> ModelInput:
         return prepare(scan, patch, settings.window, settings.spacing, settings.fit, mean, std)
 
+    def computed(pixels: Tensor) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:  # (B, channels, D, height, width)
+        return compute(lifted, pixels, settings.layers, settings.pool, settings.tile, progress.windows)
+
     if holds_volumes(job.scan, settings.reading):
         if picture:
             raise ValueError("picture must be of one volume; index (--index) picks one")
@@ -236,14 +222,14 @@ def _one(
         tensors, given = features_of(
             volumes,
             prepared,
-            lambda pixels: compute(lifted, pixels, settings.layers, settings.pool, settings.tile)[1],
+            lambda pixels: computed(pixels)[1],
             progress.advance_scan,
         )
         scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
     else:
         scan, several = load_scan(job.scan, **vars(settings.reading)), {}
         given = prepared(scan)
-        features, tensors = compute(lifted, given.pixels, settings.layers, settings.pool, settings.tile)
+        features, tensors = computed(given.pixels)
         tensors = {name: tensor[0] for name, tensor in tensors.items()}
     affine = given.feature_affine(patch)
     metadata = wanted | {
@@ -278,12 +264,13 @@ def compute(
     layers: Sequence[int] | None = None,
     pool: bool = False,
     tile: tuple[int, int, int] | None = None,
+    windows: Callable[[int, int], Any] | None = None,
 ) -> tuple[list[VolumeFeatures], dict[str, Tensor]]:
     """Features of volumes, and the tensors of their file: float32, on the CPU, under their names.
 
     Those are `patches` (B, D, H, W, C), `cls` (B, S, C), `registers` (B, S, r, C) as far as the model has them, and
     `pooled` (B, C); with `pool` the last one alone; with `layers` each after ``layer<i>.``, i from 0. With `tile`,
-    pixels along D, H, W, the model sees windows of this size (`sliding_window`).
+    pixels along D, H, W, the model sees windows of this size (`sliding_window`, whose `progress` is `windows`).
 
     Raises ValueError for features that are not finite.
     """
@@ -295,7 +282,7 @@ def compute(
     def run() -> list[VolumeFeatures]:
         if tile is None:
             return model.intermediate(pixels, wanted)
-        return sliding_window(model, pixels, tile, layers=wanted)
+        return sliding_window(model, pixels, tile, layers=wanted, progress=windows)
 
     with torch.inference_mode():
         features = run()

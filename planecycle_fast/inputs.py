@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .placement import running_place, same_device
+from .scan_checks import reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -51,6 +53,35 @@ def check_volume(
         raise ValueError(f"{name} must be on the model's device, {device}, got {volume.device}")
     if volume.dtype != dtype and not _autocast_casts(volume.device, volume.dtype, dtype):
         raise ValueError(f"{name} must have the model's dtype, {dtype}, got {volume.dtype}")
+
+
+def usable_device(name: str | torch.device, argument: str = "device") -> torch.device:
+    """torch's device of this name, "auto" CUDA where there is one; `argument` is what the caller calls it.
+
+    Raises ValueError for one that cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.device(name)
+            torch.ones(1, device=found).item()  # meta has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"{argument} must be 'auto' or one that torch can use here, got {str(name)!r}: {reason(error)}"
+        ) from error
+    return found
+
+
+def plain(volume: Any) -> Any:
+    """A tensor of a class that only watches torch's functions, such as MONAI's MetaTensor, as a plain one.
+
+    Its affine is not that of features. Anything else is itself.
+    """
+    if type(volume) is Tensor or not isinstance(volume, Tensor):
+        return volume
+    return volume if type(volume).__torch_dispatch__ is not Tensor.__torch_dispatch__ else volume.as_subclass(Tensor)
 
 
 def check_others(others: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from .adapters import Adapter, find_adapter
 from .attentions import check_attention
 from .backends import pick
-from .depth_position import check_depth_position
+from .depth_position import KINDS, check_depth_position
 from .lifted import LiftedModel
 from .planes import DEFAULT_CYCLE, Plane, parse_cycle
 from .pooling import check_pooling
@@ -59,10 +59,7 @@ def lift(
     """
     if isinstance(model, LiftedModel):
         raise ValueError(f"model is lifted already ({model.extra_repr()}); lift unlift(model) instead")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    cycle = parse_cycle(cycle_order)
-    check_pooling(pool_method, globals_at)
+    cycle = check_names(mode, cycle_order, pool_method, globals_at, depth_position)
     if backend != "auto":
         pick(backend)
     check_attention(attention)
@@ -73,6 +70,18 @@ def lift(
     adapter.check_planes(cycle)
     check_depth_position(depth_position, adapter)
     return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position)
+
+
+def check_names(
+    mode: str, cycle_order: str | Sequence[str | Plane], pool_method: str, globals_at: str, depth_position: str
+) -> tuple[Plane, ...]:
+    """The planes of a cycle. Raises ValueError or TypeError for any of these, as of `lift`, that no model can have."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_pooling(pool_method, globals_at)
+    if depth_position not in KINDS:
+        raise ValueError(f"depth_position must be one of {', '.join(KINDS)}, got {depth_position!r}")
+    return parse_cycle(cycle_order)
 
 
 def _make_adapter(model: nn.Module, adapter: Callable[[nn.Module], Adapter] | None) -> Adapter:

@@ -18,13 +18,13 @@ from .buffers import BufferCheck
 from .depth_position import describe_depth, embed_with_depth, tables_of
 from .features import VolumeFeatures
 from .framework_class import class_of, reduced
-from .inputs import check_others, check_volume, wanted_layers
+from .inputs import check_others, check_volume, plain, wanted_layers
 from .layer import Layer, Stream, enter
 from .module_tree import LiftedTree, TreeModule
 from .ops import Norm
 from .ops.registry import resolve
 from .parts import Plan, known_norm
-from .placement import TensorsOfHost, brought, run_placed
+from .placement import TensorsOfHost, brought, run_placed, running_place
 from .planes import HW, Plane, Sizes, permutation
 from .pooling import Transition, between
 from .report import describe
@@ -58,7 +58,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
         self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
-        self.__dict__.update(depth_position=depth_position, taps={})
+        self.__dict__.update(depth_position=depth_position, taps={}, after_steps=None)
         self.__class__ = class_of(type(self), adapter)
 
     @property
@@ -83,7 +83,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
     def report(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        device, _ = running_place(self) or (torch.device("cpu"), None)
         print(describe(self.plans(), self.backend, self.attention, self.strict, device))
         if self.depth_position != "none":
             print(describe_depth(self.depth_position, self.adapter, self.planes))
@@ -273,7 +273,10 @@ class LiftedModel(TensorsOfHost, TreeModule):
             if end == last and leaving[0] is not None:
                 steps.append(leaving)
             while steps:
+                before = len(steps)
                 held = [run_lifted(steps, held)]
+                if self.after_steps is not None:
+                    self.after_steps(before - len(steps))
             if leaving is not None:
                 features.append(self._features(held[0], *leaving, norm))
                 held = [] if end == last else [Stream(*held[0])]  # seen: features may be views of it
@@ -342,4 +345,4 @@ class LiftedModel(TensorsOfHost, TreeModule):
             patch_h, patch_w = self.adapter.patch_size
             return run(volume, (depth, height // patch_h, width // patch_w))
 
-        return run_placed(self, method, checked, volume)
+        return run_placed(self, method, checked, plain(volume))

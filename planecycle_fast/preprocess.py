@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .grids import scaled
 from .lift import lifted_in
 from .normalisation import normalisation_of
+from .placement import running_place
 from .transforms import Array, as_scan, channels, pad, resize, size_at
 from .transforms import window as windowed
 from .volumes import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan
@@ -56,7 +57,7 @@ def prepare(
 
     Args:
         scan: any intensities; an array or tensor has voxels of 1 mm, or is made a Scan by `transforms.as_scan`.
-        model: the lifted model, whose patch size, mean and std are taken, and in whose dtype and on whose device the
+        model: the lifted model, whose patch size, mean and std are taken, and in whose dtype and where it runs the
             pixels are; or a patch size alone, with ImageNet's statistics, float32. Slices are patchified, depth is not.
         window: intensities that become black and white: two numbers, or text, "0.5%,99.5%" of percentiles; None: the
             scan is in [0, 1] already.
@@ -84,7 +85,7 @@ def prepare(
     if not isinstance(model, (tuple, list)):
         lifted = lifted_in(model)
         patch_size = lifted.adapter.patch_size
-        like = next((p for p in lifted.parameters() if p.is_floating_point()), None)
+        like = running_place(lifted)
         if mean is None:
             mean, std = normalisation_of(lifted.adapter.model, lifted.adapter.in_channels)
     elif mean is None:
@@ -105,5 +106,5 @@ def prepare(
     image = pad(resize(scan if window is None else windowed(scan, window), shape), padded, where="end", value=0.0)
     pixels = channels(image, mean, std)
     return ModelInput(
-        pixels if like is None else pixels.to(like), image.voxels, image.affine, padding, tuple(patch_size)
+        pixels if like is None else pixels.to(*like), image.voxels, image.affine, padding, tuple(patch_size)
     )

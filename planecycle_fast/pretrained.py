@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, find_adapter
 from .hub import WEIGHTS, hub_file
+from .lift import check_names, lift
 from .loaded_keys import check_finite
 from .models import load_model, model_without_weights, quiet
 from .normalisation import preprocessor_file
@@ -69,8 +70,6 @@ def from_pretrained(
     Raises whatever `load_model` and `lift` raise, and ValueError for weights that cannot be found, unless
     `random_weights`; for a damaged file of settings; and for a model that was lifted by an adapter which is not given.
     """
-    from .lift import lift  # which imports this
-
     name = os.fspath(name)
     host, note = load_model(name)
     if note.startswith("RANDOM") and not random_weights:
@@ -117,15 +116,19 @@ def _recorded(name: str, file: Path) -> dict[str, Any]:
             raise ValueError(f"model {name} must have a name as {key} in {file}, got {value!r}")
     if "cycle_order" in found and not isinstance(found["cycle_order"], str):
         found["cycle_order"] = tuple(found["cycle_order"])
+    try:
+        check_names(**{name: found.get(name, default) for name, default in DEFAULTS.items()})
+    except ValueError as error:
+        raise ValueError(f"model {name} must have settings of a lift in {file}: {error}") from error
     return found
 
 
 def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: Any) -> None:
     """Writes the 2D model as its library does, `SETTINGS`, and the preprocessor_config.json it was loaded with.
 
-    Everything is written beside the folder first, and looked at: what would not come back as this model is refused.
-    Then files take their places one by one, each as a whole; files of weights that were there before and are not
-    written again go. Other files of the folder stay.
+    Everything is written to a hidden folder within it first, and looked at: what would not come back as this model is
+    refused. Then files take their places one by one, each as a whole; files of weights that were there before and are
+    not written again go. Other files of the folder stay.
 
     Args:
         lifted: of a Hugging Face or timm model.
@@ -141,12 +144,11 @@ def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: A
             or not of the class that the folder gives, or a folder that cannot be one of a model.
         OSError: files cannot be written.
     """
-    host, folder = lifted.adapter.model, Path(os.path.abspath(folder))
-    write = _writer(host, options)
-    _check_folder(folder)
+    host = lifted.adapter.model
+    write, folder = _writer(host, options), _checked_folder(folder)
     if not options.get("is_main_process", True):
         return
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part, is_new = folder / f".{os.getpid()}.part", not folder.exists()  # its place may be a file system of its own
     try:
         part.mkdir(parents=True)
         _in_words(write, part)
@@ -157,15 +159,20 @@ def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: A
         if kept is not None:
             shutil.copyfile(kept, part / kept.name)
         (part / SETTINGS).write_text(json.dumps(_described(lifted), indent=2) + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
         written = sorted(part.iterdir(), key=lambda file: file.name == SETTINGS)  # that one last
         for file in written:
+            if (folder / file.name).is_dir():
+                raise ValueError(f"folder must not hold a folder in place of a file, got {folder / file.name}")
+        for file in written:
             os.replace(file, folder / file.name)
+        is_new = False
         names = {file.name for file in written}
         for old in [old for pattern in _OF_WEIGHTS for old in folder.glob(pattern) if old.name not in names]:
             old.unlink()
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if is_new and folder.exists():
+            folder.rmdir()
 
 
 def _preprocessor(host: nn.Module) -> Path | None:
@@ -241,11 +248,15 @@ def _in_words(write: Callable[[Path], None], folder: Path) -> None:
         raise ValueError(f"model cannot be saved by its library: {text}") from error
 
 
-def _check_folder(folder: Path) -> None:
+def _checked_folder(given: str | os.PathLike) -> Path:
+    if not os.fspath(given):
+        raise ValueError("folder must be one, or new, got no name")
+    folder = Path(os.path.abspath(given))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be one, or new, got the file {folder}")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"folder must not hold an adapter of PEFT, which would be taken for the model, got {folder}")
+    return folder
 
 
 def _check_comes_back(host: nn.Module, folder: Path) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 from .lifted import LiftedModel
 from .optional import require
 
 
 class Progress:
-    """Two bars: scans, and the layers of the present one."""
+    """Two bars: scans, and the layers, or the windows, of the present one."""
 
     def __init__(self, bars: Any, scans: int, layers: int) -> None:
         self.bars, self.layers = bars, layers
@@ -24,8 +22,12 @@ class Progress:
     def start(self, name: str) -> None:
         self.bars.reset(self.layer_task, total=self.layers, description=require("rich.markup", "scans").escape(name))
 
-    def advance(self) -> None:
-        self.bars.advance(self.layer_task)
+    def advance(self, steps: int) -> None:
+        self.bars.advance(self.layer_task, steps)
+
+    def windows(self, done: int, total: int) -> None:
+        """What `sliding_window` tells: they take the place of layers."""
+        self.bars.update(self.layer_task, completed=done, total=total)
 
     def expect(self, volumes: int) -> None:
         """The present scan holds volumes, each of which `advance_scan` counts besides."""
@@ -40,25 +42,32 @@ class Progress:
 
 
 @contextmanager
-def progress_of(model: LiftedModel, scans: int) -> Iterator[Progress]:
-    """Shows the bars within the block; they follow the blocks of `model`. Raises MissingPackageError without rich."""
+def progress_of(model: LiftedModel, scans: int, tiled: bool = False) -> Iterator[Progress]:
+    """Shows the bars within the block: of the layers of `model`, or where scans are `tiled`, of what `windows` is told.
+
+    Raises MissingPackageError without rich.
+    """
     console = require("rich.console", "scans").Console(stderr=True)
     terminal = sys.stdout is not None and sys.stdout.isatty()  # what goes into a pipe must not pass through the bars
     bars = require("rich.progress", "scans").Progress(
         console=console, transient=True, disable=not console.is_terminal, redirect_stdout=terminal
     )
-    progress = Progress(bars, scans, len(model.blocks))
+    progress = Progress(bars, scans, len(model.blocks) + 1)  # the last norm is a step as well
+    with following(model, None if tiled else progress.advance), bars:
+        yield progress
 
-    def advance(module: nn.Module, args: object, output: object) -> None:
-        progress.advance()
 
-    hooks = [block.register_forward_hook(advance) for block in model.blocks]
+@contextmanager
+def following(model: LiftedModel, advance: Callable[[int], Any] | None) -> Iterator[None]:
+    """Within the block `advance` is called with the number of steps, layers and the last norm, that have been taken.
+
+    Hooks on blocks would make these run otherwise.
+    """
+    model.after_steps = advance
     try:
-        with bars:
-            yield progress
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        model.after_steps = None
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .features import VolumeFeatures
-from .inputs import check_volume, wanted_layers
+from .inputs import check_volume, plain, usable_device, wanted_layers
 from .lift import lifted_in
 from .lifted import LiftedModel
+from .placement import running_place
 from .planes import HW, Plane, Sizes
 from .progress import window_bar
 
@@ -48,7 +49,7 @@ def sliding_window(
 
     Args:
         lifted: of `lift`; also within torch.compile.
-        volume: on any device, in the model's dtype; windows go to the model's device.
+        volume: on any device, in the model's dtype; windows go where the model runs.
         window: (D, height, width) in pixels, multiples of the patch; axes that are shorter are taken whole. None: the
             largest that fits into `max_memory`, by halving: D, which costs features least, down to 8 slices (of
             slice2d to one), then the axis of most patches.
@@ -68,21 +69,20 @@ def sliding_window(
     Raises:
         TypeError: lifted is no lifted model, or volume no tensor of floating-point numbers.
         ValueError: what `LiftedModel.forward` refuses of a window, a volume that needs a gradient, a window or overlap
-            that is none, an unknown blend, layers that the model lacks, neither window nor max_memory, or no window
-            that fits into it.
+            that is none, an unknown blend, layers that the model lacks, a device that cannot be used, neither window
+            nor max_memory, no window that fits into it, or max_memory for weights that are offloaded.
         MissingPackageError: progress=True without rich.
     """
     inside = lifted_in(lifted)
-    device = next((p.device for p in inside.parameters()), volume.device if isinstance(volume, Tensor) else "cpu")
-    if isinstance(volume, Tensor):
-        volume = volume.as_subclass(Tensor)  # of MONAI's, whose affine is not that of features
+    volume, (device, _) = plain(volume), running_place(inside) or (None, None)
     one = volume[:1, :, :1].to(device) if isinstance(volume, Tensor) and volume.ndim == 5 else volume
-    check_volume(one, inside.adapter.in_channels, inside.adapter.model)
+    check_volume(one, inside.adapter.in_channels, inside)
     if volume.requires_grad and torch.is_grad_enabled():
         raise ValueError("volume must need no gradient, as none is recorded; detach it, or call the model")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
     _check_count(batch, "batch")
+    accumulate_on = usable_device(accumulate_on, "accumulate_on")
     wanted = sorted(wanted_layers(1 if layers is None else layers, len(inside.blocks), "layers"))
     patch = (1, *inside.adapter.patch_size)
     shape = tuple(volume.shape[2:])
@@ -112,7 +112,7 @@ def sliding_window(
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
             begins = [[starts[i] for i, (starts, _) in zip(place, axes)] for place in some]
-            features = _pass(lifted, inside, volume, begins, of, patch, None if layers is None else wanted)
+            features = _pass(lifted, inside, volume, device, begins, of, patch, None if layers is None else wanted)
             for number, (place, begin) in enumerate(zip(some, begins)):
                 weights = [each[i] for i, (_, each) in zip(place, axes)]
                 rows = slice(number * len(volume), (number + 1) * len(volume))
@@ -128,6 +128,7 @@ def _pass(
     lifted: nn.Module,
     inside: LiftedModel,
     volume: Tensor,  # (B, C, D, height, width)
+    device: torch.device | None,  # the model's; None: the volume's
     begins: list[list[int]],  # in patches, of each window
     of: Sizes,  # in patches
     patch: tuple[int, int, int],
@@ -137,7 +138,6 @@ def _pass(
     for begin in begins:
         cut = [slice(b * p, (b + n) * p) for b, n, p in zip(begin, of, patch)]
         windows.append(volume[(..., *cut)])
-    device = next((p.device for p in inside.parameters()), volume.device)
     pixels = (windows[0] if len(windows) == 1 else torch.cat(windows)).to(device)
     return [lifted(pixels)] if layers is None else inside.intermediate(pixels, layers)
 
@@ -149,7 +149,7 @@ def _add(
     begin: list[int],  # patches
     sizes: Sizes,  # of the volume
     plane: Plane,
-    device: str | torch.device,
+    device: torch.device,
 ) -> None:
     """Adds a window's features to those of the volume."""
     cut = tuple([slice(b, b + len(w)) for b, w in zip(begin, weights)])

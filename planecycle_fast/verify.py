@@ -183,7 +183,7 @@ def _share(got: Tensor, exact: Tensor, largest: float) -> float:
     return math.inf if math.isnan(share) else share
 
 
-def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, mode: str, pool_method: str) -> int:
+def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, **settings: Any) -> int:
     """Prints a table; returns 1 where something is out of its budget.
 
     Args:
@@ -191,17 +191,18 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
         volume: as `plan_table.parse_shape` takes it.
         dtype: one of `plan_table.DTYPES`.
         device: "auto" (CUDA where there is one), or torch's name for one.
-        backend, mode, pool_method: as `lift` takes them.
+        backend: as `lift` takes it.
+        settings: of `pretrained.DEFAULTS`; None: what the model's folder records, or else the default of `lift`.
 
     Raises ValueError, naming the argument.
     """
     from .backends import pick
     from .benchmark.contenders import randomise
-    from .extract import usable_device
-    from .inputs import dtype_of
+    from .inputs import dtype_of, usable_device
     from .models import load_model
     from .optional import require
     from .plan_table import DTYPES, parse_shape, with_channels
+    from .pretrained import settings_of
 
     shape = parse_shape(volume)
     number = dtype_of(dtype, DTYPES)
@@ -211,9 +212,9 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, m
     loaded, source = load_model(model)
     if source.startswith("RANDOM"):
         loaded, source = randomise(loaded), "random weights that show every part"
-    shape = with_channels(shape, loaded)
-    rows = verify(loaded, shape, dtype=number, device=on, backend=backend, mode=mode, pool_method=pool_method)
-    print(f"{model}, {source}\nvolume {volume}, {dtype}, {mode}, backend {named} on {on}")
+    shape, settings = with_channels(shape, loaded), settings_of(model, **settings)
+    rows = verify(loaded, shape, dtype=number, device=on, backend=backend, **settings)
+    print(f"{model}, {source}\nvolume {volume}, {dtype}, {settings['mode']}, backend {named} on {on}")
     for name in ("", "error", "reference's", "of its budget", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .features import VolumeFeatures
-from .inputs import check_volume, wanted_layers
+from .inputs import check_volume, plain, wanted_layers
 from .lift import lifted_in
 from .lifted import LiftedModel
 from .preprocess import ModelInput, prepare
@@ -100,15 +100,14 @@ def _volume(given: Tensor | ModelInput | Scan, i: int, lifted: LiftedModel) -> T
             raise ValueError(f"{name}: {error}") from error
     if isinstance(given, ModelInput):
         given = given.pixels
-    if isinstance(given, Tensor):
-        given = given.as_subclass(Tensor)  # of MONAI's, whose affine is not that of features
+    given = plain(given)
     if isinstance(given, Tensor) and given.ndim == 4:
         given = given[None]
     elif isinstance(given, Tensor) and given.ndim != 5:
         raise ValueError(
             f"{name} must have shape (C, D, height, width) or (B, C, D, height, width), got {tuple(given.shape)}"
         )
-    check_volume(given, lifted.adapter.in_channels, lifted.adapter.model, name)
+    check_volume(given, lifted.adapter.in_channels, lifted, name)
     try:
         lifted.adapter.check_image_size(*given.shape[3:])
     except ValueError as error:

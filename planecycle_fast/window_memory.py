@@ -8,6 +8,7 @@ import math
 import torch
 
 from .lifted import LiftedModel
+from .placement import running_place
 from .planes import HW, Sizes
 from .planning import Planned, plan
 from .scan_checks import gib
@@ -22,7 +23,7 @@ def fitting_window(
     volumes: int,
     batch: int,
     layers: int,
-    accumulate_on: str | torch.device,
+    accumulate_on: torch.device,
     dtype: torch.dtype,
     max_memory: int,
 ) -> Sizes:
@@ -35,9 +36,13 @@ def fitting_window(
     Raises ValueError, which says what the smallest takes, where none fits.
     """
     patch = (1, *lifted.adapter.patch_size)
-    device = next((p.device for p in lifted.parameters()), torch.device("cpu"))
+    device, _ = running_place(lifted) or (torch.device("cpu"), None)
+    if any([p.is_meta for p in lifted.parameters()]):
+        raise ValueError(
+            "max_memory must be left out for a model whose weights are offloaded, which take of it as well"
+        )
     wide = torch.promote_types(dtype, torch.float32).itemsize / dtype.itemsize
-    together = device.type == torch.device(accumulate_on).type
+    together = device.type == accumulate_on.type
     globals_ = lifted.adapter.num_globals
     plane = HW if lifted.globals_at == "depth" else lifted.planes[(len(lifted.blocks) - 1) % len(lifted.planes)]
 
@@ -88,4 +93,5 @@ def planned_pass(
         attention=lifted.attention,
         strict=lifted.strict,
         adapter=type(lifted.adapter),
+        depth_position=lifted.depth_position,
     )

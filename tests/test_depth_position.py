@@ -22,6 +22,7 @@ EVERY = [*HOSTS, *[pytest.param(name, marks=pytest.mark.full) for name in MORE]]
 MODES = ["planecycle", "slice2d", "flatten3d"]
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not native.ready(), reason="no backend cpu"))]
 SIZES = (4, 3, 5)
+DEFAULT = ("HW", "DW", "DH", "HW")
 
 
 def angles(depth, count):
@@ -67,14 +68,14 @@ def turning(depth, inner_sizes, heads, g):
     return attend
 
 
-def expected(monkeypatch, host, model, volume, mode, kind, planes=("HW", "DW", "DH", "HW")):
+def expected(monkeypatch, host, model, volume, mode, kind, planes=DEFAULT, pool="PCg", globals_at="depth"):
     """Patches (B, D, H, W, C) after the last layer, before the norm: the host's own blocks on the naive planes."""
     adapter = pcf.lift(model).adapter
     g = adapter.num_globals
     tokens = adapter.embed(volume.transpose(1, 2).flatten(0, 1))
     if kind == "sincos":
         tokens = with_code(tokens, adapter.positions(), g)
-    planes, pool, globals_at = naive.settings_of_mode(mode, planes, "PCg", "depth")
+    planes, pool, globals_at = naive.settings_of_mode(mode, planes, pool, globals_at)
 
     def make_rope(plane, sizes):
         return plane
@@ -109,6 +110,19 @@ def test_equal_to_a_naive_transcription(monkeypatch, name, mode, kind):
     for backend in ("reference", "cpu") if native.ready() else ("reference",):
         lifted = pcf.lift(model, mode=mode, depth_position=kind, backend=backend)
         [found] = lifted.intermediate(volume, 1, norm=False)
+        torch.testing.assert_close(found.patches, wanted, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["sincos", "rope1d"])
+@pytest.mark.parametrize("pool, globals_at", [("PCm", "depth"), ("PCg", "plane"), ("PCm", "plane")])
+@torch.no_grad()
+def test_every_plane_and_way_of_pooling(monkeypatch, kind, pool, globals_at):
+    host, planes = BY_NAME["hf-dinov2-registers"], ("DH", "HW", "DHW", "DW")
+    model, volume = host.make(), host.volume(batch=2, depth=4)
+    wanted = expected(monkeypatch, host, model, volume, "planecycle", kind, planes, pool, globals_at)
+    for backend in ("reference", "cpu") if native.ready() else ("reference",):
+        settings = dict(cycle_order=planes, pool_method=pool, globals_at=globals_at, backend=backend)
+        [found] = pcf.lift(model, depth_position=kind, **settings).intermediate(volume, 1, norm=False)
         torch.testing.assert_close(found.patches, wanted, rtol=1e-4, atol=2e-4)
 
 
@@ -165,7 +179,8 @@ def test_other_dtypes(kind, dtype):
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=1e-4 if dtype == torch.float64 else 0.2)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sincos", marks=pytest.mark.full), "rope1d"])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sincos", "rope1d"])
 def test_compiled_sizes_are_no_constants(kind):
     torch._dynamo.reset()
     host = BY_NAME["timm-dinov2-s"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import timm
@@ -263,6 +264,14 @@ def test_folders_and_options_that_are_refused(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="must not hold an adapter of PEFT"):
         lifted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="folder must be one, or new, got no name"):
+        lifted.save_pretrained("")
+    for file in ("config.json", pretrained.SETTINGS):
+        (tmp_path / "odd" / file).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"must not hold a folder in place of a file, got .*{file}"):
+            lifted.save_pretrained(tmp_path / "odd")
+        assert os.listdir(tmp_path / "odd") == [file]
+        shutil.rmtree(tmp_path / "odd")
     with pytest.raises(ValueError, match="push_to_hub must be left out"):
         lifted.save_pretrained(tmp_path / "new", push_to_hub=True)
     with pytest.raises(ValueError, match="options must not give files of weights other names"):
@@ -273,6 +282,21 @@ def test_folders_and_options_that_are_refused(tmp_path):
     lifted.save_pretrained(tmp_path / "new", state_dict=dict(gathered))
     for name, tensor in pcf.from_pretrained(tmp_path / "new").state_dict().items():
         assert torch.equal(tensor, gathered[name])
+
+
+def test_a_folder_on_a_file_system_of_its_own(tmp_path, monkeypatch):
+    """Nothing is renamed from outside of it, where it could not be, and its parent is left alone."""
+    (tmp_path / "mount").mkdir()
+
+    def replace(source, target, replace=os.replace):
+        if not source.is_relative_to(tmp_path / "mount"):
+            raise OSError(18, "Invalid cross-device link")
+        assert os.listdir(tmp_path) == ["mount"]
+        replace(source, target)
+
+    monkeypatch.setattr(pretrained.os, "replace", replace)
+    pcf.lift(BY_NAME["hf-dinov2"].make()).save_pretrained(tmp_path / "mount")
+    assert sorted(os.listdir(tmp_path / "mount")) == ["config.json", "model.safetensors", pretrained.SETTINGS]
 
 
 def test_an_adapter_of_one_s_own_is_asked_for(tmp_path):
@@ -294,8 +318,9 @@ def test_an_adapter_of_one_s_own_is_asked_for(tmp_path):
         ('{"planes": 3}', "must have settings of a lift.*got 'planes'"),
         ('{"mode": 3}', "must have a name as mode"),
         ('{"cycle_order": ["HW", 1]}', "must have a name as cycle_order"),
-        ('{"mode": "4d"}', "mode must be one of"),
-        ('{"cycle_order": ["HD"]}', "must be one of HW"),
+        ('{"mode": "4d"}', "settings of a lift in .*planecycle.json: mode must be one of"),
+        ('{"cycle_order": ["HD"]}', "settings of a lift in .*planecycle.json: .*must be one of HW"),
+        ('{"depth_position": "rope"}', "settings of a lift in .*planecycle.json: depth_position must be one of"),
     ],
 )
 def test_damaged_settings_are_refused(tmp_path, text, match):
@@ -326,3 +351,17 @@ def test_features_of_the_command_follow_the_folder(tmp_path, monkeypatch, capsys
     assert main(["features", "a.nii", "--out", "c.safetensors", "--model", "model"]) == 1
     assert capsys.readouterr().err.startswith("planecycle-fast: model model must have settings as JSON")
     assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_other_commands_follow_the_folder(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    model = BY_NAME["hf-dinov2"].make(num_hidden_layers=1)
+    pcf.lift(model, "slice2d", depth_position="sincos").save_pretrained("model")
+    arguments = [command, "model", "--volume", "1x2x28", *(["--to", "jit"] if command == "export" else [])]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert ", slice2d, backend" in out if command == "verify" else "depth_position=sincos" in out
+    more = ["--mode", "flatten3d", "--overwrite"] if command == "export" else ["--mode", "flatten3d"]
+    assert main([*arguments, *more]) == 0 and "flatten3d" in capsys.readouterr().out

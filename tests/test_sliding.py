@@ -1,5 +1,6 @@
 """Sliding windows: what they make of a volume, patch by patch, and how a window is chosen."""
 
+import functools
 import itertools
 import math
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
+from planecycle_fast.benchmark.costs import peak_bytes
 from planecycle_fast.planning import plan
-from planecycle_fast.sliding import parse_tile
+from planecycle_fast.progress import Progress, following
+from planecycle_fast.sliding import _axis, _overlaps, parse_tile
 
 from .hosts import BY_NAME
 from .scans import write_nifti
@@ -134,6 +137,22 @@ def test_shares_and_pixels_are_rounded_up_to_patches(host):
     assert_equal(pcf.sliding_window(lifted, VOLUME, (4, 6, 8), overlap=(0.1, 2, 0.01)), by_pixels)
 
 
+@pytest.mark.parametrize("blend", ["constant", "linear", "gaussian"])
+def test_weights_sum_to_one_everywhere(blend):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        size = int(torch.randint(1, 40, (), generator=generator))
+        window = int(torch.randint(1, size + 1, (), generator=generator))
+        for share in (0, float(torch.rand((), generator=generator)), 1 - 1e-12):
+            [shared, *_] = _overlaps(share, (window,) * 3, (size,) * 3, (1, 1, 1))
+            starts, weights = _axis(size, window, shared, blend)
+            total = torch.zeros(size, dtype=torch.float64)
+            for start, each in zip(starts, weights, strict=True):
+                assert (each > 0).all() and 0 <= start <= size - window
+                total[start : start + window] += each
+            torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+
+
 def test_models_without_globals_and_in_other_dtypes():
     torch.manual_seed(0)
     lifted = toy_lift(ToyViT(num_globals=0, rope=False)).double()
@@ -171,6 +190,35 @@ def test_a_window_is_chosen_to_fit(host, mode):
     assert planned.peak_bytes + planned.volume_bytes + sum(t.nbytes for t in features) < limit
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("settings", [{}, dict(mode="slice2d"), dict(depth_position="sincos")], ids=str)
+def test_what_is_allowed_is_not_exceeded(settings):
+    """By what torch records of all that is allocated, beside weights and volume."""
+    lifted = pcf.lift(BY_NAME["timm-dinov2-s"].make(embed_dim=192, num_heads=3, depth=4), **settings)
+    volume = torch.randn(1, 3, 48, 168, 168)  # its features take 5 MiB
+    for limit, more in itertools.product((48 * 2**20, 16 * 2**20), ({}, dict(layers=2, batch=2))):
+        run = functools.partial(pcf.sliding_window, lifted, max_memory=limit, **more)
+        run(volume)
+        assert 0.25 * limit < peak_bytes(run, volume) <= 1.1 * limit, (limit, more)
+
+
+def test_bars_of_layers_and_of_windows(host):
+    """Steps are told without a hook on any block, which would make it run otherwise."""
+    lifted, steps = toy_lift(host), []
+    with following(lifted, steps.append):
+        assert not any(block._forward_hooks for block in lifted.blocks)
+        of(lifted, VOLUME)
+    assert sum(steps) in (len(lifted.blocks), len(lifted.blocks) + 1)  # with the last norm, where operations know it
+    told = list(steps)
+    of(lifted, VOLUME)
+    assert steps == told
+    rich = pytest.importorskip("rich.progress", reason="needs rich, of the extra scans")
+    progress = Progress(rich.Progress(disable=True), 1, 5)
+    pcf.sliding_window(lifted, VOLUME, (2, 8, 12), overlap=0, progress=progress.windows)
+    [_, task] = progress.bars.tasks
+    assert (task.completed, task.total) == (3, 3)
+
+
 def test_what_cannot_fit_is_refused_in_words(host):
     lifted = toy_lift(host)
     with pytest.raises(ValueError, match=r"max_memory must be at least .* GiB for the smallest window, 1 x 2 x 2"):
@@ -185,6 +233,7 @@ BAD = {
     "blend": [dict(blend="mean")],
     "batch": [dict(batch=0), dict(batch=1.5), dict(batch=True)],
     "layers": [dict(layers=(9,)), dict(layers=0)],
+    "accumulate_on": [dict(accumulate_on="meta"), dict(accumulate_on="nowhere")],
     "max_memory": [dict(max_memory=0), dict(max_memory=1.5e9)],
 }
 

@@ -59,6 +59,32 @@ def test_every_step_keeps_the_millimetres(step):
     assert inner.sum() > 50
 
 
+def test_steps_in_any_order_keep_the_millimetres():
+    """A voxel that only steps without interpolation have touched is the very one that its affine says."""
+    generator = np.random.default_rng(0)
+    steps = [
+        lambda s: transforms.pad(s, (8, 21, 24), value=-1),
+        lambda s: transforms.pad(s, multiple=(1, 16, 16), where="end", value=-1),
+        lambda s: transforms.pad_or_crop(s, (5, 12, 30), value=-1),
+        lambda s: transforms.crop(s, (4, 15, 13)),
+        lambda s: transforms.crop(s, (3, 9, 8), where=(0, 1, 2)),
+        lambda s: transforms.crop(s, multiple=(1, 4, 4), where="end"),
+    ]
+    source, seen = scan(6, 20, 22), 0
+    for _ in range(30):
+        moved = source
+        for step in generator.permutation(steps)[:4]:
+            moved = step(moved)
+        indices = np.vstack([np.indices(moved.voxels.shape).reshape(3, -1), np.ones((1, moved.voxels.numel()))])
+        at = np.rint((np.linalg.inv(AFFINE) @ moved.affine @ indices)[:3]).astype(int)
+        values = moved.voxels.numpy().reshape(-1)
+        inside = ((at >= 0) & (at < np.array([[6], [20], [22]]))).all(0)
+        kept = inside & (values >= 0)
+        np.testing.assert_array_equal(values[kept], source.voxels.numpy()[tuple(at[:, kept])])
+        seen += kept.sum()
+    assert seen > 1000
+
+
 def test_what_is_padded_and_what_stays():
     source = scan(3, 5, 6)
     padded = transforms.pad(source, (4, 8, 6))

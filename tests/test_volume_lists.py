@@ -110,6 +110,32 @@ def test_what_is_wrong_is_named_by_its_index(lifted, bad, error, words):
         pcf.map_volumes(lifted, [*volumes()[:2], bad])
 
 
+class Watching(torch.Tensor):
+    """As MONAI's MetaTensor: whatever is made of one is one as well."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func is not torch.Tensor.new_empty, "which MetaTensor cannot do"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_features_of_tensors_that_watch_functions_are_plain(dtype):
+    host = BY_NAME["timm-dinov3-s"]
+    lifted, volume = pcf.lift(host.make()).to(dtype), host.volume(1, dtype=dtype)
+    watching, size = volume.as_subclass(Watching), tuple(volume.shape[2:])
+    for run in (
+        lifted,
+        lambda v: lifted.intermediate(v)[0],
+        lambda v: pcf.map_volumes(lifted, [v])[0],
+        lambda v: pcf.sliding_window(lifted, v, size),
+    ):
+        for got, expected in zip(run(watching), run(volume), strict=True):
+            assert type(got) is torch.Tensor and torch.equal(got, expected)
+    assert type(lifted.attention_maps(watching, 1)[0].cls) is torch.Tensor
+
+
 def test_bad_settings(lifted):
     for batch in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="batch must be a number of volumes, 1 or more, got"):

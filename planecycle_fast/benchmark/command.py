@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..extract import usable_device
 from ..feature_files import check_folder
+from ..inputs import usable_device
 from ..optional import MissingPackageError
 from . import cells as which
 from .measure import FULL, QUICK

@@ -106,7 +106,8 @@ def test_batches_are_what_the_lifted_model_takes(lifted, tmp_path, loader):
     with torch.no_grad():
         for batch in make():
             features = lifted(batch["image"].as_tensor())
-            assert torch.equal(lifted(batch["image"]).patches.as_tensor(), features.patches)
+            found = lifted(batch["image"]).patches
+            assert type(found) is torch.Tensor and torch.equal(found, features.patches)
             for label, patches in zip(batch["label"].tolist(), features.patches):
                 alone = compose(items[label])["image"].as_tensor()[None]
                 torch.testing.assert_close(patches[None], lifted(alone).patches)

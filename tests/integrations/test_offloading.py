@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
+from planecycle_fast import native
 from planecycle_fast.placement import running_place, same_device
 
 from ..hosts import BY_NAME, EVERY_HOST
@@ -90,6 +91,28 @@ def test_what_is_checked_is_where_modules_will_run():
     with pytest.raises(ValueError, match="volume must be on the model's device, meta, got cpu"):
         bare(host.volume(1))
     assert same_device(torch.device("cuda"), torch.device("cuda:1")) and not same_device(CPU, torch.device("meta"))
+
+
+@pytest.mark.parametrize("way", ["cpu", "cpu, then lifted", "device_map"])
+@pytest.mark.parametrize("name", ["hf-dinov3", "timm-dinov3-s"])
+@torch.no_grad()
+def test_windows_lists_and_scans_of_offloaded_models(name, way, tmp_path, capsys):
+    host = BY_NAME[name]
+    model, volume = host.make(), host.volume(1, depth=4)
+    plain, lifted = pcf.lift(copy.deepcopy(model)), WAYS[way](model, str(tmp_path))
+    slices = volume.shape[3:]
+    for got, expected in [
+        (pcf.sliding_window(lifted, volume, (2, *slices)), pcf.sliding_window(plain, volume, (2, *slices))),
+        (pcf.map_volumes(lifted, [volume])[0], plain(volume)),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    settings = dict(window=None, mean=(0.5,) * 3, std=(0.2,) * 3)
+    given = pcf.prepare(torch.rand(2, 20, 20), lifted, **settings)
+    assert torch.equal(given.pixels, pcf.prepare(given.image[:, :20, :20], plain, **settings).pixels)
+    with pytest.raises(ValueError, match="max_memory must be left out for a model whose weights are offloaded"):
+        pcf.sliding_window(lifted, volume, max_memory=2**30)
+    lifted.report()
+    assert way != "cpu" or not native.ready() or "rope: cpu" in capsys.readouterr().out  # not what runs on meta
 
 
 @pytest.mark.parametrize("name", ["timm-dinov3-s", "timm-rope-mixed"])
