@@ -12,6 +12,7 @@ import os
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -105,19 +106,22 @@ def lifted_rows(
     device, operations = ("cpu", OPERATIONS) if backend == "reference" else ("meta", ("attention",))
     model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=5).to(dtype).eval()
     lifted, calls = pcf.lift(model.to(device), backend=backend, **settings), []
-    handles = [block.register_forward_pre_hook(lambda m, args: calls.append((m, *args))) for block in lifted.blocks[1:]]
+    take = pcf.LiftedBlock.take  # a hook would change what blocks hand on
+
+    def kept(block: pcf.LiftedBlock, held: list[pcf.Stream], at: layer.Layer, following: object = ()) -> tuple:
+        calls.append((block, pcf.Stream(*held[0]), at))
+        return take(block, held, at)
+
     volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), patch.object(pcf.LiftedBlock, "take", kept):
             lifted(volume)
-        for handle in handles:
-            handle.remove()
         counted = torch.bfloat16 if autocast else dtype
         found = []
-        for block, tokens, layer in calls:
-            call = partial(block.forward, tokens, layer)
-            found.append(of_call(code, f"{layer.old} to {layer.new}", call, rows, counted, operations, training))
+        for block, came, at in calls[1:]:
+            call = partial(block.take, [came], at)
+            found.append(of_call(code, f"{at.old} to {at.new}", call, rows, counted, operations, training))
     return [row for i, row in enumerate(found) if row not in found[:i]]
 
 

@@ -16,7 +16,14 @@ from .hosts import BY_NAME
 ROOT = Path(__file__).parent.parent
 
 
+# transformers imports torchao where it is, which logs what it cannot load on a CPU.
+QUIET = (
+    "import logging\nfor name in ('torchao', 'torch.utils._pytree'):\n    logging.getLogger(name).setLevel('ERROR')\n"
+)
+
+
 def run(code, path=None):
+    code = QUIET + code
     env = os.environ | ({"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])} if path else {})
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env, cwd=path or ROOT
