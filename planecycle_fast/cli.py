@@ -74,6 +74,18 @@ def _build(arguments: list[str] | None):
         None, help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."
     )
 
+    mode_option = typer.Option(
+        None,
+        help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder records "
+        "(LiftedModel.save_pretrained), else planecycle.",
+    )
+    cycle_order_option = typer.Option(None, help="Planes that layers take in turn. Default: HW,DW,DH,HW.")
+    pool_method_option = typer.Option(None, help="How globals pass between planes: PCg or PCm. Default: PCg.")
+    globals_at_option = typer.Option(None, help="Where they rest between layers: depth or plane. Default: depth.")
+    depth_position_option = typer.Option(
+        None, help="A place along D for models without one: none, sincos or rope1d. Default: none."
+    )
+
     @app.command()
     def demo(
         model: str = typer.Option(
@@ -99,21 +111,11 @@ def _build(arguments: list[str] | None):
         scans: list[Path] = typer.Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders."),
         out: Path = typer.Option(..., help="A folder, or for one scan a file, .safetensors or .npz."),
         model: str = typer.Option(DEMO_MODEL, help="A timm or Hugging Face name, or a folder: docs/models.md."),
-        mode: Optional[str] = typer.Option(
-            None,
-            help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder "
-            "records (LiftedModel.save_pretrained), else planecycle.",
-        ),
-        cycle_order: Optional[str] = typer.Option(None, help="Planes that layers take in turn. Default: HW,DW,DH,HW."),
-        pool_method: Optional[str] = typer.Option(
-            None, help="How globals pass between planes: PCg or PCm. Default: PCg."
-        ),
-        globals_at: Optional[str] = typer.Option(
-            None, help="Where they rest between layers: depth or plane. Default: depth."
-        ),
-        depth_position: Optional[str] = typer.Option(
-            None, help="A place along D for models without one: none, sincos or rope1d. Default: none."
-        ),
+        mode: Optional[str] = mode_option,
+        cycle_order: Optional[str] = cycle_order_option,
+        pool_method: Optional[str] = pool_method_option,
+        globals_at: Optional[str] = globals_at_option,
+        depth_position: Optional[str] = depth_position_option,
         layers: Optional[str] = typer.Option(
             None, help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."
         ),
@@ -255,10 +257,11 @@ def _build(arguments: list[str] | None):
         dynamic: Optional[str] = typer.Option(
             None, help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit."
         ),
-        mode: str = typer.Option("planecycle", help="planecycle, slice2d or flatten3d."),
-        cycle_order: str = typer.Option("HW,DW,DH,HW", help="Planes that the layers take in turn."),
-        pool_method: str = typer.Option("PCg", help="How globals pass between planes: PCg or PCm."),
-        globals_at: str = typer.Option("depth", help="Where they rest between layers: depth or plane."),
+        mode: Optional[str] = mode_option,
+        cycle_order: Optional[str] = cycle_order_option,
+        pool_method: Optional[str] = pool_method_option,
+        globals_at: Optional[str] = globals_at_option,
+        depth_position: Optional[str] = depth_position_option,
         dtype: str = typer.Option("fp32", help="What the model computes in: fp32, bf16, fp16, fp64."),
         device: str = typer.Option("cpu", help="What it is exported for, and checked on: cpu, cuda, cuda:1."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that are there."),
@@ -268,7 +271,6 @@ def _build(arguments: list[str] | None):
     ) -> None:
         """A lifted model in a file that runs without this package, checked against it: docs/export.md."""
         from .exporting import run_export
-        from .planes import parse_cycle
 
         run_export(
             model,
@@ -281,9 +283,10 @@ def _build(arguments: list[str] | None):
             overwrite,
             random_weights,
             mode=mode,
-            cycle_order=tuple(plane.name for plane in parse_cycle(cycle_order)),
+            cycle_order=cycle_order,
             pool_method=pool_method,
             globals_at=globals_at,
+            depth_position=depth_position,
         )
 
     @app.command()

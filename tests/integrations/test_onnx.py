@@ -46,10 +46,10 @@ def check(run, model, volume):
 def cases():
     for dynamic, names in (("D", (*HOSTS, *OTHERS)), ("B,D", HOSTS)):
         for name in names:
-            marks = [] if (name, dynamic) == ("hf-clip", "D") else [pytest.mark.full]
-            yield pytest.param(name, dynamic, marks=marks, id=f"{name}-{dynamic}")
+            yield pytest.param(name, dynamic, id=f"{name}-{dynamic}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, dynamic", list(cases()))
 def test_depth_is_dynamic(tmp_path, name, dynamic):
     host = BY_NAME[name]

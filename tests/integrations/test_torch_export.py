@@ -135,6 +135,16 @@ def test_other_outputs(function, strict):
             close(program.module()(other), model(other))
 
 
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_what_a_tap_changes(strict):
+    host, model = BY_NAME["timm-vit-no-globals"], lifted("timm-vit-no-globals", 1)
+    model.tap(0).register_forward_hook(lambda tap, inputs, maps: 2 * maps)
+    with torch.no_grad():
+        program = export(model, (host.volume(2, 4),), dynamic_shapes=({0: Dim("B"), 2: Dim("D")},), strict=strict)
+        volume = host.volume(3, 5)
+        close(program.module()(volume), model(volume))
+
+
 @pytest.mark.full
 def test_all_of_beits_biases_are_for_one_size():
     host, model = BY_NAME[BEIT], lifted(BEIT)
