@@ -332,7 +332,13 @@ HOW = {"onnx": ("model.onnx", "onnxruntime"), "export": ("program.pt2", "torch")
 
 
 @pytest.mark.parametrize(
-    "to", [pytest.param(to, marks=[pytest.mark.full, needs_compiler] if to == "aoti" else []) for to in HOW]
+    "to",
+    [
+        "onnx",
+        "jit",
+        pytest.param("export", marks=pytest.mark.full),
+        pytest.param("aoti", marks=[pytest.mark.full, needs_compiler]),
+    ],
 )
 def test_the_documentations_ways_to_run_them(tmp_path, to):
     """In processes without this package, and for ONNX without torch."""

@@ -91,6 +91,7 @@ def test_nothing_is_dynamic(tmp_path, name):
     check(session(path), model, host.volume(2, 3))
 
 
+@pytest.mark.full
 def test_weights_beyond_two_gigabytes_are_a_second_file(tmp_path, monkeypatch):
     """And none of it is there where the check fails. The files run where neither torch nor this package is."""
     monkeypatch.setattr(export_formats, "LARGEST_ONNX", 1000)
