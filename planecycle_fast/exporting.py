@@ -23,6 +23,7 @@ from .export_formats import AXES, FORMATS, NamedTensors, Wanted, check_tools
 from .finite import check_features
 from .lifted import LiftedModel
 from .optional import MissingPackageError
+from .pretrained import DEFAULTS, settings_of
 from .version import __version__
 
 # Largest errors, of features whose largest is 1 or of the largest: some hundred roundings.
@@ -106,7 +107,7 @@ def export_model(
         json.dumps(metadata),
     )
     with _whole(path) as temporary:
-        with torch.no_grad(), _in_words(to, axes):
+        with torch.no_grad(), _in_words(to, axes, volume.dtype):
             FORMATS[to].write(wanted, temporary)
             got = FORMATS[to].load(temporary)(other)
         outputs = _compared(got if isinstance(got, Mapping) else dict(zip(expected, got)), expected)
@@ -120,7 +121,7 @@ def parse_dynamic(dynamic: str | Sequence[str] | None, to: str) -> tuple[str, ..
     if dynamic is None:
         return ("D",) if FORMATS[to].dynamic else ()
     names = {"all": tuple(AXES), "none": ()}.get(dynamic) if isinstance(dynamic, str) else tuple(dynamic)
-    names = tuple(dynamic.split(",")) if names is None else names
+    names = tuple([name.strip() for name in dynamic.split(",")]) if names is None else names
     if not set(names) <= set(AXES) or len(set(names)) < len(names):
         raise ValueError(f"dynamic must be none, all, or names of {', '.join(AXES)} such as B,D, got {dynamic!r}")
     if names and not FORMATS[to].dynamic:
@@ -187,10 +188,7 @@ def described(
 ) -> dict[str, Any]:
     """What every file says of its model: JSON values."""
     return {
-        "mode": lifted.mode,
-        "cycle_order": list(lifted.cycle_order),
-        "pool_method": lifted.pool_method,
-        "globals_at": lifted.globals_at,
+        **{name: getattr(lifted, name) for name in DEFAULTS},
         "patch_size": list(lifted.adapter.patch_size),
         "volume": "B,C,D,height,width",
         "patches": "B,D,H,W,C",
@@ -237,7 +235,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _in_words(to: str, axes: tuple[str, ...]) -> Iterator[None]:
+def _in_words(to: str, axes: tuple[str, ...], dtype: torch.dtype) -> Iterator[None]:
     """Exporters raise anything, over many lines: a ValueError in one."""
     try:
         yield
@@ -246,7 +244,7 @@ def _in_words(to: str, axes: tuple[str, ...]) -> Iterator[None]:
     except Exception as error:
         which = f" with dynamic {','.join(axes)}" if axes else ""
         raise ValueError(
-            f"to {to!r} of this model{which} is not possible: "
+            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: "
             f"{textwrap.shorten(str(error), 400, placeholder=' ...') or type(error).__name__}"
         ) from error
 
@@ -295,11 +293,10 @@ def run_export(
     from .models import check_found, load_model
     from .normalisation import normalisation
     from .plan_table import parse_shape, with_channels
-    from .pretrained import settings_of
 
     axes, shape, number = parse_dynamic(dynamic, to), parse_shape(volume), dtype_of(dtype)
     check_tools(to)
-    path = check_path(out or Path(f"{Path(model).absolute().name}{FORMATS[to].suffix}"), to, overwrite)
+    path = check_path(out or Path(f"{Path(os.path.abspath(model)).name}{FORMATS[to].suffix}"), to, overwrite)
     on = usable_device(device)
     host, note = load_model(model)
     check_found(model, note, random_weights)

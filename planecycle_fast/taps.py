@@ -55,5 +55,5 @@ def tapped(tap: Tap, run: Callable[[Stream, Layer], Stream], stream: Stream, lay
             f"a hook on the tap of layer {tap.layer} must return maps of the same shape, {tuple(maps.shape)}, "
             f"got {tuple(given.shape)}"
         )
-    rows = given.movedim(1, -1).permute(permutation(HW, plane)).reshape(len(tokens), -1, tokens.shape[-1])
+    rows = given.movedim(1, -1).permute(permutation(HW, plane)).reshape(tokens.shape[0], -1, tokens.shape[-1])
     return Stream(torch.cat([tokens[:, :g], rows], dim=1))

@@ -95,6 +95,29 @@ def test_settings_are_those_of_the_lift(export, folder, tmp_path, mode):
         torch.export.load("p.pt2").module()(volume[:, :, :3])
 
 
+def test_settings_that_a_folder_records(tmp_path, monkeypatch, capsys):
+    """As `features` follows them: what is given wins. The file says which they were, depth's position too."""
+    monkeypatch.chdir(tmp_path)
+    host = BY_NAME["hf-dinov2"].make(num_hidden_layers=1)
+    recorded = dict(cycle_order=("DW",), pool_method="PCm", globals_at="plane", depth_position="rope1d")
+    pcf.lift(host, **recorded).save_pretrained("saved")
+    volume, note = torch.randn(1, 3, 3, 28, 42), {"planecycle_fast": ""}
+    command = ["export", "saved", "--to", "jit", "--volume", "1x3x28x42", "--overwrite"]
+    for given in ({}, {"depth_position": "sincos", "globals_at": "depth"}):
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        assert main([*command, *options]) == 0
+        got = torch.jit.load("saved.pt", _extra_files=note)(volume)
+        right = pcf.lift(host, **(recorded | given))(volume)
+        torch.testing.assert_close(got["patches"], right.patches, rtol=0, atol=1e-5)
+        about = json.loads(note["planecycle_fast"])
+        assert {name: about[name] for name in recorded} == recorded | {"cycle_order": ["DW"]} | given
+    Path("saved", "planecycle.json").write_text('{"mode": 3}')
+    capsys.readouterr()
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "must have a name as mode" in err
+
+
 BAD = [
     (["--to", "tflite"], "to must be one of onnx, export, aoti, jit, got 'tflite'"),
     (["--to", "jit", "--dynamic", "D"], "dynamic must be none for to 'jit', which holds one shape, got 'D'"),
@@ -117,6 +140,8 @@ BAD = [
     (["--to", "jit", "--cycle-order", "HX"], "cycle_order"),
     (["--to", "jit", "--pool-method", "max"], "pool_method must be"),
     (["--to", "jit", "--globals-at", "top"], "globals_at must be"),
+    (["--to", "jit", "--depth-position", "z"], "depth_position must be one of none, sincos, rope1d, got 'z'"),
+    (["--to", "jit", "--depth-position", "rope1d"], "rotary embeddings follow every plane already"),
     (["--to", "jit", "--dtype", "int8"], "dtype must be one of fp32, bf16, fp16, fp64, got 'int8'"),
     (["--to", "jit", "--device", "tpu"], "device must be 'auto' or one that torch can use here, got 'tpu'"),
     (["--dynamic", "D"], "Missing option '--to'"),
@@ -216,7 +241,8 @@ def test_what_an_exporter_raises_is_one_line(export, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "export", fails)
     status, out, err = export("--to", "export")
     assert status == 1 and out == [] and len(err) == 1 and len(err[0]) < 600
-    assert "to 'export' of this model with dynamic D is not possible: " in err[0] and [*tmp_path.iterdir()] == []
+    assert "to 'export' of this model in float32 with dynamic D is not possible: " in err[0]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_replacing(lifted, tmp_path):
@@ -276,7 +302,7 @@ def test_dtypes(lifted, tmp_path, dtype):
 @pytest.mark.parametrize(
     "dynamic, to, expected",
     [(None, "onnx", ("D",)), (None, "jit", ()), ("all", "aoti", ("B", "D", "H", "W")), ("none", "onnx", ()),
-     ("D,B", "export", ("B", "D")), (["H", "D"], "export", ("D", "H")), ((), "jit", ())],
+     ("D, B", "export", ("B", "D")), (["H", "D"], "export", ("D", "H")), ((), "jit", ())],
 )  # fmt: skip
 def test_names_of_sizes(dynamic, to, expected):
     assert exporting.parse_dynamic(dynamic, to) == expected
@@ -306,7 +332,13 @@ HOW = {"onnx": ("model.onnx", "onnxruntime"), "export": ("program.pt2", "torch")
 
 
 @pytest.mark.parametrize(
-    "to", [pytest.param(to, marks=[pytest.mark.full, needs_compiler] if to == "aoti" else []) for to in HOW]
+    "to",
+    [
+        "onnx",
+        "jit",
+        pytest.param("export", marks=pytest.mark.full),
+        pytest.param("aoti", marks=[pytest.mark.full, needs_compiler]),
+    ],
 )
 def test_the_documentations_ways_to_run_them(tmp_path, to):
     """In processes without this package, and for ONNX without torch."""

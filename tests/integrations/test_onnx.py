@@ -46,10 +46,10 @@ def check(run, model, volume):
 def cases():
     for dynamic, names in (("D", (*HOSTS, *OTHERS)), ("B,D", HOSTS)):
         for name in names:
-            marks = [] if (name, dynamic) == ("hf-clip", "D") else [pytest.mark.full]
-            yield pytest.param(name, dynamic, marks=marks, id=f"{name}-{dynamic}")
+            yield pytest.param(name, dynamic, id=f"{name}-{dynamic}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, dynamic", list(cases()))
 def test_depth_is_dynamic(tmp_path, name, dynamic):
     host = BY_NAME[name]
@@ -91,6 +91,7 @@ def test_nothing_is_dynamic(tmp_path, name):
     check(session(path), model, host.volume(2, 3))
 
 
+@pytest.mark.full
 def test_weights_beyond_two_gigabytes_are_a_second_file(tmp_path, monkeypatch):
     """And none of it is there where the check fails. The files run where neither torch nor this package is."""
     monkeypatch.setattr(export_formats, "LARGEST_ONNX", 1000)

@@ -151,6 +151,48 @@ def test_other_modes(mode, check):
     CHECKS[check](model, plain, volumes("timm-dinov3-s"))
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_intermediate(name):
+    model, x = lifted(name), volumes(name)
+    plain = pcf.lift(pcf.unlift(model), backend="reference", attention="reference")
+
+    def of(model):
+        return lambda scale: torch.stack([each.pooled()[0, :2] for each in model.intermediate(scale * x, [0, 1])])
+
+    one = torch.ones((), dtype=x.dtype)
+    expected = torch.autograd.functional.jacobian(of(plain), one)
+    close(jacrev(of(model))(one), expected)
+    close(jvp(of(model), (one,), (one,))[1], expected)
+
+
+def test_vmap_over_one_parameter():
+    """Of any: whichever tensor is batched, what comes after it is."""
+    model, x = lifted("timm-dinov3-s"), volumes("timm-dinov3-s", 1)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for name in [n for n in weights if n.startswith(("cls", "reg", "patch", "blocks.0", "norm."))]:
+        two = torch.stack([weights[name], 1.1 * weights[name] + 0.01])
+
+        def of(w, name=name):
+            return functional_call(model, {name: w}, (x,)).patches
+
+        with torch.no_grad():
+            close(vmap(of)(two), torch.stack([of(w) for w in two]))
+
+
+def test_tied_weights():
+    host = BY_NAME["timm-dinov3-s"].make(depth=2).double()
+    host.blocks[1].mlp.fc1.weight = host.blocks[0].mlp.fc1.weight
+    model, x = pcf.lift(host), volumes("timm-dinov3-s")
+    twice = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+    got = functional_call(model, twice, (x,)).patches
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    assert other.blocks[1].mlp.fc1.weight is other.blocks[0].mlp.fc1.weight
+    close(got, other(x).patches)
+
+
 def test_attention_maps():
     model, x = lifted("timm-dinov3-s"), volumes("timm-dinov3-s")
     got = vmap(lambda v: model.attention_maps(v[None], 2, (1, 0, 1))[1].patch)(x)
