@@ -51,8 +51,8 @@ WAYS = {
     "device_map, then lifted": lambda model, folder: pcf.lift(dispatched(model, model, folder)),
 }
 QUICK = ["hf-dinov3", "timm-rope-mixed"]  # the second has learned frequencies, which are read and not called
-# transformers reads their positions without calling the module that holds them where a size is not the trained one: there
-# the 2D model fails as well.
+# Where a size is not the trained one transformers reads their positions without calling the module that holds them:
+# there the 2D model fails as well.
 AT_TRAINED_SIZE = ("hf-clip", "hf-clip-gelu", "hf-siglip", "hf-siglip-gelu")
 HOSTS = [pytest.param(p.values[0], id=p.id, marks=() if p.id in QUICK else pytest.mark.full) for p in EVERY_HOST]
 
