@@ -1,6 +1,5 @@
 """Settings of every test process."""
 
-import json
 import os
 
 import pytest
@@ -66,16 +65,9 @@ def build(request):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Of `planecycle-fast features`: a folder with a small DINOv3, and the statistics of its images."""
-    from .hosts import hf_dinov3, randomise
+    from .saved_models import with_statistics
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    host = hf_dinov3(num_hidden_layers=4)
-    randomise(host)
-    host.save_pretrained(folder)
-    statistics = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3)}
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
-    return str(folder)
+    return with_statistics(tmp_path_factory.mktemp("model"), layers=4)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import safetensors.torch
 import timm
 import torch
 
-from .hosts import BY_NAME, randomise
+from .hosts import BY_NAME, hf_dinov3, randomise
 
 HOSTS = {"dinov3": "hf-dinov3", "dinov2": "hf-dinov2", "registers": "hf-dinov2-registers"}
 
@@ -16,6 +16,17 @@ def saved(folder, host="dinov3", **settings):
     model = BY_NAME[HOSTS[host]].make(num_hidden_layers=3)
     model.save_pretrained(folder, **settings)
     return model
+
+
+def with_statistics(folder, layers):
+    """A small DINOv3, and the statistics of its images; the folder's name."""
+    torch.manual_seed(0)
+    host = hf_dinov3(num_hidden_layers=layers)
+    randomise(host)
+    host.save_pretrained(folder)
+    statistics = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return str(folder)
 
 
 def edit(folder, change):

@@ -15,7 +15,8 @@ from planecycle_fast import export_formats, exporting
 from planecycle_fast.cli import main
 from planecycle_fast.compiling import compiler
 
-from .hosts import BY_NAME, hf_dinov3, randomise
+from .hosts import BY_NAME
+from .saved_models import with_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TWO = dict(cycle_order=("HW", "DW"))
@@ -26,14 +27,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "export.md"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small DINOv3 of Hugging Face, and the statistics of its images."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "small"
-    host = hf_dinov3(num_hidden_layers=2)
-    randomise(host)
-    host.save_pretrained(folder)
-    statistics = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3)}
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
-    return str(folder)
+    return with_statistics(tmp_path_factory.mktemp("models") / "small", layers=2)
 
 
 @pytest.fixture
