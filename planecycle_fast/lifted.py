@@ -306,7 +306,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
         layer = Layer(
             plane, target, sizes, self.adapter.num_globals, pooling, None, backend, "auto", self.strict, self.backend
         )
-        return known_norm(self.adapter.final_norm())[0] if norm else None, layer
+        found = self.adapter.final_norm() if norm else None
+        return None if found is None else known_norm(found)[0], layer
 
     def _features(
         self, out: Stream | tuple[Tensor, Tensor], final: Norm | None, layer: Layer, norm: bool
