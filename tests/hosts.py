@@ -38,6 +38,16 @@ class Host:
     def volume(self, batch=2, depth=4, dtype=torch.float32, grid=GRID):
         return torch.randn(batch, 3, depth, grid[0] * self.patch, grid[1] * self.patch, dtype=dtype)
 
+    def check_one_graph(self, lifted):
+        """Compiled once, for volumes of any batch, depth, height and width."""
+        volume = self.volume(grid=(4, 6))
+        for axis in (0, 2, 3, 4):
+            torch._dynamo.mark_dynamic(volume, axis)
+        compiled = torch.compile(lifted, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            for each in (volume, self.volume(3, 5, grid=(7, 2))):
+                torch.testing.assert_close(compiled(each).patches, lifted(each).patches)
+
     def tokens(self, model, images):
         if self.forward is not None:
             return self.forward(model, images)

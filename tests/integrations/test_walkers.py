@@ -57,11 +57,11 @@ def convert(module):
 
 
 def timms_convert(module):
-    pytest.importorskip("timm.layers").convert_sync_batchnorm(module)
+    pytest.importorskip("timm.layers", reason="needs timm").convert_sync_batchnorm(module)
 
 
 def freeze(module):
-    utils, layers = pytest.importorskip("timm.utils"), pytest.importorskip("timm.layers")
+    utils, layers = [pytest.importorskip(f"timm.{name}", reason="needs timm") for name in ("utils", "layers")]
     names = [name for name, child in module.named_modules() if isinstance(child, pcf.LiftedBlock)]
     utils.freeze(module, names[:2])
     assert [b.requires_grad for b in module.blocks[1].parameters()].count(True) == 0
@@ -127,9 +127,9 @@ def test_norms_around_and_within_are_converted(way):
 @families
 @torch.no_grad()
 def test_quantize_dynamic(name, inplace):
-    quantization = pytest.importorskip("torch.ao.quantization")
+    quantization = pytest.importorskip("torch.ao.quantization", reason="needs torch.ao, which torch may drop")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("torch has no quantised linear layers here")
+        pytest.skip("needs fbgemm, torch's quantised linear layers on x86")
     host = BY_NAME[name]
     model, volume = host.make(), host.volume()
     lifted = pcf.lift(model)
@@ -152,7 +152,7 @@ def test_quantize_dynamic(name, inplace):
 @pytest.mark.parametrize("training", [False, True])
 def test_observed_layers(name, training):
     """Static quantisation and quantisation-aware training begin with ranges from inf to -inf."""
-    quantization = pytest.importorskip("torch.ao.quantization")
+    quantization = pytest.importorskip("torch.ao.quantization", reason="needs torch.ao, which torch may drop")
     host = BY_NAME[name]
     model, volume = host.make().train(training), host.volume()
     lifted = pcf.lift(model)
