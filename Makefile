@@ -38,7 +38,7 @@ test: $(VENV)/.pcf-test
 test-full: $(VENV)/.pcf-test
 	set -o pipefail; $(RUN) -m pytest -n 2 2>&1 | tee test-full.tmp
 	for capability in avx2 default; do ATEN_CPU_CAPABILITY=$$capability $(RUN) -m pytest -n 2 -m "not full" \
-		tests/test_cpu_ops.py tests/test_cpu_models.py tests/test_groups.py || exit 1; done
+		tests/ops/test_cpu_ops.py tests/engine/test_cpu_models.py tests/engine/test_cpu_groups.py || exit 1; done
 	set -o pipefail; TRITON_INTERPRET=1 $(RUN) -m pytest -n 2 --dist worksteal tests/interpreted 2>&1 | tee interpreted.tmp
 	( echo "make test-full, $$(date -u +%Y-%m-%d), commit $$(git rev-parse --short HEAD) $(PEERS)"; tail -n 1 test-full.tmp; \
 		echo "kernels in the interpreter:"; tail -n 1 interpreted.tmp ) > benchmarks/results/test-full.txt
@@ -87,7 +87,7 @@ SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefine
 sanitize: $(VENV)/.pcf-test
 	PLANECYCLE_FAST_BUILD=require PLANECYCLE_FAST_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(RUN) -m pytest -s tests/test_cpu_ops.py tests/test_groups.py -m "not full" -k "(error_budget and not any_case) or \
+		$(RUN) -m pytest -s tests/ops/test_cpu_ops.py tests/engine/test_cpu_groups.py -m "not full" -k "(error_budget and not any_case) or \
 			layouts or zero_sizes or plain or in_place or threads or sanitizer or test_groups"
 
 bench-cpu: $(VENV)/.pcf-test
@@ -102,7 +102,7 @@ bench-compare:  # of runs that are there: nothing is installed or measured
 
 # The quick sweep of whole models on this machine, into its folder of benchmarks/results; README's table follows.
 bench-quick: $(VENV)/.pcf-bench
-	$(RUN) -m planecycle_fast bench --quick --out "benchmarks/results/$$($(RUN) -m planecycle_fast.benchmark.environment)"
+	$(RUN) -m planecycle_fast bench --quick --out "benchmarks/results/$$($(RUN) -m planecycle_fast.bench.environment)"
 	$(RUN) -m benchmarks.readme_table
 
 # torch alone and first, so that nothing else chooses its version; then one extra, within the same pins.

@@ -18,8 +18,8 @@ SETTING = os.environ.get("PLANECYCLE_FAST_BUILD") or "auto"
 
 
 def compiling():
-    """planecycle_fast/compiling.py by itself: importing the package would import all of it."""
-    spec = importlib.util.spec_from_file_location("compiling", ROOT / "planecycle_fast" / "compiling.py")
+    """planecycle_fast/runtime/compiling.py by itself: importing the package would import all of it."""
+    spec = importlib.util.spec_from_file_location("compiling", ROOT / "planecycle_fast" / "runtime" / "compiling.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -30,7 +30,7 @@ def compiles():
 
 
 class Build(build_ext):
-    """One library per CPU capability, beside the package's modules; `planecycle_fast.native` loads what fits."""
+    """One library per CPU capability, beside the modules; `planecycle_fast.runtime.native` loads what fits."""
 
     def run(self):
         if self.editable_mode:  # sources change under it: built on first use, by a key of theirs

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planecycle_fast.geometry.planes import DW, HW
+from planecycle_fast.geometry.pooling import transition
+from planecycle_fast.geometry.rope import Rope, make_periods
 from planecycle_fast.ops import Axial, attention, attention_ref, plane_switch, plane_switch_ref, rope, rope_ref
-from planecycle_fast.planes import DW, HW
-from planecycle_fast.pooling import transition
-from planecycle_fast.rope import Rope, make_periods
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of

@@ -12,12 +12,12 @@ from itertools import count
 import pytest
 import torch
 
-from planecycle_fast.benchmark import cells as which
-from planecycle_fast.benchmark.contenders import NotHereError, vit
-from planecycle_fast.benchmark.expected import Expected
-from planecycle_fast.benchmark.networks import network
-from planecycle_fast.benchmark.steps import step_of
-from planecycle_fast.benchmark.timing import synchronise
+from planecycle_fast.bench import cells as which
+from planecycle_fast.bench.contenders import NotHereError, vit
+from planecycle_fast.bench.expected import Expected
+from planecycle_fast.bench.networks import network
+from planecycle_fast.bench.steps import step_of
+from planecycle_fast.bench.timing import synchronise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CELLS = which.quick(DEVICE)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planecycle_fast.geometry.planes import DH, DW, HW, Plane
+from planecycle_fast.geometry.pooling import transition
 from planecycle_fast.ops import Norm, plane_switch, plane_switch_ref
-from planecycle_fast.planes import DH, DW, HW, Plane
-from planecycle_fast.pooling import transition
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from planecycle_fast.geometry.rope import Rope, make_periods
 from planecycle_fast.ops import Axial, rope, rope_ref
-from planecycle_fast.ops.rope_within import rope_within
-from planecycle_fast.rope import Rope, make_periods
+from planecycle_fast.ops.rotary.rope_within import rope_within
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of

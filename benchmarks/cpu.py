@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import planecycle_fast as pcf
-from planecycle_fast import native
-from planecycle_fast.benchmark.costs import peak_bytes
-from planecycle_fast.planes import DH, DW, HW
+from planecycle_fast.bench.costs import peak_bytes
+from planecycle_fast.geometry.planes import DH, DW, HW
+from planecycle_fast.runtime import native
 
 RESULT = Path(__file__).parent / "results" / "cpu.md"
 CHANNELS, HEADS, DEPTH, PATCH, GLOBALS = 384, 6, 12, 16, 5  # ViT-S/16

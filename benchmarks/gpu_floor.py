@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from planecycle_fast.attentions import flash_function, why_not_attention
-from planecycle_fast.benchmark.cells import PATCH, Volume
-from planecycle_fast.planes import DEFAULT_CYCLE, parse_cycle
+from planecycle_fast.bench.cells import PATCH, Volume
+from planecycle_fast.geometry.planes import DEFAULT_CYCLE, parse_cycle
+from planecycle_fast.runtime.attentions import flash_function, why_not_attention
 
 from .op_cells import GLOBALS, Missing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planecycle_fast.benchmark import cells as codes
+from planecycle_fast.bench import cells as codes
 
 from .gpu_floor import FLOORS
 

@@ -64,7 +64,7 @@ def run_tiles(path: Path, about: str, part: Part) -> int:
 
 def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """(name, what makes it) of every call: (operation, label, channels, arguments), forward and backward."""
-    from planecycle_fast.planes import DH, DW, HW
+    from planecycle_fast.geometry.planes import DH, DW, HW
     from tests.specs import add_norm, plane_switch, rope, swiglu
 
     def each(spec, c, label, channels, directions=("forward", "backward")):
@@ -104,8 +104,8 @@ def tile_calls() -> list[tuple]:
 
 def with_tiles(shape, kernel: str) -> Iterator[tuple]:
     """(tile, what calls the kernel) of every candidate, chosen for as long as it is yielded; the shipped one first."""
-    from planecycle_fast.ops import configs
-    from planecycle_fast.planes import DW, HW
+    from planecycle_fast.geometry.planes import DW, HW
+    from planecycle_fast.ops import tiles as configs
     from tests.specs import add_norm
 
     c = add_norm.case(HW, DW, shape.sizes, GLOBALS, shape.channels, shape.batch)

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from planecycle_fast.benchmark import cells as codes
-from planecycle_fast.benchmark.cells import DTYPES, Cell, parse_volume
-from planecycle_fast.benchmark.contenders import NotHereError, vit
-from planecycle_fast.benchmark.costs import is_out_of_memory, peak_bytes, release
-from planecycle_fast.benchmark.expected import TOLERANCE
-from planecycle_fast.benchmark.networks import Network, network
-from planecycle_fast.benchmark.steps import inference, step_of
-from planecycle_fast.benchmark.timing import Times, compare, interleaved, summary
+from planecycle_fast.bench import cells as codes
+from planecycle_fast.bench.cells import DTYPES, Cell, parse_volume
+from planecycle_fast.bench.contenders import NotHereError, vit
+from planecycle_fast.bench.costs import is_out_of_memory, peak_bytes, release
+from planecycle_fast.bench.expected import TOLERANCE
+from planecycle_fast.bench.networks import Network, network
+from planecycle_fast.bench.steps import inference, step_of
+from planecycle_fast.bench.timing import Times, compare, interleaved, summary
 from planecycle_fast.optional import MissingPackageError
 
 from .budget import Part

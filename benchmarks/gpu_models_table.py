@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from planecycle_fast.benchmark.timing import Times
+from planecycle_fast.bench.timing import Times
 
 from .gpu_floor import FLOORS, PRODUCTS
 from .gpu_groups import COMPILED, EAGER, GRAPH, GROUPS, OURS, SLICES, Group

@@ -14,7 +14,7 @@ from time import time
 
 import torch
 
-from planecycle_fast.benchmark.environment import folder_name
+from planecycle_fast.bench.environment import folder_name
 
 from . import gpu_groups, gpu_kernels, gpu_models, gpu_sanitize, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
 from .budget import Part
@@ -123,7 +123,7 @@ def ops(folder: Path, part: Part) -> int:
 
 def sweep(folder: Path, part: Part) -> int:
     """`planecycle-fast bench`; its report names what did not fit. Returns 1 if a contender failed or was wrong."""
-    from planecycle_fast.benchmark.command import run_bench
+    from planecycle_fast.commands.bench import run_bench
 
     return run_bench(device="cuda", out=folder, seconds=part.left(), command="python -m benchmarks.gpu --only sweep")
 

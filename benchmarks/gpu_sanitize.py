@@ -22,7 +22,7 @@ from .part_table import PartTable, write
 from .time_limit import REASON
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-TESTS = "vit_shapes or test_layouts or in_place"  # of tests/test_gpu_ops.py: every kernel, all layouts
+TESTS = "vit_shapes or test_layouts or in_place"  # of tests/gpu/test_gpu_ops.py: every kernel, all layouts
 SHOWN = 30  # lines of errors of one process
 SUMS = re.compile(r"ERROR SUMMARY|\d (passed|failed|skipped|deselected)")
 
@@ -66,7 +66,7 @@ def command(tool: str, until: float, index: int, number: int) -> list[str]:
     """Every `number`-th test, from `index` on, under a tool."""
     return [
         "compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
-        sys.executable, "-m", "pytest", "-m", "gpu", "-k", TESTS, "-rfs", "tests/test_gpu_ops.py",
+        sys.executable, "-m", "pytest", "-m", "gpu", "-k", TESTS, "-rfs", "tests/gpu/test_gpu_ops.py",
         "-p", "benchmarks.time_limit", "--until", str(until), "--share", f"{index}/{number}",
     ]  # fmt: skip
 

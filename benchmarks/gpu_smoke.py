@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import planecycle_fast as pcf
-from planecycle_fast.benchmark.cells import MODES
-from planecycle_fast.benchmark.timing import compare
+from planecycle_fast.bench.cells import MODES
+from planecycle_fast.bench.timing import compare
 
 from .budget import Part
 from .part_table import PartTable

@@ -57,4 +57,4 @@ def workers() -> int:
 
 def gpu_test_files() -> list[Path]:
     """All that has tests marked gpu."""
-    return sorted((PROJECT / "tests").glob("test_gpu*.py"))
+    return sorted((PROJECT / "tests" / "gpu").glob("test_*.py"))

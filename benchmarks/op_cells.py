@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from planecycle_fast.backends import pick
+from planecycle_fast.runtime.backends import pick
 
 OURS, REFERENCE, COMPILED = "planecycle_fast", "reference", "reference, compiled"
 INFERENCE, TRAINING = "inference", "training"  # forward without gradients; forward, and backward for all inputs

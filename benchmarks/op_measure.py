@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from planecycle_fast.benchmark.timing import Times, ceiling_bandwidth, ceiling_flops, compare, interleaved, summary
+from planecycle_fast.bench.timing import Times, ceiling_bandwidth, ceiling_flops, compare, interleaved, summary
 
 from .op_cells import COMPILED, OURS, REFERENCE, TRAINING, Cell, Missing
 

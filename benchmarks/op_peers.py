@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from planecycle_fast.attentions import flash_function, why_not_attention, why_not_for
+from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
 from planecycle_fast.ops import Tables
-from planecycle_fast.planes import HW, Plane, Sizes, permutation
+from planecycle_fast.runtime.attentions import flash_function, why_not_attention, why_not_for
 
 from .op_cells import Maker, Missing
 

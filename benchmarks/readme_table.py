@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from planecycle_fast.benchmark.cells import AUTHORS, FAST, REFERENCE, VITS
-from planecycle_fast.benchmark.rows import MEASURED, Row, load
+from planecycle_fast.bench.cells import AUTHORS, FAST, REFERENCE, VITS
+from planecycle_fast.bench.rows import MEASURED, Row, load
 
 PROJECT = Path(__file__).parents[1]
 README, RESULTS = PROJECT / "README.md", PROJECT / "benchmarks" / "results"

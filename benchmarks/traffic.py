@@ -1,6 +1,6 @@
 """``make traffic``: what one block moves, per change of planes: elements of C per row, launches, copies.
 
-The ledger's rules are those of `planecycle_fast/traffic.py`; an operation of this package counts as one pass that
+The ledger's rules are those of `planecycle_fast/cost/traffic.py`; an operation of this package counts as one pass that
 reads each input once and writes each output once, however many of torch's its reference needs. Forward, without
 gradients; nothing is timed. Compared are PlaneCycle and slice2d on the residual stream, and with PLANECYCLE_REPO the
 authors' code.
@@ -18,8 +18,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import planecycle_fast as pcf
-from planecycle_fast import branches, layer, stream
-from planecycle_fast.traffic import Traffic
+from planecycle_fast.cost.traffic import Traffic
+from planecycle_fast.engine import block as stream
+from planecycle_fast.engine import branches
+from planecycle_fast.engine import stream as layer
 from tests import peers
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "gelu", "swiglu")

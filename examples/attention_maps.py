@@ -8,13 +8,13 @@ import sys
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.demo import mni152
-from planecycle_fast.models import DEMO_MODEL, load_model
-from planecycle_fast.preprocess import PERCENTILES
-from planecycle_fast.scan_files import load_scan
-from planecycle_fast.torchvision_fix import mend_torchvision
-from planecycle_fast.viz import attention_picture
-from planecycle_fast.volumes import model_input
+from planecycle_fast.commands.demo import mni152
+from planecycle_fast.runtime.torchvision_fix import mend_torchvision
+from planecycle_fast.scans.files import load_scan
+from planecycle_fast.scans.preprocess import PERCENTILES
+from planecycle_fast.scans.scan import model_input
+from planecycle_fast.scans.viz import attention_picture
+from planecycle_fast.weights.load import DEMO_MODEL, load_model
 
 LAYERS, PATCH = (9, 10, 11), (14, 16, 8)  # of the planes DW, DH, HW; a patch in the left hemisphere
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import planecycle_fast as pcf
-from planecycle_fast.demo import mni152
-from planecycle_fast.models import DEMO_MODEL
-from planecycle_fast.torchvision_fix import mend_torchvision
-from planecycle_fast.viz import foreground
+from planecycle_fast.commands.demo import mni152
+from planecycle_fast.runtime.torchvision_fix import mend_torchvision
+from planecycle_fast.scans.viz import foreground
+from planecycle_fast.weights.load import DEMO_MODEL
 
 WINDOWS = ((16, 196, 168), (8, 196, 168), (32, 112, 112), (16, 112, 112))  # of a volume of 32 x 196 x 168 pixels
 

@@ -7,34 +7,40 @@
 See the README, or the docstrings of `lift`, `LiftedModel` and `plane_cycle`.
 """
 
-from . import ops, transforms
-from .accelerate import accelerate, restore
-from .adapters import Adapter
-from .backends import backends, use_backend
-from .blocks import LiftedBlock
-from .checkpoints import convert_state_dict
-from .converter import PlaneCycleConverter
-from .exporting import export_model
-from .feature_files import load_features
+import importlib
+from types import ModuleType
+
+from . import ops
+from .authors.accelerate import accelerate, restore
+from .authors.converter import PlaneCycleConverter
+from .engine.cuda_graphs import cuda_graph
+from .engine.lifted_block import LiftedBlock
+from .engine.stream import Stream
+from .export.exporting import export_model
 from .features import VolumeFeatures
-from .graphs import cuda_graph
-from .grids import to_scan
-from .layer import Stream
-from .lift import lift, unlift
+from .hosts import Adapter
 from .lifted import LiftedModel
-from .models import load_model
+from .lifting import lift, unlift
+from .moved import MOVED, find_moved
 from .operator import plane_cycle
-from .preprocess import prepare
 from .pretrained import from_pretrained
 from .pyramid import pyramid
-from .scan_files import load_scan
-from .sliding import sliding_window
-from .torchvision_fix import watch_torchvision
+from .runtime.backends import backends, use_backend
+from .runtime.torchvision_fix import watch_torchvision
+from .scans import transforms
+from .scans.feature_files import load_features
+from .scans.files import load_scan
+from .scans.grids import to_scan
+from .scans.preprocess import prepare
+from .scans.scan import Scan
+from .scans.sliding import sliding_window
+from .scans.volume_lists import map_volumes
 from .version import __version__
-from .volume_lists import map_volumes
-from .volumes import Scan
+from .weights.checkpoints import convert_state_dict
+from .weights.load import load_model
 
 watch_torchvision()
+find_moved()
 
 __all__ = [
     "Adapter",
@@ -67,3 +73,10 @@ __all__ = [
     "unlift",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules by their old names, see `moved`."""
+    if name in MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

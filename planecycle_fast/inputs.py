@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .placement import running_place, same_device
-from .scan_checks import reason
+from .hosts.placement import running_place, same_device
+from .scans.checks import reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
-from .attention_maps import AttentionMap, attention_map, check_patch
-from .blocks import LiftedBlock, Step, run_lifted
-from .buffers import BufferCheck
-from .depth_position import describe_depth, embed_with_depth, tables_of
+from .engine.attention_maps import AttentionMap, attention_map, check_patch
+from .engine.block import check_strict
+from .engine.depth_position import describe_depth, embed_with_depth, tables_of
+from .engine.framework_class import class_of, reduced
+from .engine.lifted_block import LiftedBlock, Step, run_lifted
+from .engine.module_tree import LiftedTree, TreeModule
+from .engine.report import describe
+from .engine.stream import Layer, Stream, enter
+from .engine.taps import Tap, live, tapped
 from .features import VolumeFeatures
-from .framework_class import class_of, reduced
+from .geometry.planes import HW, Plane, Sizes, permutation
+from .geometry.pooling import Transition, between
+from .geometry.rope import PlaneAngles
+from .hosts import Adapter
+from .hosts.buffers import BufferCheck
+from .hosts.parts import Plan, known_norm
+from .hosts.placement import TensorsOfHost, brought, run_placed, running_place
 from .inputs import check_others, check_volume, plain, wanted_layers
-from .layer import Layer, Stream, enter
-from .module_tree import LiftedTree, TreeModule
 from .ops import Norm
 from .ops.registry import resolve
-from .parts import Plan, known_norm
-from .placement import TensorsOfHost, brought, run_placed, running_place
-from .planes import HW, Plane, Sizes, permutation
-from .pooling import Transition, between
-from .report import describe
-from .rope import PlaneAngles
-from .stream import check_strict
-from .taps import Tap, live, tapped
-from .tracing import fix_shape, shape_of, traceable
+from .runtime.tracing import fix_shape, shape_of, traceable
 
 
 class LiftedModel(TensorsOfHost, TreeModule):

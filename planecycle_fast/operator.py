@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .geometry.planes import HW, Plane, parse_plane
+from .geometry.pooling import Transition, check_pooling, transition
 from .ops import plane_switch
-from .planes import HW, Plane, parse_plane
-from .pooling import Transition, check_pooling, transition
 
 LAYOUTS = ("tokens", "maps")
 
@@ -30,7 +30,7 @@ def plane_cycle(
         layer: called once as ``layer(t, grid)``, grid = (n0, n1), or (n0, n1, n2) for DHW. It keeps the
             plane's size and may change the number of channels C.
         plane: "HW", "DW", "DH" or "DHW".
-        pool_method: "PCg" or "PCm", see `planecycle_fast.pooling`.
+        pool_method: "PCg" or "PCm", see `planecycle_fast.geometry.pooling`.
         globals_at: "plane" returns globals per slice of `plane`; "depth" pools them back to D slices,
             as the authors' operator does.
         layout: what the layer takes and returns: "tokens" (B*P, g + L, C), globals first; "maps"

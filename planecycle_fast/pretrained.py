@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .adapters import Adapter, find_adapter
-from .hub import WEIGHTS, hub_file
-from .lift import check_names, lift
-from .loaded_keys import check_finite
-from .models import load_model, model_without_weights, quiet
-from .normalisation import preprocessor_file
+from .geometry.planes import DEFAULT_CYCLE, Plane
+from .hosts import Adapter, find_adapter
+from .hosts.wrapped import own_class
+from .lifting import check_names, lift
 from .optional import require
-from .planes import DEFAULT_CYCLE, Plane
 from .version import __version__
-from .wrapped import own_class
+from .weights.hub import WEIGHTS, hub_file
+from .weights.load import load_model, model_without_weights, quiet
+from .weights.loaded_keys import check_finite
+from .weights.normalisation import preprocessor_file
 
 if TYPE_CHECKING:
     from .lifted import LiftedModel

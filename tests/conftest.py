@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # one process per core
 
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # tests/test_gpu.py runs without
+except ModuleNotFoundError:  # tests/gpu/test_gpu.py runs without
     pass
 else:
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -76,7 +76,7 @@ def run(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments):
-        from planecycle_fast.cli import main
+        from planecycle_fast.commands.cli import main
 
         status = main(["features", "--model", model, *map(str, arguments)])
         captured = capsys.readouterr()

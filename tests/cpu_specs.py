@@ -3,8 +3,12 @@
 from dataclasses import replace
 from functools import partial
 
-from planecycle_fast.ops import add_norm_cpu, plane_switch, plane_switch_cpu, rope_cpu, swiglu, swiglu_cpu
+from planecycle_fast.ops import plane_switch, swiglu
+from planecycle_fast.ops.activations import swiglu_cpu
 from planecycle_fast.ops.native_ops import OPS
+from planecycle_fast.ops.plane_change import plane_switch_cpu
+from planecycle_fast.ops.residual import add_norm_cpu
+from planecycle_fast.ops.rotary import rope_cpu
 
 from .specs import add_norm as boundary
 from .specs import plane_switch as switch

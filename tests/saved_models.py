@@ -6,7 +6,7 @@ import safetensors.torch
 import timm
 import torch
 
-from .hosts import BY_NAME, hf_dinov3, randomise
+from .host_models import BY_NAME, hf_dinov3, randomise
 
 HOSTS = {"dinov3": "hf-dinov3", "dinov2": "hf-dinov2", "registers": "hf-dinov2-registers"}
 

@@ -13,7 +13,7 @@ from torch import nn
 import planecycle_fast as pcf
 from planecycle_fast.optional import MissingPackageError, require
 
-from .hosts import BY_NAME
+from .host_models import BY_NAME
 from .toy import ToyAdapter, ToyViT, toy_lift
 
 

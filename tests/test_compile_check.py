@@ -109,7 +109,7 @@ def test_exactly_the_outputs_are_written_to():
 def test_every_kernel_is_known():
     from planecycle_fast import ops
 
-    from .test_every_operation import modules_of
+    from .ops.test_every_operation import modules_of
 
     kernels = {}
     for module in modules_of(ops):

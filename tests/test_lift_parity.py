@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import planecycle_fast as pcf
 
 from . import naive
-from .hosts import HOSTS
+from .host_models import HOSTS
 from .toy import PATCH, ToyViT, toy_lift
 
 MODES = ("planecycle", "slice2d", "flatten3d")

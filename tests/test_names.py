@@ -17,7 +17,7 @@ for name in ("timm", "transformers", "triton"):
     pytest.importorskip(name, reason=f"needs {name}, which tests on a GPU import")
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("tests/test_gpu*.py"), *ROOT.glob("benchmarks/gpu*.py")])
+FILES = sorted([*ROOT.glob("tests/gpu/test_*.py"), *ROOT.glob("benchmarks/gpu*.py")])
 OURS = ("planecycle_fast", "tests", "benchmarks")
 
 
@@ -102,7 +102,7 @@ FAULTS = {
 @pytest.mark.parametrize("line", FAULTS)
 def test_what_is_not_there_is_noticed(line):
     import planecycle_fast as pcf
-    from planecycle_fast import extract
+    from planecycle_fast.commands import features as extract
 
     from .specs.plane_switch import SPEC
 

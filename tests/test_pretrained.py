@@ -11,11 +11,11 @@ import transformers as tr
 
 import planecycle_fast as pcf
 from planecycle_fast import pretrained
-from planecycle_fast.cli import main
+from planecycle_fast.commands.cli import main
 
-from .hosts import BY_NAME
+from .host_models import BY_NAME
 from .saved_models import cached, timms
-from .scans import NOISE, write_nifti
+from .scan_writers import NOISE, write_nifti
 from .toy import ToyAdapter, ToyViT
 
 SETTINGS = dict(cycle_order=("HW", "DH", "DHW"), pool_method="PCm", globals_at="plane")

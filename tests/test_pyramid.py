@@ -7,7 +7,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from .hosts import BY_NAME
+from .host_models import BY_NAME
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 import planecycle_fast as pcf
 
-from .hosts import BY_NAME, EVERY_HOST
+from .host_models import BY_NAME, EVERY_HOST
 from .toy import PATCH, ToyAdapter, ToyViT, toy_lift
 
 NAMES = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]

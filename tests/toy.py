@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import planecycle_fast as pcf
-from planecycle_fast.rope import Rope
+from planecycle_fast.geometry.rope import Rope
 
 PATCH = 2
 

@@ -1,11 +1,11 @@
 """Single operations. Each `<op>` has its pure-PyTorch reference `<op>_ref` beside it, same signature."""
 
-from .add_norm import Norm, add_norm, add_norm_ref
-from .attention import attention, attention_ref
-from .gelu import gelu, gelu_ref
-from .plane_switch import plane_switch, plane_switch_ref
-from .rope import Axial, Tables, rope, rope_ref
-from .swiglu import swiglu, swiglu_ref
+from .activations.gelu import gelu, gelu_ref
+from .activations.swiglu import swiglu, swiglu_ref
+from .plane_change.plane_switch import plane_switch, plane_switch_ref
+from .residual.add_norm import Norm, add_norm, add_norm_ref
+from .rotary.rope import Axial, Tables, rope, rope_ref
+from .self_attention.attention import attention, attention_ref
 
 __all__ = [
     "Axial",

@@ -11,9 +11,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from . import add_norm_cpu, rope_cpu, swiglu_cpu  # noqa: F401  so that the operations it is made of are complete
-from .add_norm import Norm
+from .activations import swiglu_cpu  # noqa: F401  so that the operations it is made of are complete
 from .native_ops import NAMESPACE
+from .residual.add_norm import Norm
 
 OP = getattr(torch.ops, NAMESPACE).blocks_.default
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import native
+from ..runtime import native
 from .registry import CustomOp
 
 NAMESPACE = "planecycle_fast_cpu"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import asked_for, pick
-from ..tracing import transforms_active
+from ..runtime.backends import asked_for, pick
+from ..runtime.tracing import transforms_active
 
 
 class Cost(NamedTuple):

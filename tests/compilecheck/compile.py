@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import planecycle_fast as pcf
 
 from .. import standins
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 from .cases import MODES, PLANES, all_cases
 from .watch import Watch, root
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.export_formats import NamedTensors
+from planecycle_fast.export.formats import NamedTensors
 
-from ..hosts import BY_NAME
-from ..test_export_command import alone, needs_compiler
+from ..export.test_export_command import alone, needs_compiler
+from ..host_models import BY_NAME
 
 pytestmark = [needs_compiler, pytest.mark.full]  # each compiles for half a minute or more
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME, GRID
+from ..host_models import BY_NAME, GRID
 
 pytest.importorskip("captum", reason="needs captum, extra integrations")
 from captum.attr import IntegratedGradients, LayerActivation, LayerGradCam, LayerIntegratedGradients

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import planecycle_fast as pcf
-from planecycle_fast.layer import Layer, Stream
+from planecycle_fast.engine.stream import Layer, Stream
+from planecycle_fast.geometry.planes import parse_plane
+from planecycle_fast.geometry.pooling import between
 from planecycle_fast.ops import Norm, native_ops  # noqa: F401  (registers the operations)
-from planecycle_fast.planes import parse_plane
-from planecycle_fast.pooling import between
 
-from ..hosts import BY_NAME, EVERY_HOST
-from ..test_blocks import gradients
+from ..engine.test_lifted_block import gradients
+from ..host_models import BY_NAME, EVERY_HOST
 
 ATEN = torch.ops.aten
 PRODUCTS = [ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default]

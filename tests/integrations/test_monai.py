@@ -11,10 +11,10 @@ from monai import transforms as mt
 from monai.inferers import SlidingWindowInferer, sliding_window_inference
 
 import planecycle_fast as pcf
-from planecycle_fast.monai_transforms import LoadScand, ToModelVolumed, Windowd
+from planecycle_fast.scans.monai_transforms import LoadScand, ToModelVolumed, Windowd
 
-from ..hosts import BY_NAME
-from ..scans import turned_affine, write_nifti, write_nrrd
+from ..host_models import BY_NAME
+from ..scan_writers import turned_affine, write_nifti, write_nrrd
 
 NOISE = np.random.default_rng(0).normal(100, 30, size=(40, 50, 6)).astype(np.float32)
 CODES = ["RAS", "LPS", "PIR", "oblique SRA"]

@@ -7,7 +7,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 
 pytest.importorskip("monai", reason="needs monai, extra monai")
 from monai.networks.blocks import UnetOutBlock, UnetrUpBlock

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast import native
-from planecycle_fast.placement import running_place, same_device
+from planecycle_fast.hosts.placement import running_place, same_device
+from planecycle_fast.runtime import native
 
-from ..hosts import BY_NAME, EVERY_HOST, GRID
+from ..host_models import BY_NAME, EVERY_HOST, GRID
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate, of the extra integrations")
 hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate, of the extra integrations")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast import export_formats
-from planecycle_fast.export_formats import NamedTensors
+from planecycle_fast.export import formats as export_formats
+from planecycle_fast.export.formats import NamedTensors
 
-from ..hosts import BY_NAME
-from ..test_export_command import alone
+from ..export.test_export_command import alone
+from ..host_models import BY_NAME
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"

@@ -12,7 +12,7 @@ import torch
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
@@ -151,7 +151,7 @@ def main(rank, store, name, *recipes):
 
 
 def on_two_processes(tmp_path, name, recipes):
-    program = "import sys; from planecycle_fast.torchvision_fix import mend_torchvision; mend_torchvision(); "
+    program = "import sys; from planecycle_fast.runtime.torchvision_fix import mend_torchvision; mend_torchvision(); "
     program += "from tests.integrations.test_sharding import main; main(*sys.argv[1:])"
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "-c", program]

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import planecycle_fast as pcf
-from planecycle_fast.backends import pick, why_not
+from planecycle_fast.runtime.backends import pick, why_not
 
-from ..hosts import BY_NAME, HOSTS, MORE_HOSTS
+from ..host_models import BY_NAME, HOSTS, MORE_HOSTS
 from ..standins import Converter, DinoVisionTransformer
 
 ADVICE = "records torch's own operations, is running; while it does, 'auto' is the reference"

@@ -8,10 +8,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import planecycle_fast as pcf
-from planecycle_fast.planes import DW, HW
-from planecycle_fast.pooling import transition
+from planecycle_fast.geometry.planes import DW, HW
+from planecycle_fast.geometry.pooling import transition
 
-from ..hosts import BY_NAME, HOSTS
+from ..host_models import BY_NAME, HOSTS
 
 LAYERS = {"hf": "num_hidden_layers"}
 PACKED = ["timm-dinov3-s", "facebook-stand-in"]

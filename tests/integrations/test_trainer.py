@@ -8,7 +8,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra 'hf'")
 pytest.importorskip("accelerate", reason="needs accelerate, from the extra 'integrations'")

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 
 HOST = BY_NAME["timm-dinov2-s-reg4"]
 

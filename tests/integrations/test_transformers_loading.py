@@ -9,7 +9,7 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
+from ..host_models import BY_NAME
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, from the extra 'hf'")
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import planecycle_fast as pcf
 
-from ..hosts import BY_NAME
-from ..test_hosts import all_tokens
-from ..test_module_tree import both_are_right, walk
+from ..engine.test_module_tree import both_are_right, walk
+from ..host_models import BY_NAME
+from ..hosts.test_hosts import all_tokens
 
 families = pytest.mark.parametrize("name", ["hf-dinov2", "hf-dinov3", "timm-dinov3-s", "facebook-stand-in"])
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from planecycle_fast.ops import Norm, add_norm, add_norm_backward_triton, add_norm_ref
-from planecycle_fast.planes import DW, HW
+from planecycle_fast.geometry.planes import DW, HW
+from planecycle_fast.ops import Norm, add_norm, add_norm_ref
+from planecycle_fast.ops.residual import add_norm_backward_triton
 
 from ..kernelcheck import checks
 from ..kernelcheck.harness import op_tests

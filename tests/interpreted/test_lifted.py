@@ -7,9 +7,9 @@ import torch
 
 import planecycle_fast as pcf
 from benchmarks import traffic
-from planecycle_fast.ops import custom
+from planecycle_fast.ops import registration as custom
 
-from ..hosts import HOSTS
+from ..host_models import HOSTS
 from ..kernelcheck.models import check_model
 from ..kernelcheck.recorder import recording
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from planecycle_fast.backends import pick
-from planecycle_fast.ops.plane_switch_triton import OP
+from planecycle_fast.geometry.planes import DH, DHW, DW, HW
+from planecycle_fast.ops.plane_change.plane_switch_triton import OP
 from planecycle_fast.ops.registry import Cost
-from planecycle_fast.planes import DH, DHW, DW, HW
+from planecycle_fast.runtime.backends import pick
 
 from ..kernelcheck.harness import op_tests
 from ..kernelcheck.observers import Observer, observing

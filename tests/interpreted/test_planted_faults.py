@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.ops.registry import Cost
-from planecycle_fast.traffic import Traffic
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import BudgetError

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.ops import swiglu, swiglu_ref
+from planecycle_fast.ops.activations.swiglu_triton import BACKWARD, INPLACE, OP
 from planecycle_fast.ops.registry import Cost
-from planecycle_fast.ops.swiglu_triton import BACKWARD, INPLACE, OP
-from planecycle_fast.traffic import Traffic
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import check_bits

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
-from planecycle_fast.traffic import Traffic
+from planecycle_fast.cost.traffic import Traffic
 
 from .budget import Errors, check, check_bits, check_footprint, errors
 from .interpreter import poisoned

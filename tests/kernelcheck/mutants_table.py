@@ -36,14 +36,15 @@ def operations():
 
 def modules_of(operation):
     """Where the kernels of an operation are, relative to the project: all of one stem."""
-    found = (PROJECT / "planecycle_fast" / "ops").glob(f"{operation}*_triton.py")
+    found = (PROJECT / "planecycle_fast" / "ops").glob(f"*/{operation}*_triton.py")
     return sorted(str(path.relative_to(PROJECT)) for path in found)
 
 
 @functools.cache
 def source_hash(module, function):
     """Of the code of a function, by the stem of its module, and of what it needs there."""
-    text = (PROJECT / "planecycle_fast" / "ops" / f"{module}.py").read_text()
+    [path] = (PROJECT / "planecycle_fast" / "ops").glob(f"*/{module}.py")
+    text = path.read_text()
     return hashlib.sha256(code_of(text, function).encode()).hexdigest()[:12]
 
 

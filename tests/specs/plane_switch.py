@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
+from planecycle_fast.geometry.planes import DH, DHW, DW, HW, PLANES
+from planecycle_fast.geometry.pooling import GLOBALS_AT, POOL_METHODS, transition
 from planecycle_fast.ops import plane_switch, plane_switch_ref
-from planecycle_fast.ops.plane_switch_triton import OP
-from planecycle_fast.planes import DH, DHW, DW, HW, PLANES
-from planecycle_fast.pooling import GLOBALS_AT, POOL_METHODS, transition
+from planecycle_fast.ops.plane_change.plane_switch_triton import OP
 
 from ..kernelcheck.spec import Case, Spec
 

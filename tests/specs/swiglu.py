@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from planecycle_fast.ops import swiglu, swiglu_ref
-from planecycle_fast.ops.swiglu_triton import BACKWARD, INPLACE, OP, rows_of
+from planecycle_fast.ops.activations.swiglu_triton import BACKWARD, INPLACE, OP, rows_of
 
 from ..kernelcheck.spec import Case, Spec
 

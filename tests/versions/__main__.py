@@ -24,15 +24,20 @@ SETS = ("lowest", "torch-2.11", "newest")
 SHOWN = ("torch", "triton", "transformers", "timm", "numpy")
 
 # What runs: a process per line, as arguments of pytest. Long fuzzing is left out.
-HOSTS = ["tests/test_hosts.py", "tests/test_parts.py", "tests/test_stream.py", "tests/test_rope.py"]
-HOSTS += ["tests/test_more_hosts_hf.py", "tests/test_wrapped_hf.py", "tests/test_head_hints.py"]
-HOSTS += ["tests/test_more_hosts_timm.py", "tests/test_wrapped.py", "tests/test_tracing.py"]
-PARITY = ["tests/test_lift_parity.py", "tests/test_peers.py", "tests/test_checkpoints.py"]
-OPERATIONS = ["tests/test_cpu_ops.py", "tests/test_cpu_models.py", "tests/test_compile.py"]
+HOSTS = [
+    "tests/hosts/test_hosts.py",
+    "tests/hosts/test_parts.py",
+    "tests/engine/test_block.py",
+    "tests/geometry/test_rope.py",
+]
+HOSTS += ["tests/hosts/test_more_hosts_hf.py", "tests/hosts/test_wrapped_hf.py", "tests/hosts/test_head_hints.py"]
+HOSTS += ["tests/hosts/test_more_hosts_timm.py", "tests/hosts/test_wrapped.py", "tests/runtime/test_tracing.py"]
+PARITY = ["tests/test_lift_parity.py", "tests/authors/test_peers.py", "tests/weights/test_checkpoints.py"]
+OPERATIONS = ["tests/ops/test_cpu_ops.py", "tests/engine/test_cpu_models.py", "tests/engine/test_compile.py"]
 OF_KERNELS = (
     "test_executor or test_interpreter or (test_models_are and float32) or (error_budget and bfloat16 and not any)"
 )
-COMPILED = ["tests/test_inductor.py", "tests/test_inductor_faults.py", "tests/test_compile_sizes.py"]
+COMPILED = ["tests/ops/test_inductor.py", "tests/ops/test_inductor_faults.py", "tests/ops/test_compile_sizes.py"]
 OF_COMPILED = "not machine_code and (inductor or opcheck or typical)"
 ALL = [
     [*HOSTS, *PARITY],
@@ -42,8 +47,8 @@ ALL = [
 ]
 SOME_MODELS = "test_models_are and (hf-dinov3 or hf-dinov2 or timm-dinov2-s) and float32"
 SMALL = [  # without csrc, whose build takes as long as all of this
-    ["tests/test_hosts.py", "tests/test_parts.py"],
-    ["tests/test_compile.py", "-k", "test_sizes_are_no_constants"],
+    ["tests/hosts/test_hosts.py", "tests/hosts/test_parts.py"],
+    ["tests/engine/test_compile.py", "-k", "test_sizes_are_no_constants"],
     ["tests/interpreted/test_lifted.py", "-k", SOME_MODELS],
 ]
 

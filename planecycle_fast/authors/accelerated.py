@@ -1,0 +1,310 @@
+"""The methods of an accelerated model: callable objects that know it, so that they are copied and pickled with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.block import check_strict, run_block
+from ..engine.report import describe
+from ..engine.stream import Layer, SinCos, Stream, enter
+from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
+from ..geometry.pooling import Transition, between
+from ..geometry.rope import PlaneAngles
+from ..hosts.dinov3 import BLOCK, block_parts, embed_parts, input_channels, norm_parts, takes_volumes
+from ..hosts.parts import Plan, known_norm, plan, watched
+from ..inputs import check_volume, wanted_layers
+from ..ops import Norm
+from ..ops.registry import resolve
+from ..runtime.tracing import fix_shape, shape_of
+
+PLANES = ("HW", "DW", "DH")  # of a converted block
+
+
+class Method:
+    """What the shadowing methods share: running the blocks on the residual stream."""
+
+    def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool) -> None:
+        self.model, self.backend, self.attention, self.strict = model, backend, attention, strict
+
+    def _prepare(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None = None,  # (B*D, H*W) bool, (B, D*H*W) for Flatten3D
+    ) -> tuple[Sizes, Plane]:
+        """The volume's size in tokens, and the plane whose order the model's own tokens are in. Checks all of it."""
+        model = self.model
+        check_volume(x, input_channels(model), model, "x")
+        depth, *pixels = shape_of(x)[2:]
+        sizes = (depth, *[n // model.patch_size for n in pixels])  # a rest is lost, as it always was
+        start = DHW if takes_volumes(model) and model.block_type == "Flatten3D" else HW
+        if any([n < 1 for n in sizes]):
+            size = model.patch_size
+            raise ValueError(f"x must have slices of at least one patch, {size} x {size} pixels, got {tuple(x.shape)}")
+        if masks is not None:
+            expected = (x.shape[0] * start.slices(sizes), start.length(sizes))
+            if not isinstance(masks, Tensor) or masks.dtype != torch.bool or tuple(masks.shape) != expected:
+                got = f"{masks.dtype} of {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+                raise ValueError(f"masks must be a bool tensor of shape {expected}, got {got}")
+        check_strict(self.backend, self.attention, self.strict, self.plans, x.device)
+        return sizes, start
+
+    def _enter(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
+        sizes: Sizes,
+        start: Plane,
+        first: Plane,
+    ) -> Stream:
+        """The embedded volume in the order of the first block's plane."""
+        model, x = self.model, fix_shape(x)
+        images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        embedded = embed_parts(model, images) if masks is None else None
+        if embedded is not None:
+            return enter(*embedded, self._layer(HW, first, sizes, Transition(sizes[0], first.slices(sizes))))
+        tokens = model.prepare_tokens_with_masks(x if takes_volumes(model) else images, masks)[0]
+        g, m = model.n_storage_tokens + 1, Transition(start.slices(sizes), first.slices(sizes))  # globals are all alike
+        return enter(tokens[:, g:], tokens[:, :g], self._layer(start, first, sizes, m))
+
+    def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, angles: PlaneAngles | None = None) -> Layer:
+        g = self.model.n_storage_tokens + 1
+        backend = resolve(self.backend, self.model.cls_token.device)
+        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
+
+    def _run(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
+        wanted: set[int],
+        as_list: bool = False,  # how blocks that are not converted are called: hooks see it
+        norm: Norm | None = None,
+    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Sizes]:
+        """Tokens after each layer wanted, in the order of the model's own; with a norm: and their norm. And sizes."""
+        sizes, start = self._prepare(x, masks)
+        model, tables, outputs = self.model, _Tables(), []
+        plane = self._plane_of(0, start)
+        stream = self._enter(x, masks, sizes, start, plane)
+        shape = (x.shape[0], *sizes, stream.residual.shape[-1])
+        for i, block in enumerate(model.blocks):
+            if i > max(wanted):
+                break
+            old, plane = plane, self._plane_of(i, start)
+            plain = self._converted and _is_plain(block)
+            m = between(old, plane, sizes, _pool_method(block) if plain else "PCg")
+            if i == 0 or start == DHW:
+                m = Transition(plane.slices(sizes), plane.slices(sizes))
+            rope = block.rope_embed if plain else None if self._converted else model.rope_embed
+            sincos = tables.get(rope, plane, sizes)
+            layer = self._layer(old, plane, sizes, m, None if sincos is None else PlaneAngles(None, sincos=sincos))
+            if plain:
+                call = partial(_call, block.blk2d, sincos, False)
+                stream, _ = run_block(block_parts(block.blk2d), [stream], layer, call)
+            elif self._converted:
+                stream = Stream(block(layer.switch(stream), shape))
+            else:
+                stream, _ = run_block(block_parts(block), [stream], layer, partial(_call, block, sincos, as_list))
+            if i in wanted:
+                back = self._layer(plane, start, sizes, Transition(plane.slices(sizes), start.slices(sizes)))
+                outputs.append(back.switch(stream, norm))
+        return outputs, sizes
+
+    @property
+    def _converted(self) -> bool:
+        return not takes_volumes(self.model) or self.model.block_type == "PlaneCycle"
+
+    def _plane_of(self, i: int, start: Plane) -> Plane:
+        """The order that block `i` runs in: its plane, or the model's own where the block must be called itself."""
+        block = self.model.blocks[i]
+        return plane_of(block) if self._converted and _is_plain(block) else start
+
+    def plans(self) -> list[Plan]:
+        """Per block: the parts that the model's own code runs, and why."""
+        return [self._plan(block) for block in self.model.blocks]
+
+    def _plan(self, block: nn.Module) -> Plan:
+        if not self._converted:
+            return plan(block_parts(block))
+        return plan(block_parts(block.blk2d) if _is_plain(block) else "it, or its plane change, is watched or wrapped")
+
+
+def _call(
+    block: nn.Module,
+    sincos: SinCos | None,
+    as_list: bool,
+    tokens: Tensor,  # (B*P, g + L, C)
+) -> Tensor:  # (B*P, g + L, C)
+    return block([tokens], [sincos])[0] if as_list else block(tokens, sincos)
+
+
+class Features(Method):
+    """What both methods that return features share: the final norm."""
+
+    def _norm(self, local: bool = False) -> Norm | None:
+        """The model's one norm for all tokens, as operations take it, or None."""
+        model = self.model
+        if model.untie_cls_and_patch_norms or (local and model.untie_global_and_local_cls_norm):
+            return None
+        return known_norm(model.norm)[0]
+
+    def _split(
+        self,
+        tokens: Tensor,  # (N, g + L, C)
+        normed: Tensor | None,  # (N, g + L, C), where it has been done
+        local: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (N, g, C), (N, L, C)
+        """The final norm of globals and patches."""
+        g = self.model.n_storage_tokens + 1
+        return norm_parts(self.model, tokens, local) if normed is None else (normed[:, :g], normed[:, g:])
+
+
+class ForwardFeatures(Features):
+    """`forward_features_list` of an accelerated model."""
+
+    def __call__(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+        """Features of volumes (B, 3, D, height, width), one dictionary each.
+
+        Blocks of Slice2D and Flatten3D take several volumes at once, by the model's own code (drop path
+        draws for all of them together). Converted blocks take one after another; the authors' code
+        silently drops all volumes but the first.
+
+        Raises ValueError or TypeError for volumes or masks that do not fit the model or each other.
+        """
+        if not isinstance(x_list, Sequence) or not isinstance(masks_list, Sequence) or not x_list:
+            got = f"{type(x_list).__name__} and {type(masks_list).__name__}" if x_list else "no volume"
+            raise ValueError(f"x and masks must be lists of equal length, one mask or None for each volume, got {got}")
+        if len(x_list) != len(masks_list):
+            raise ValueError(
+                f"masks must hold one mask or None for each of {len(x_list)} volumes, got {len(masks_list)}"
+            )
+        model, last = self.model, len(self.model.blocks) - 1
+        if len(x_list) > 1 and takes_volumes(model) and model.block_type != "PlaneCycle":
+            return type(model).forward_features_list(model, x_list, masks_list)
+        outputs = []
+        for i, (x, masks) in enumerate(zip(x_list, masks_list)):
+            local = model.training and i == 1
+            norm = self._norm(local)
+            [tokens], _ = self._run(x, masks, {last}, as_list=True, norm=norm)
+            tokens, normed = tokens if norm is not None else (tokens, None)
+            globals_, patches = self._split(tokens, normed, local)
+            outputs.append(
+                {
+                    "x_norm_clstoken": globals_[:, 0],
+                    "x_storage_tokens": globals_[:, 1:],
+                    "x_norm_patchtokens": patches,
+                    "x_prenorm": tokens,
+                    "masks": masks,
+                }
+            )
+        return outputs
+
+
+class IntermediateLayers(Features):
+    """`get_intermediate_layers` of an accelerated model."""
+
+    def __call__(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        *,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patches after the `n` last layers, or after the layers listed, in layer order.
+
+        Each is (B*D, H*W, C), (B, D*H*W, C) for Flatten3D, or (B, C, D, H, W) with `reshape`; with the
+        class token (N, C) and the registers (N, r, C) if asked for, a tuple of them per layer.
+
+        Raises ValueError or TypeError for layers that the model lacks or that are listed twice, or an x that
+        is no volume for this model.
+        """
+        model, g = self.model, self.model.n_storage_tokens + 1
+        wanted = wanted_layers(n, len(model.blocks))
+        if isinstance(n, Sequence) and len(n) != len(wanted):
+            raise ValueError(f"n must not list a layer twice, got {list(n)}")
+        final = self._norm() if norm else None
+        found, sizes = self._run(x, None, wanted, norm=final)
+        outputs = []
+        for out in found:
+            tokens, normed = out if final is not None else (out, None)
+            globals_, patches = self._split(tokens, normed) if norm else (tokens[:, :g], tokens[:, g:])
+            if reshape:
+                patches = patches.reshape(x.shape[0], *sizes, -1).permute(0, 4, 1, 2, 3).contiguous()
+            parts = [patches]
+            if return_class_token:
+                parts.append(globals_[:, 0])
+            if return_extra_tokens:
+                parts.append(globals_[:, 1:])
+            outputs.append(tuple(parts) if len(parts) > 1 else patches)
+        return tuple(outputs)
+
+
+class Replicate(Method):
+    """`_replicate_for_data_parallel` of an accelerated model: a replica would run the parameters of the original."""
+
+    def __call__(self) -> NoReturn:
+        raise TypeError("an accelerated model cannot be replicated by DataParallel; use DistributedDataParallel")
+
+
+class Report(Method):
+    """`report` of an accelerated model."""
+
+    def __call__(self) -> None:
+        """Prints per block what is fused, by which backend, what is not, and why."""
+        device = self.model.cls_token.device
+        print(describe(self.plans(), self.backend, self.attention, self.strict, device))
+
+
+METHODS = {  # by the name that each shadows
+    "forward_features_list": ForwardFeatures,
+    "get_intermediate_layers": IntermediateLayers,
+    "_replicate_for_data_parallel": Replicate,
+    "report": Report,
+}
+
+
+class _Tables:
+    """RoPE tables by the model's own module: once per plane, or anew for every block while it may draw."""
+
+    def __init__(self) -> None:
+        self.rope: nn.Module | None = None
+        self.made: dict[Plane, SinCos] = {}
+
+    def get(self, rope: nn.Module | None, plane: Plane, sizes: Sizes) -> SinCos | None:  # (L, hd) each
+        if rope is None:
+            return None
+        if rope is not self.rope:  # blocks share one, usually
+            self.rope, self.made = rope, {}
+        if rope.training or plane not in self.made:
+            grid = plane.grid(sizes)  # (n0, n1), or (D, H, W)
+            self.made[plane] = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
+        return self.made[plane]
+
+
+def plane_of(block: nn.Module) -> Plane:
+    """The plane of a converted block. Raises ValueError for one that such a block does not have."""
+    if block.plane not in PLANES:
+        raise ValueError(
+            f"model.blocks must have a cycle_order of planes {', '.join(PLANES)}, got {block.plane!r} for block "
+            f"{block.block_idx}"
+        )
+    return parse_plane(block.plane)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether calling the 2D block inside cannot be told from calling this converted block."""
+    if type(block).__name__ != BLOCK:
+        return False
+    if "_get_rope" in block.__dict__:  # the authors' block, patched
+        return False
+    return not any([m is not None and watched(m) is not None for m in (block, getattr(block, "planecycleop", None))])
+
+
+def _pool_method(block: nn.Module) -> str:
+    return block.pool_method if hasattr(block, "pool_method") else block.planecycleop.pool_method

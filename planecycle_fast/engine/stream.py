@@ -1,0 +1,116 @@
+"""The residual stream between two blocks, and where a block stands: what it needs to know besides the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..geometry.planes import Plane, Sizes
+from ..geometry.pooling import Transition
+from ..geometry.rope import PlaneAngles
+from ..ops import Norm, plane_switch
+from ..ops.plane_change.plane_switch import switch_unchecked
+from ..ops.residual.add_norm import add_ref
+from ..runtime.backends import asked_for, choose
+from ..runtime.tracing import may_write
+
+SinCos = tuple[Tensor, Tensor]  # (L, hd) each
+
+
+class Stream(NamedTuple):
+    """Tokens between two blocks: ``residual + scale * branch``, rows in the order of one plane."""
+
+    residual: Tensor  # (B*P, g + L, C)
+    branch: Tensor | None = None  # (B*P, g + L, C)
+    scale: Tensor | None = None  # (C,)
+
+    def tokens(self) -> Tensor:  # (B*P, g + L, C)
+        """The sum."""
+        return add_ref(*self)
+
+
+class Own(Stream):
+    """A stream that nobody else has seen: its shape is right, and it may be written to."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a block stands: what it needs to know besides the stream."""
+
+    old: Plane  # of the stream that comes in
+    new: Plane  # of the stream that goes out
+    sizes: Sizes  # (D, H, W) in tokens
+    num_globals: int
+    transition: Transition  # of the globals from old to new
+    angles: PlaneAngles | None = None  # RoPE of the new plane
+    backend: str = "auto"
+    attention: str = "auto"
+    strict: bool = True
+    named: str = ""  # the backend asked for, where `backend` is what it is on the device of the volume
+    look: Callable[[Stream], None] | None = None  # is shown the stream that a block gets, within its call
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Sizes of the new plane's axes."""
+        return self.new.grid(self.sizes)
+
+    @property
+    def sincos(self) -> SinCos | None:
+        """RoPE tables of the new plane, (L, hd) each."""
+        return None if self.angles is None else self.angles.sincos()
+
+    @cached_property
+    def via(self) -> int:
+        """Slices between the two steps of the transition, as operations take it; 0 where rows and globals stay."""
+        m = self.transition
+        if self.old == self.new and (self.num_globals == 0 or m.is_identity):
+            return 0
+        return m.num_prev if m.via is None else m.via
+
+    def switch(
+        self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
+        args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm)
+        backend = self.backend_for("plane_switch", stream.residual)
+        switch = switch_unchecked if type(stream) is Own else plane_switch
+        return switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
+
+    def on(self, device: torch.device) -> Layer:
+        """The same for a stream on this device: RoPE tables go there, and "auto" is another backend."""
+        backend = self.named or self.backend if device.type != "cpu" else self.backend
+        angles = None if self.angles is None else self.angles.on(device)
+        if angles is self.angles and backend == self.backend:
+            return self
+        return replace(self, angles=angles, backend=backend)
+
+    def one(self, stream: Stream, plane: Plane) -> Stream:
+        """A stream in this plane's order as one tensor: nothing of it is a parameter, whose owner may free it."""
+        if stream.branch is None:
+            return Stream(stream.residual)
+        count = plane.slices(self.sizes)
+        return Stream(replace(self, old=plane, new=plane, transition=Transition(count, count)).switch(stream))
+
+    def backend_for(self, op: str, x: Tensor) -> str:
+        """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""
+        named = asked_for(self.backend)
+        return named if named == "auto" or self.strict else choose(named, x.device, op, False)
+
+
+def enter(
+    patches: Tensor,  # (B*D, L, C), canonical order, any strides
+    globals_: Tensor,  # (B*D, g, C), or (1, g, C): the same in all slices
+    layer: Layer,  # from canonical order to the first block's plane
+) -> Stream:
+    """The stream of embedded slices, in the first block's plane order."""
+    backend = layer.backend_for("plane_switch", patches)
+    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
+    entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
+    return Own(entered) if entered is not patches and may_write() else Stream(entered)

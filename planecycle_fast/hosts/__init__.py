@@ -1,0 +1,76 @@
+"""Adapters for the model families that `lift` knows. None of their libraries is imported here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapter import Adapter
+from .dinov3 import FacebookDINOv3
+from .huggingface_clip import HuggingFaceCLIP, HuggingFaceSiglip
+from .huggingface_dino import HuggingFaceDinov2, HuggingFaceDinov2Backbone, HuggingFaceDINOv3
+from .huggingface_vit import HuggingFaceIJepa, HuggingFaceMAE, HuggingFaceViT
+from .timm import TimmVisionTransformer
+from .timm_beit import TimmBeit
+from .timm_eva import TimmDINOv3, TimmEva
+
+HUGGING_FACE = (
+    HuggingFaceDINOv3,
+    HuggingFaceDinov2,
+    HuggingFaceDinov2Backbone,
+    HuggingFaceViT,
+    HuggingFaceMAE,
+    HuggingFaceIJepa,
+    HuggingFaceCLIP,
+    HuggingFaceSiglip,
+)
+TIMM = (TimmDINOv3, TimmEva, TimmBeit, TimmVisionTransformer)
+ADAPTERS = (FacebookDINOv3, *HUGGING_FACE, *TIMM)
+_NAMES = [name for adapter in HUGGING_FACE for name in adapter.names]
+SUPPORTED = (
+    f"transformers {', '.join(name for name in _NAMES if not name.endswith('Transformer'))}; "
+    "timm DINOv3 (Eva with RoPE of type 'dinov3'), EVA, EVA02 and Perception Encoder (Eva as well), Beit, "
+    "VisionTransformer and VisionTransformerDistilled (DINOv2 with and without registers, CLIP, SigLIP, DeiT); "
+    "facebookresearch/dinov3 DinoVisionTransformer"
+)
+HOW_TO = "for any other ViT subclass planecycle_fast.Adapter and pass it: lift(model, adapter=MyAdapter)"
+_WINDOWED = ("SamModel", "SamVisionModel", "SamVisionEncoder", "Sam2Model", "VisionTransformerSAM", "ImageEncoderViT")
+
+
+def find_adapter(model: nn.Module) -> type[Adapter]:
+    """The adapter class for `model`.
+
+    Raises:
+        TypeError: not an nn.Module.
+        ValueError: no adapter knows this model; the message says what is supported.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for adapter in ADAPTERS:
+        if adapter.matches(model):
+            return adapter
+    got = f"{type(model).__module__}.{type(model).__name__}"
+    if type(model).__name__ in _WINDOWED:
+        raise ValueError(
+            f"model {got} attends in windows with relative positions of a fixed size (SAM), which cannot be "
+            f"moved to another plane; supported: {SUPPORTED}"
+        )
+    inner = [f"model.{name}" for name in supported_parts(model)]
+    hint = f"; {' and '.join(inner)} are supported: lift one of them" if inner else ""
+    if len(inner) == 1:
+        hint = f"; {inner[0]} is supported: lift that"
+    raise ValueError(f"model must be of a supported class, got {got}{hint}; supported: {SUPPORTED}; {HOW_TO}")
+
+
+def supported_parts(model: nn.Module) -> list[str]:
+    """Names of the supported modules in a model that are not within each other; [""] of a model that is one itself."""
+    if _known(model):
+        return [""]
+    inner = [(name, supported_parts(child)) for name, child in model.named_children()]
+    return [f"{name}.{part}".rstrip(".") for name, parts in inner for part in parts]
+
+
+def _known(module: nn.Module) -> bool:
+    return any(adapter.matches(module) for adapter in ADAPTERS)
+
+
+__all__ = ["ADAPTERS", "Adapter", "find_adapter", "supported_parts"]

@@ -1,0 +1,45 @@
+"""gelu: the exact GELU, x/2 * (1 + erf(x/sqrt(2))), in place where nothing needs x again."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...runtime.backends import pick
+
+
+def gelu_ref(
+    x: Tensor,  # any shape
+    inplace: bool = False,
+) -> Tensor:  # like x
+    """Pure PyTorch, any device and floating dtype, differentiable any number of times unless in place."""
+    return torch.ops.aten.gelu_(x) if inplace else F.gelu(x)
+
+
+def gelu(
+    x: Tensor,  # any shape
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # like x
+    """`gelu_ref` on the backend asked for. For "triton" and "cpu" too it is torch's kernel, which is one
+    pass already (on a CPU oneDNN's; vectors of our own were no faster).
+
+    Args:
+        inplace: write into x and return it; only where autograd does not need x.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: `inplace` on a tensor that needs a gradient, or a backend that is unknown or not usable.
+    """
+    check_inplace(x, inplace)
+    pick(backend, x.device, op="gelu")
+    return gelu_ref(x, inplace)
+
+
+def check_inplace(x: Tensor, inplace: bool, name: str = "x") -> None:
+    """Raises TypeError unless x is a floating-point tensor, ValueError where it cannot be written to."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if inplace and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"inplace must be False for a tensor {name} that needs a gradient, got True")

@@ -1,0 +1,81 @@
+"""What sees operations instead of just running them, and what it needs: exporters, traces, transforms of torch.func.
+
+"auto" is the reference (`backends.pick`), and nothing is written in place (`may_write`). A trace of torch.jit is one
+run: sizes are numbers in it, and what is returned holds tensors only.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..features import VolumeFeatures
+
+
+def recorder() -> str | None:
+    """What records torch's own operations now, to be run without us, or None."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    # Not is_exporting(), which up to torch 2.11 is true in all that torch.compile takes.
+    return "torch.export" if torch.compiler._is_exporting_flag else None
+
+
+def transforms_active() -> bool:
+    """Whether this runs within forward mode or one of torch.func's transforms."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def may_write() -> bool:
+    """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
+
+    So never within forward mode, torch.func's transforms, torch.jit.trace, torch.export and make_fx, whose records may
+    run with gradients later, nor within selective activation checkpointing, which keeps what operations return. A
+    compiler plans memory better without being told to.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # written out: it is asked often
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    return not torch._C._len_torch_dispatch_stack() or not any(
+        [type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()]
+    )
+
+
+def shape_of(
+    x: Tensor,  # any shape
+) -> Sequence[int]:
+    """Its shape, in numbers. Within a trace sizes are tensors, and whatever is made of them becomes part of it."""
+    return x.shape if torch._C._get_tracing_state() is None else [int(n) for n in x.shape]
+
+
+def fix_shape(
+    volume: Tensor,  # (B, channels, D, height, width)
+) -> Tensor:  # the same
+    """Within a trace: the volume such that another shape given to the trace raises RuntimeError.
+
+    Of ONNX, which declares the shapes of inputs, the batch may be another one, where it is declared dynamic.
+    """
+    if not torch.jit.is_tracing():
+        return volume
+    for axis, size in enumerate(shape_of(volume)):
+        if axis or not torch.onnx.is_in_onnx_export():
+            volume = volume.unflatten(axis, (size,))  # nothing but a check, which what comes after depends on
+    return volume
+
+
+def traceable(features: VolumeFeatures) -> VolumeFeatures:
+    """Within a trace: the features without what is None, which it cannot return. Attributes are what they were."""
+    if not torch.jit.is_tracing():
+        return features
+    present = {name: t for name, t in features._asdict().items() if t is not None}
+    absent = dict.fromkeys([name for name in features._fields if name not in present])
+    kind = namedtuple("VolumeFeatures", present)
+    methods = {"pooled": VolumeFeatures.pooled, "maps": VolumeFeatures.maps}
+    return type("VolumeFeatures", (kind,), absent | methods)(**present)

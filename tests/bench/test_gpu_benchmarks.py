@@ -1,0 +1,325 @@
+"""The parts of the GPU benchmarks that need no GPU: who is compared, what is refused, what is written."""
+
+import json
+import os
+from functools import partial
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("timm", reason="needs timm, whose models it runs")
+
+import planecycle_fast as pcf
+from benchmarks import gpu_floor, gpu_kernels, gpu_models, gpu_parts, gpu_smoke, gpu_warm, op_cells, op_measure
+from benchmarks import gpu_models_table as results
+from benchmarks.budget import Part
+from benchmarks.gpu_groups import COMPILED, EAGER, GRAPH, GROUPS, OURS, PCM, REFERENCE, SLICES
+from planecycle_fast.bench import contenders, costs
+from planecycle_fast.bench.timing import Times, summary
+from planecycle_fast.ops import tiles as configs
+from planecycle_fast.optional import MissingPackageError
+
+from .. import peers
+from .test_make_gpu import clock  # noqa: F401
+
+CPU = {"device": "cpu"}
+INFERENCE, TRAINING = (GROUPS[i]._replace(dtype="fp32", volume="1x3x32") for i in (0, 2))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(gpu_models, "vit", partial(contenders.vit, depth=3, embed_dim=128, num_heads=2))
+
+
+def of(rows):
+    return {row.name: row for row in rows}
+
+
+@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=str)
+def test_contenders_are_compared_and_timed(small, group):
+    rows = of(gpu_models.measure(group, **CPU))
+    assert list(rows) == list(group.names)
+    for name in {OURS, SLICES, PCM, REFERENCE, gpu_floor.PRODUCTS} & set(group.names):
+        assert rows[name].times.median > 0 and rows[name].why == "", name
+        assert name == gpu_floor.PRODUCTS or rows[name].error < 1e-4
+    if "PLANECYCLE_REPO" not in os.environ:
+        assert rows[EAGER].why.startswith("not here: needs PLANECYCLE_REPO")
+    assert GRAPH not in rows or rows[GRAPH].why == "not here: CUDA graphs need a CUDA device"
+    assert "flash_attn_interface is not installed" in rows["products + FlashAttention 3"].why
+
+
+@peers.needs_planecycle
+@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=str)
+def test_the_authors_code_is_compared_and_timed(small, group):
+    row = of(gpu_models.measure(group._replace(names=(OURS, EAGER)), **CPU))[EAGER]
+    assert row.times.median > 0 and row.error < 1e-4
+
+
+def test_what_computes_something_else_is_refused(small, monkeypatch, tmp_path):
+    original = gpu_models.network
+
+    def network(cell, host, volume):
+        made = original(cell, host, volume)
+        return made._replace(run=lambda x: tuple([2 * t for t in made.run(x)])) if cell.mode == "PCm" else made
+
+    monkeypatch.setattr(gpu_models, "network", lambda cell, *rest: network(cell, *rest) if cell.code == "fast"
+                        else original(cell, *rest))  # fmt: skip
+    group, path = INFERENCE._replace(names=(OURS, PCM)), tmp_path / "models.md"
+    assert gpu_models.run([group], path, "about", Part("models", 100), **CPU) == 1
+    assert "| PlaneCycle, PCm | not measured: refused: its outputs are off by" in path.read_text()
+    assert "| PlaneCycle, PCg | " in path.read_text() and "1.00 |" in path.read_text()
+
+
+def test_what_raises_or_does_not_fit_is_a_row_and_the_others_are_timed(small, monkeypatch):
+    original = gpu_models.network
+
+    def network(cell, host, volume):
+        if (cell.mode, cell.code) == ("slice2d", "fast"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(cell, host, volume)
+
+    monkeypatch.setattr(gpu_models, "network", network)
+    rows = of(gpu_models.measure(TRAINING._replace(names=(OURS, SLICES, REFERENCE)), **CPU))
+    assert rows[SLICES].why == "out of memory" and rows[SLICES].times is None
+    assert rows[OURS].times is not None and rows[REFERENCE].times is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "status"),
+    [(MissingPackageError("package 'timm' is not installed"), "not here: package 'timm' is not installed", 0),
+     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 1)],
+)  # fmt: skip
+def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path, error, why, status):
+    def vit(*_):
+        raise error
+
+    monkeypatch.setattr(gpu_models, "vit", vit)
+    path = tmp_path / "models.md"
+    assert gpu_models.run([INFERENCE, TRAINING], path, "about", Part("models", 100), **CPU) == status
+    assert path.read_text().count(f"not measured: {why}") == len(INFERENCE.names) + len(TRAINING.names)
+
+
+def test_a_contender_that_stops_within_its_turns_leaves_the_others(small):
+    def stops(volume):
+        raise RuntimeError("no more")
+
+    fine, bad = (gpu_models._Ready(step, 0, None) for step in (lambda volume: None, stops))
+    ready, failed = {"fine": fine, "bad": bad}, {}
+    times = gpu_models._by_turns(ready, failed, [torch.zeros(1)])
+    assert list(times) == ["fine"] and failed == {"bad": "raised RuntimeError: no more"}
+    assert times["fine"].rounds == gpu_models.ROUNDS
+
+
+class Attentions(TorchFunctionMode):
+    """The shapes of what attends."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_floors_make_the_products_and_the_attention_of_the_model():
+    """FLOPs of products by torch's counter, which does not know a CPU's attention; of that the shapes."""
+    host = contenders.vit("ViT-S", "cpu", torch.float32, depth=4, embed_dim=128, num_heads=2)
+    size = gpu_models.parse_volume("2x3x32x48")
+    volume, floor = torch.randn(size.shape), gpu_floor.Floor(host, size, training=False)
+    with torch.no_grad(), Attentions() as expected:
+        products = costs.count(pcf.lift(host, backend="reference"), volume).total
+    with Attentions() as found:
+        assert costs.count(floor.make(gpu_floor.PRODUCTS), volume).total == products and found.shapes == []
+        assert costs.count(floor.make("products + flash"), volume).total == products
+    assert len(found.shapes) == 4 and sorted(found.shapes) == sorted(expected.shapes)
+    trained = gpu_floor.Floor(host, size, training=True).make(gpu_floor.PRODUCTS)
+    of_patches = 2 * size.batch * size.patches * 3 * 16 * 16 * 128
+    assert costs.count(trained, volume).total == 3 * products - of_patches  # pixels need no gradient
+
+
+def test_patches_are_those_that_the_convolution_takes():
+    volume, conv = torch.randn(2, 3, 2, 32, 48), torch.nn.Conv2d(3, 8, 16, 16)
+    expected = conv(volume.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2).flatten(0, 1)
+    got = torch.nn.functional.linear(gpu_floor.patches(volume), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def row(group, name, seconds=None, peak=0, why=""):
+    times = None if seconds is None else Times(seconds, seconds, seconds, 7)
+    return results.Row(group, name, times, peak, None, why)
+
+
+def test_the_table_says_what_is_met_missed_and_not_measured():
+    eager, compiled, trained = GROUPS[:3]
+    rows = [row(eager, OURS, 0.050, 2**20), row(eager, EAGER, 0.140), row(eager, "products + flash", 0.045),
+            row(eager, "products + cuDNN", 0.043), row(eager, GRAPH, why="out of memory"),
+            row(compiled, OURS, 0.052), row(compiled, COMPILED, 0.071),
+            row(trained, OURS, 0.2, 50), row(trained, EAGER, 0.4, 110)]  # fmt: skip
+    text = results.text(rows)
+    assert "| ViT-S | bf16 | 8x32x512 | inference | PlaneCycle, PCg | 50.00 | 50.00 to 50.00 | 1 |  | 1.00 |" in text
+    assert "| PlaneCycle, PCg, CUDA graph | not measured: out of memory |" in text
+    where = "- ViT-S, bf16, 8x32x512, inference: time of"
+    assert f"{where} authors' code, compiled / PlaneCycle, PCg: 1.37, met (bar 1.35)" in text  # within its own group
+    assert f"{where} authors' code / PlaneCycle, PCg: 2.80, **missed** (bar 3.00)" in text
+    assert f"{where} products and best attention / PlaneCycle, PCg: 0.86, met (bar 0.83)" in text
+    assert f"{where} slice2d / PlaneCycle, PCg: not measured (bar 0.97)" in text
+    assert "training: peak of authors' code / PlaneCycle, PCg: 2.20, met (bar 2.00)" in text
+
+
+def test_bars_are_of_what_is_measured():
+    for bar in results.BARS:
+        names = set().union(*[group.names for group in GROUPS if group[:4] == bar[:4]])
+        assert bar.ours in names and (bar.other in names or bar.other == results.BEST), bar
+
+
+def test_smoke_goes_on_after_what_is_broken(tmp_path, monkeypatch, clock):  # noqa: F811
+    def broken():
+        raise ValueError("no such kernel\nmore")
+
+    def late():
+        clock.now += 100
+        return "fine"
+
+    found = [("one", broken), ("two", late), ("three", late)]
+    monkeypatch.setattr(gpu_smoke, "checks", lambda device: iter([(name, (name, each)) for name, each in found]))
+    assert gpu_smoke.run(tmp_path / "smoke.md", "Some GPU\n", Part("smoke", 50, clock)) == 1
+    text = (tmp_path / "smoke.md").read_text()
+    assert "| one | BROKEN | ValueError: no such kernel |" in text and "| two | ok | fine |" in text
+    assert "Left out, as 50 s were over (1): three" in text
+
+
+def test_smoke_compares_every_mode_operation_and_way_to_run():
+    from ..specs import SPECS
+
+    names = [name for name, _ in gpu_smoke.checks("cpu")]
+    assert {f"operation {spec.op.name}" for spec in SPECS} <= set(names)
+    assert {f"model, {mode}" for mode in ("slice2d", "PCg", "PCm", "flatten3d")} <= set(names)
+    assert {"a training step", "CUDA graph", "torch.compile"} <= set(names)
+    for check in (partial(gpu_smoke.model, "PCg"), gpu_smoke.training, gpu_smoke.attention):
+        assert "off by" in check("cpu")
+
+
+def result(milliseconds, name, cell):
+    times = summary([milliseconds / 1e3] * 5)
+    info = {"contender": name, "GB/s": cell.bytes / times.median / 1e9, "ceiling": 3000.0}
+    return op_measure.Result(times, (times.median,) * 5, info=info | {"share": info["GB/s"] / 3000})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "header", lambda command: "Some GPU\n")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return tmp_path
+
+
+def test_operations_are_written_for_people_and_programs(folder, monkeypatch, clock):  # noqa: F811
+    cells = [
+        op_cells.Cell("rope", label, "inference", torch.bfloat16, {}, {}, moved=1.5e8) for label in ("S", "B", "L")
+    ]
+    monkeypatch.setattr(gpu_parts, "quick_cells", lambda: iter(cells))
+
+    def measure(cell, device):
+        clock.now += 60
+        found = {op_cells.OURS: result(0.2, op_cells.OURS, cell), "eager": result(0.5, "eager", cell)}
+        return found | {"Liger": op_measure.Result(missing="liger_kernel is not installed")}
+
+    monkeypatch.setattr(op_measure, "measure", measure)
+    assert gpu_parts.ops(folder, Part("ops", 100, clock)) == 0
+    text = (folder / "ops.md").read_text()
+    assert text.startswith("Some GPU\n") and "Left out, as 100 s were over (1): rope: L, bfloat16, inference" in text
+    assert (
+        "| rope: B, bfloat16, inference | planecycle_fast | 200 us | 200 us to 200 us | 1.5e+03 GB/s | 50% | 1.00 |"
+        in text
+    )
+    assert "| eager | 500 us | 500 us to 500 us | 600 GB/s | 20% | 2.50 |" in text
+    assert "| Liger | not measured: liger_kernel is not installed |" in text
+    assert "Ceiling: a copy, 3000 GB/s, in the same run." in text
+    stored = json.loads((folder / "ops.json").read_text())
+    assert len(stored["rows"]) == 6 and stored["left_out"] == ["rope: L, bfloat16, inference"]
+    assert stored["rows"][0]["share"] == pytest.approx(0.5) and stored["rows"][2]["missing"]
+
+
+def test_something_refused_is_a_failure(folder, monkeypatch):
+    cell = op_cells.Cell("rope", "S", "inference", torch.bfloat16, {}, {}, moved=1)
+    monkeypatch.setattr(gpu_parts, "quick_cells", lambda: iter([cell]))
+    monkeypatch.setattr(op_measure, "measure", lambda *_: {op_cells.OURS: op_measure.Result(refused="off by 1")})
+    assert gpu_parts.ops(folder, Part("ops", 100)) == 1
+    assert "not measured: REFUSED: off by 1" in (folder / "ops.md").read_text()
+
+
+def time_call(op, label, channels, arguments):
+    [microseconds] = arguments
+    return {"label": label, "channels": channels, "megabytes": 100.0, "microseconds": microseconds,
+            "bandwidth": 100 / microseconds, "copy": 2.0, "ratio": 50 / microseconds}  # fmt: skip
+
+
+def test_kernels_below_their_bar_stand_in_bold_and_each_is_written_at_once(tmp_path, monkeypatch, clock):  # noqa: F811
+    path, seen = tmp_path / "kernels.md", []
+
+    def call(channels, microseconds):
+        def make():
+            seen.append(path.read_text())
+            clock.now += 30
+            return None, "forward", channels, (microseconds,)
+
+        return f"kernel at {channels}", make
+
+    monkeypatch.setattr(gpu_kernels, "calls", lambda: [call(1024, 50), call(4096, 62), call(384, 100)])
+    monkeypatch.setattr(gpu_kernels, "time_call", time_call)
+    monkeypatch.setattr(gpu_kernels, "host_time", lambda: "per block: 600 us")
+    assert gpu_kernels.run(path, "about", Part("kernels", 50, clock)) == 0
+    text = path.read_text()
+    assert "| forward | 1024 | 100.0 | 50.0 | 2.00 | 2.00 | 100% |" in text and "per block: 600 us" in text
+    assert "| forward | 4096 | 100.0 | 62.0 | 1.61 | 2.00 | **81%** |" in text
+    assert "Left out, as 50 s were over (1): kernel at 384" in text
+    assert len(seen) == 2 and "| forward | 1024 |" in seen[1] and "Not finished: kernel at 4096" in seen[1]
+
+
+def test_a_kernel_that_raises_leaves_the_others(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("out of resources: shared memory")
+
+    calls = [("first", broken), ("second", lambda: (None, "forward", 384, (50,)))]
+    monkeypatch.setattr(gpu_kernels, "calls", lambda: calls)
+    monkeypatch.setattr(gpu_kernels, "time_call", time_call)
+    monkeypatch.setattr(gpu_kernels, "host_time", broken)
+    assert gpu_kernels.run(tmp_path / "kernels.md", "about", Part("kernels", 50)) == 1
+    text = (tmp_path / "kernels.md").read_text()
+    assert "first: raised RuntimeError: out of resources" in text and "| forward | 384 |" in text
+
+
+def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu_warm, "run", lambda jobs, *_: compiled.extend([job.name for job in jobs]))
+    monkeypatch.setattr(
+        gpu_kernels, "faster_tile", lambda shape, kernel: f"- {kernel}" if shape.channels > 4000 else ""
+    )
+    assert gpu_kernels.run_tiles(tmp_path / "tiles.md", "about", Part("tiles", 50)) == 0
+    text = (tmp_path / "tiles.md").read_text()
+    assert len(compiled) == 10 and "- forward\n- backward\n\n10 kernels were looked at" in text
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [gpu_kernels.tile_calls()[i] for i in (0, 3)], ids=str)
+def test_each_tile_is_chosen_while_it_is_timed_and_the_shipped_one_afterwards(monkeypatch, shape, kernel):
+    pytest.importorskip("triton", reason="needs triton, whose kernels have tiles")
+    monkeypatch.setattr(gpu_kernels, "_tensors", lambda c: c.make(torch.bfloat16, device="meta"))
+    before, channels = dict(configs.TABLE), shape.channels
+    shipped, seen = configs.tile(kernel, channels), []
+    for tile, _ in gpu_kernels.with_tiles(shape, kernel):
+        assert configs.tile(kernel, channels) == tile
+        seen.append(tile)
+    assert seen[0] == shipped and sorted(seen) == configs.candidates(kernel, channels)
+    assert before == configs.TABLE
+
+
+def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark, by which they are marked")
+    monkeypatch.setitem(op_cells.SHAPES, "cuda", [op_cells.TINY] * len(op_cells.SHAPES["cuda"]))
+    original = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *a, **k: original(*a, **k | {"device": "cpu"}))  # RoPE's periods
+    cells = list(gpu_parts.quick_cells())
+    assert {cell.op for cell in cells} == set(gpu_parts.OPERATIONS) and len(gpu_parts.OPERATIONS) == 6
+    assert all([cell.dtype == torch.bfloat16 for cell in cells])
