@@ -17,14 +17,13 @@ from .engine.cuda_graphs import cuda_graph
 from .engine.lifted_block import LiftedBlock
 from .engine.stream import Stream
 from .export.exporting import export_model
-from .features import VolumeFeatures
+from .features import VolumeFeatures, pyramid
 from .hosts import Adapter
 from .lifted import LiftedModel
 from .lifting import lift, unlift
 from .moved import MOVED, find_moved
 from .operator import plane_cycle
 from .pretrained import from_pretrained
-from .pyramid import pyramid
 from .runtime.backends import backends, use_backend
 from .runtime.torchvision_fix import watch_torchvision
 from .scans import transforms

@@ -20,7 +20,7 @@ from .engine.module_tree import LiftedTree, TreeModule
 from .engine.report import describe
 from .engine.stream import Layer, Stream, enter
 from .engine.taps import Tap, live, tapped
-from .features import VolumeFeatures
+from .features import VolumeFeatures, traceable
 from .geometry.planes import HW, Plane, Sizes, permutation
 from .geometry.pooling import Transition, between
 from .geometry.rope import PlaneAngles
@@ -31,7 +31,8 @@ from .hosts.placement import TensorsOfHost, brought, run_placed, running_place
 from .inputs import check_others, check_volume, plain, wanted_layers
 from .ops import Norm
 from .ops.registry import resolve
-from .runtime.tracing import fix_shape, shape_of, traceable
+from .runtime.tracing import fix_shape, shape_of
+from .weights import saving
 
 
 class LiftedModel(TensorsOfHost, TreeModule):
@@ -182,10 +183,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
         return self.taps.setdefault(i, Tap(i))
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Writes the 2D model's weights and the settings of the lift to a folder: `pretrained.save_pretrained`."""
-        from .pretrained import save_pretrained  # which needs what makes lifted models
-
-        save_pretrained(self, folder, **options)
+        """Writes the 2D model's weights and the settings of the lift to a folder: `weights.saving.save_pretrained`."""
+        saving.save_pretrained(self, folder, **options)
 
     def attention_maps(
         self,

@@ -1,6 +1,7 @@
 """Names that modules had before they lay in packages: they import the same modules, and files pickled with them load.
 
-"lift", "accelerate", "backends" and "pyramid" are not among them: importing these would hide the functions.
+"lift", "accelerate", "backends" and "pyramid" (in `features` now) are not among them: importing these would hide the
+functions.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _MOVED = {
     "": "adapters:hosts benchmark:bench",
     "hosts": "adapters.base:adapter buffers parts placement reading:parts_cache wrapped",
     "weights": "checkpoints hub loaded_keys lora models:load normalisation timm_models",
-    "engine": "attention_maps blocks:lifted_block depth_position framework_class graphs:cuda_graphs layer:stream "
-    "module_tree report shared_module taps",
+    "engine": "attention_maps blocks:lifted_block depth_position finite framework_class graphs:cuda_graphs "
+    "layer:stream module_tree report shared_module taps",
     "authors": "accelerated converter",
-    "scans": "feature_files finite grids monai_transforms preprocess scan_files:files sliding viz volume_lists "
+    "scans": "feature_files grids monai_transforms preprocess scan_files:files sliding viz volume_lists "
     "volume_sets volumes:scan windows",
     "cost": "gpus meter planning traffic",
     "commands": "cli demo extract:features plan_table:plan verify",

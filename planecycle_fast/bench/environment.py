@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..commands.info import versions
 from ..runtime.native import csrc
+from ..runtime.versions import versions
+from ..version import __version__
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
 SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "commands/bench.py",
@@ -23,7 +24,8 @@ SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "commands/bench
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """All that decides a time besides the cell itself. A result of another environment is another result."""
-    found = {f"{name} version": version for name, version in versions().items() if name in PACKAGES}
+    known = {"planecycle-fast": __version__} | versions()
+    found = {f"{name} version": version for name, version in known.items() if name in PACKAGES}
     return found | {
         "device": device_name(device),
         "kind": device.type,

@@ -55,7 +55,7 @@ def _build(arguments: list[str] | None):
 
     def show_version(wanted: bool) -> None:
         if wanted:
-            from .. import __version__
+            from ..version import __version__
 
             print(f"planecycle-fast {__version__}")
             raise typer.Exit()
@@ -193,7 +193,7 @@ def _build(arguments: list[str] | None):
     @app.command()
     def series(folder: Path = typer.Argument(help="With DICOM files in it, or in its folders.")) -> None:
         """The image series in a folder, to pick one by `features --series`: a line each."""
-        from ..scans.checks import one_line
+        from ..optional import one_line
         from ..scans.formats.dicom_series import list_series
 
         for each in list_series(folder):

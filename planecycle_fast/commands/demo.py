@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..engine.finite import check_features
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..optional import MissingPackageError, require
 from ..runtime.backends import pick
 from ..scans.checks import warnings_printed
 from ..scans.files import load_scan
-from ..scans.finite import check_features
 from ..scans.options import PLAIN, ScanOptions
 from ..scans.preprocess import PERCENTILES
 from ..scans.progress import following

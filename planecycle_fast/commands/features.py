@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.finite import check_features
 from ..features import VolumeFeatures
 from ..inputs import dtype_of, usable_device, wanted_layers
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..optional import require
-from ..pretrained import DEFAULTS, settings_of
+from ..pretrained import settings_of
 from ..scans import feature_files
 from ..scans.checks import named, warnings_printed
 from ..scans.digests import digest_of_model, digest_of_scan
 from ..scans.files import load_scan, other_file, scan_name
-from ..scans.finite import check_features
 from ..scans.formats.arrays import holds_volumes
 from ..scans.options import PLAIN, ScanOptions
 from ..scans.orientation import check_axes
@@ -38,6 +38,7 @@ from ..version import __version__
 from ..weights.load import check_found, load_model
 from ..weights.loaded_keys import check_finite
 from ..weights.normalisation import normalisation
+from ..weights.saving import DEFAULTS
 
 FORMATS = ("safetensors", "npz")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)  # of one scan: the rest goes on

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 import textwrap
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -16,37 +14,8 @@ from ..optional import require
 from ..runtime import native
 from ..runtime.attentions import attentions
 from ..runtime.backends import backends
+from ..runtime.versions import versions
 from ..version import __version__
-
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "timm",
-    "transformers",
-    "peft",
-    "torchvision",
-    "flash-attn",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "safetensors",
-    "matplotlib",
-)
-
-
-def versions() -> dict[str, str]:
-    """Version of this package, of Python and of every package that it can use; "not installed" otherwise."""
-    found = {"planecycle-fast": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = torch.__version__ if package == "torch" else metadata.version(package)  # with its build
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def devices() -> dict[str, str]:
@@ -124,7 +93,7 @@ def run_info() -> None:
     """Prints all of it. Raises MissingPackageError without rich."""
     console = require("rich.console", "scans").Console(soft_wrap=True, highlight=False, markup=False)
     sections = {
-        "version": versions(),
+        "version": {"planecycle-fast": __version__} | versions(),
         "device": devices(),
         "backend": {name: reason or "usable" for name, reason in backends().items()},
         "library": {"cpu": library()},

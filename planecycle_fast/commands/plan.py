@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
@@ -12,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..cost.gpus import MEASURED_HOST, Machine, gpu, this_cpu
+from ..bench.timing import this_cpu
+from ..cost.gpus import MEASURED_HOST, Machine, gpu
 from ..cost.planning import PASSES, Planned, plan
-from ..hosts import find_adapter
-from ..inputs import dtype_of
+from ..inputs import dtype_of, parse_shape, with_channels
 from ..lifting import lift
 from ..runtime.repeats import first_rounds_only
 from ..weights.load import model_without_weights
@@ -53,22 +52,6 @@ class Cost(NamedTuple):
     planned: Planned
     times: Times
     depth: int  # slices of the deepest volume that fits, 0: none
-
-
-def parse_shape(text: str) -> tuple[int, int, int, int, int]:
-    """(B, 3, D, height, width) of "BxDxS" (slices of S x S pixels) or "BxDxHxW". ValueError for anything else."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
-        raise ValueError(f"volume must be like 1x32x256 (batch x slices x pixels) or 1x32x256x192, got {text!r}")
-    numbers = [int(part) for part in text.split("x")]
-    return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
-
-
-def with_channels(
-    shape: tuple[int, ...],  # (B, 3, D, height, width)
-    model: nn.Module,
-) -> tuple[int, ...]:  # (B, channels, D, height, width)
-    """The shape of a volume for a model, which may have other than three channels."""
-    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]
 
 
 def seconds(planned: Planned, machine: Machine, dtype: torch.dtype) -> Times:
@@ -172,7 +155,7 @@ def run_plan(
 
     Args:
         model: a name, as `models.load_model` takes it.
-        volume: as `parse_shape` takes it.
+        volume: as `inputs.parse_shape` takes it.
         gpu_name: one of `gpus.GPUS`; None: this machine's CPU, whose ceilings are measured.
         dtype: one of `DTYPES`; None: bf16 on a GPU, fp32 on the CPU.
         step: inference, probe or finetune.

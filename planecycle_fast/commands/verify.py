@@ -188,7 +188,7 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, *
 
     Args:
         model: a name, as `models.load_model` takes it; weights that are random are made to show every part.
-        volume: as `plan_table.parse_shape` takes it.
+        volume: as `inputs.parse_shape` takes it.
         dtype: one of `plan_table.DTYPES`.
         device: "auto" (CUDA where there is one), or torch's name for one.
         backend: as `lift` takes it.
@@ -197,12 +197,12 @@ def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, *
     Raises ValueError, naming the argument.
     """
     from ..bench.contenders import randomise
-    from ..inputs import dtype_of, usable_device
+    from ..inputs import dtype_of, parse_shape, usable_device, with_channels
     from ..optional import require
     from ..pretrained import settings_of
     from ..runtime.backends import pick
     from ..weights.load import load_model
-    from .plan import DTYPES, parse_shape, with_channels
+    from .plan import DTYPES
 
     shape = parse_shape(volume)
     number = dtype_of(dtype, DTYPES)

@@ -68,13 +68,3 @@ def gpu(name: str) -> Machine:
     if name.lower() not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     return GPUS[name.lower()]
-
-
-def this_cpu(dtype: torch.dtype) -> Machine:
-    """This machine's CPU: a large matrix product and a large copy, measured now, and its memory."""
-    from ..bench.timing import ceiling_bandwidth, ceiling_flops
-    from ..optional import require
-
-    memory = require("psutil", "bench").virtual_memory().total
-    cpu = torch.device("cpu")
-    return Machine("this CPU", {dtype: ceiling_flops(cpu, dtype)}, ceiling_bandwidth(cpu), float(memory))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..hosts.parts import WHOLE, BlockParts, Plan, Snapshot, plan_of
 from ..ops import add_norm
-from ..ops.residual.add_norm import add_ref
+from ..ops.residual.norm import add_ref
 from ..runtime.backends import asked_for, pick
 from .branches import attention_branch, autocast_dtype, mlp_branch
 from .cpu_groups import Following, run_in_groups

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..hosts.parts import Plan, Snapshot
-from ..ops.residual.add_norm import Norm
+from ..ops.residual.norm import Norm
 from ..runtime.backends import choose
 from ..runtime.repeats import most_rounds
 from ..runtime.tracing import may_write

@@ -15,7 +15,7 @@ from ..geometry.pooling import Transition
 from ..geometry.rope import PlaneAngles
 from ..ops import Norm, plane_switch
 from ..ops.plane_change.plane_switch import switch_unchecked
-from ..ops.residual.add_norm import add_ref
+from ..ops.residual.norm import add_ref
 from ..runtime.backends import asked_for, choose
 from ..runtime.tracing import may_write
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.finite import check_features
 from ..lifted import LiftedModel
 from ..optional import MissingPackageError
-from ..pretrained import DEFAULTS, settings_of
+from ..pretrained import settings_of
 from ..runtime.backends import asked_for
-from ..scans.finite import check_features
 from ..version import __version__
+from ..weights.saving import DEFAULTS
 from .formats import AXES, FORMATS, NamedTensors, Wanted, check_tools
 
 # Largest errors, of features whose largest is 1 or of the largest: some hundred roundings.
@@ -278,7 +279,7 @@ def run_export(
 
     Args:
         model: as `models.load_model` takes it.
-        volume: as `plan_table.parse_shape` takes it.
+        volume: as `inputs.parse_shape` takes it.
         out: None: the model's name, in the working directory.
         dtype: one of `inputs.DTYPES`.
         device: "auto" (CUDA where there is one), or torch's name for one.
@@ -288,8 +289,7 @@ def run_export(
 
     Raises whatever `export_model` does, naming the argument.
     """
-    from ..commands.plan import parse_shape, with_channels
-    from ..inputs import dtype_of, usable_device
+    from ..inputs import dtype_of, parse_shape, usable_device, with_channels
     from ..lifting import lift
     from ..weights.load import check_found, load_model
     from ..weights.normalisation import normalisation

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import swiglu_cpu  # noqa: F401  so that the operations it is made of are complete
 from .native_ops import NAMESPACE
-from .residual.add_norm import Norm
+from .residual.norm import Norm
 
 OP = getattr(torch.ops, NAMESPACE).blocks_.default
 

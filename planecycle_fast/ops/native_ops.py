@@ -26,7 +26,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
 ) -> CustomOp:
-    """The operation ``planecycle_fast_cpu::<name>``; arguments as `custom.register` takes them.
+    """The operation ``planecycle_fast_cpu::<name>``; arguments as `registration.register` takes them.
 
     Raises ValueError where the library is not usable.
     """

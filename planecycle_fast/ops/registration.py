@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from .registry import Cost, CustomOp, refuse_second
+from .registry import Cost, CustomOp
 
 NAMESPACE = "planecycle_fast"
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, read when triton is imported
@@ -58,21 +57,6 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     OPS[name] = CustomOp(name, body, cost, definition, overload)
     return OPS[name]
-
-
-def register_backward(
-    body: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    cost: Callable[..., Cost],
-) -> CustomOp:
-    """`register`, for what a backward calls and nobody may differentiate again: that raises NotImplementedError."""
-    name = body.__name__.removeprefix("_")
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        refuse_second(name)
-
-    return register(body, fake=fake, setup_context=lambda ctx, inputs, output: None, backward=backward, cost=cost)
 
 
 def launch(

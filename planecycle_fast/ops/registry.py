@@ -1,18 +1,17 @@
 """What every operation with kernels of its own is to torch and to the tests, whichever backend it belongs to.
 
-`custom` registers those of Triton, `native_ops` those of csrc. `linear` adds the derivatives that torch.library has no
-place for; operations that are not linear are differentiated once, in reverse (`refuse_transforms`).
+`registration` registers those of Triton, `native_ops` those of csrc. `linear` adds the derivatives that torch.library
+has no place for; operations that are not linear are differentiated once, in reverse (`refuse_transforms`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..runtime.backends import asked_for, pick
 from ..runtime.tracing import transforms_active
@@ -57,48 +56,59 @@ def refuse_transforms(name: str, backend: str = "triton") -> None:
         )
 
 
-def check_fixed(arguments: Iterable[Any], backend: str) -> None:
-    """Raises ValueError where a tensor in a list among `arguments`, which make angles, needs a derivative."""
-    for t in [t for argument in arguments if isinstance(argument, list) for t in argument if isinstance(t, Tensor)]:
-        tangent = forward_ad.unpack_dual(t).tangent if forward_ad._current_level >= 0 else None
-        if (t.requires_grad and torch.is_grad_enabled()) or tangent is not None:
-            raise ValueError(
-                f"angles must not need a gradient on backend {backend!r}, which differentiates x alone; "
-                "use backend='reference'"
-            )
+def refused_again(name: str, backend: str) -> dict[str, Callable[..., None]]:
+    """`setup_context` and `backward` of what a backward calls: NotImplementedError for who differentiates it again."""
 
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name} is differentiated twice, which backend {backend!r} does not do; use backend='reference'"
+        )
 
-def refuse_second(name: str, backend: str = "triton") -> None:
-    """Raises NotImplementedError: of what a backward calls, and nobody may differentiate again."""
-    raise NotImplementedError(
-        f"{name} is differentiated twice, which backend {backend!r} does not do; use backend='reference'"
-    )
+    return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
 
 
 def linear(
-    op: CustomOp,
+    register: Callable[..., CustomOp],
+    operation: Any,
     adjoint: Callable[..., tuple[Any, ...]],
     vmap: Callable[..., Any],
-) -> Callable[..., Tensor]:
-    """An operation that is linear in its first argument alone, with every kind of derivative.
+    taken: Callable[[Tensor], Tensor] | None = None,
+    **others: Any,
+) -> tuple[CustomOp, Callable[..., Tensor]]:
+    """Registers an operation that is linear in its first argument alone, with every kind of derivative.
 
     `torch.library` gives an operation reverse mode and vmap. Forward mode (silently zero) and torch.func's transforms
     (an error) need an `autograd.Function`, which torch.compile in turn does not take: so it serves just those.
 
     Args:
-        op: the operation, ``op(x, *arguments)``.
-        adjoint: the arguments with which `op` is its own transpose.
+        register, operation, others: a backend's `register`, and what it takes.
+        adjoint: the arguments with which the operation, ``op(x, *arguments)``, is its own transpose.
         vmap: ``vmap(function, in_dim, x, *arguments)`` calls `function` on x with the extra dimension folded in.
+        taken: x as the operation takes it, with the strides it can read; None: any.
+
+    Returns:
+        the operation, and ``call(x, *arguments)``, to be used instead of it.
     """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.arguments = inputs[1:]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        nothing = [[None] * len(a) if _is_tensors(a) else None for a in ctx.arguments]  # as torch wants it for lists
+        return call(grad, *adjoint(*ctx.arguments)), *nothing
+
+    def many(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+        return vmap(run, in_dims[0], x, *arguments)
+
+    op = register(operation, setup_context=keep, backward=backward, vmap=many, **others)
+    run = op if taken is None else lambda x, *arguments: op(taken(x), *arguments)
 
     class Linear(torch.autograd.Function):
         @staticmethod
         def forward(x: Tensor, *arguments: Any) -> Tensor:
-            return op(x, *arguments)
+            return run(x, *arguments)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.arguments = inputs[1:]
+        setup_context = staticmethod(keep)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -115,6 +125,10 @@ def linear(
     def call(x: Tensor, *arguments: Any) -> Tensor:
         if transforms_active():
             return Linear.apply(x, *arguments)
-        return op(x, *arguments)
+        return run(x, *arguments)
 
-    return call
+    return op, call
+
+
+def _is_tensors(argument: object) -> bool:
+    return isinstance(argument, list) and all([isinstance(item, Tensor) for item in argument])  # [None, t] is none

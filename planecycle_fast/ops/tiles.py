@@ -1,4 +1,4 @@
-"""How kernels that hold whole rows cut them into tiles: data, chosen without a GPU and without timing anything.
+"""What kernels can hold, and how those that hold whole rows cut them into tiles, chosen without a GPU or a timing.
 
 `python -m benchmarks.gpu --only tiles` times the alternatives of `candidates` on a real GPU and says where another one
 than `tile`'s is faster.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LARGEST_ROW = 8192  # channels
+LIMIT = 2**30  # of what kernels count in 32 bits: tokens, rows, globals, products of slices; offsets are 64-bit
+MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
 
 class Tile(NamedTuple):

@@ -1,20 +1,17 @@
 """What sees operations instead of just running them, and what it needs: exporters, traces, transforms of torch.func.
 
 "auto" is the reference (`backends.pick`), and nothing is written in place (`may_write`). A trace of torch.jit is one
-run: sizes are numbers in it, and what is returned holds tensors only.
+run: sizes are numbers in it.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-from ..features import VolumeFeatures
 
 
 def recorder() -> str | None:
@@ -68,14 +65,3 @@ def fix_shape(
         if axis or not torch.onnx.is_in_onnx_export():
             volume = volume.unflatten(axis, (size,))  # nothing but a check, which what comes after depends on
     return volume
-
-
-def traceable(features: VolumeFeatures) -> VolumeFeatures:
-    """Within a trace: the features without what is None, which it cannot return. Attributes are what they were."""
-    if not torch.jit.is_tracing():
-        return features
-    present = {name: t for name, t in features._asdict().items() if t is not None}
-    absent = dict.fromkeys([name for name in features._fields if name not in present])
-    kind = namedtuple("VolumeFeatures", present)
-    methods = {"pooled": VolumeFeatures.pooled, "maps": VolumeFeatures.maps}
-    return type("VolumeFeatures", (kind,), absent | methods)(**present)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..optional import require
+from ..optional import one_line, require
 from .options import ScanOptions
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
@@ -172,17 +172,3 @@ def quiet_itk() -> Iterator[ModuleType]:
         yield sitk
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-
-
-def one_line(text: str, longest: int = 400) -> str:
-    """Text without what a damaged file has of other characters, and not too long for a terminal."""
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= longest else text[:longest] + "..."
-
-
-def reason(error: Exception) -> str:
-    """An error of a library in one short line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # SimpleITK begins with where it was compiled, and names objects by their address.
-    line = lines[-1] if "SimpleITK" in lines[0] else lines[0]
-    return one_line(re.sub(r" ?\(0x[0-9a-f]+\)", "", line), 200)

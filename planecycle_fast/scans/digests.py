@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checks import Refused, one_line
+from ..optional import one_line
+from .checks import Refused
 from .files import other_file
 from .formats.dicom_series import files_of
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..optional import MissingPackageError
+from ..optional import MissingPackageError, one_line, reason
 from .affines import regridded, shear_of
-from .checks import DAMAGED, LPS_TO_RAS, Refused, one_line, reason, warn
+from .checks import DAMAGED, LPS_TO_RAS, Refused, warn
 from .formats import metaimage, nrrd
 from .formats.arrays import read_npy, read_npz
 from .formats.dicom import read_dicom

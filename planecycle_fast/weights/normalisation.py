@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from ..scans.scan import IMAGENET_MEAN, IMAGENET_STD
 from . import lora
 from .hub import hub_file
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and std of the DINOv3 sat493m models
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second where a model has other processors too
 # What true does to a picture that is a slice already, of equal channels: nothing, or its size, which is the scan's.

@@ -5,6 +5,7 @@ import torch
 import planecycle_fast as pcf
 from planecycle_fast.commands import info
 from planecycle_fast.commands.cli import main
+from planecycle_fast.runtime import versions
 from planecycle_fast.runtime.attentions import ATTENTIONS, attentions
 from planecycle_fast.runtime.backends import backends
 
@@ -25,15 +26,15 @@ def test_everything_is_listed(capsys, monkeypatch, tmp_path):
 
 
 def test_packages_that_are_missing(monkeypatch):
-    found = info.metadata.version
+    found = versions.metadata.version
 
     def version(package):
         if package == "timm":
-            raise info.metadata.PackageNotFoundError(package)
+            raise versions.metadata.PackageNotFoundError(package)
         return found(package)
 
-    monkeypatch.setattr(info.metadata, "version", version)
-    assert info.versions()["timm"] == "not installed" and info.versions()["numpy"] == found("numpy")
+    monkeypatch.setattr(versions.metadata, "version", version)
+    assert versions.versions()["timm"] == "not installed" and versions.versions()["numpy"] == found("numpy")
 
 
 def test_attentions_have_reasons():

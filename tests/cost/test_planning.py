@@ -12,9 +12,10 @@ from planecycle_fast.bench.cells import DTYPES, FAST, GRAPH, parse_volume
 from planecycle_fast.bench.costs import peak_bytes
 from planecycle_fast.commands import plan as plan_table
 from planecycle_fast.commands.cli import main
-from planecycle_fast.commands.plan import MODES, chosen_machine, deepest, parse_shape, seconds
+from planecycle_fast.commands.plan import MODES, chosen_machine, deepest, seconds
 from planecycle_fast.cost.gpus import GPUS, MEASURED_HOST, Host, Machine, gpu
 from planecycle_fast.cost.planning import Planned, make_head, plan, take_step
+from planecycle_fast.inputs import parse_shape
 from planecycle_fast.runtime import native
 from planecycle_fast.runtime.repeats import first_rounds_only
 

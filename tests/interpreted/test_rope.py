@@ -5,7 +5,7 @@ import torch
 
 from planecycle_fast.geometry.rope import Augmentation, Rope, make_periods
 from planecycle_fast.ops import Axial, Tables, rope, rope_ref
-from planecycle_fast.ops.rotary.rope_autograd import OP, arguments_of
+from planecycle_fast.ops.rotary.rope_triton import OP, arguments_of
 
 from ..kernelcheck.budget import check_bits
 from ..kernelcheck.harness import op_tests

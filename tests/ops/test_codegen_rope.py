@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="needs triton, to compile kernels"
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels are not compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from planecycle_fast.ops.rotary.rope_autograd import rope_triton
+from planecycle_fast.ops.rotary.rope_triton import rope_triton
 
 from ..kernelcheck.codegen import ARCHITECTURES, check_binary, compile_variant
 from ..kernelcheck.launches import launches_of, variants

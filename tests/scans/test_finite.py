@@ -7,10 +7,10 @@ import torch
 
 import planecycle_fast as pcf
 from planecycle_fast.commands import demo
+from planecycle_fast.engine.finite import check_features
 from planecycle_fast.scans.checks import ScanWarning
 from planecycle_fast.scans.feature_files import load_features
 from planecycle_fast.scans.files import load_scan
-from planecycle_fast.scans.finite import check_features
 from planecycle_fast.scans.preprocess import PERCENTILES, Window, parse_window, prepare
 from planecycle_fast.scans.scan import Scan, in_channels
 from planecycle_fast.scans.viz import adjacent_cosine, pca_colours

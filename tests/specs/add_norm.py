@@ -7,8 +7,9 @@ import torch
 from planecycle_fast.geometry.planes import DH, DHW, DW, HW, PLANES
 from planecycle_fast.geometry.pooling import GLOBALS_AT, POOL_METHODS, transition
 from planecycle_fast.ops import Norm, plane_switch, plane_switch_ref
-from planecycle_fast.ops.residual.add_norm_autograd import BACKWARD, OP
-from planecycle_fast.ops.residual.add_norm_autograd import _fake as fake
+from planecycle_fast.ops.residual.add_norm_autograd import fake
+from planecycle_fast.ops.residual.add_norm_backward_triton import BACKWARD
+from planecycle_fast.ops.residual.add_norm_triton import OP
 
 from ..kernelcheck.spec import Case, Spec
 

@@ -7,7 +7,7 @@ import torch
 
 from planecycle_fast.geometry.rope import Augmentation, Rope, make_periods
 from planecycle_fast.ops import Axial, Tables, rope, rope_ref
-from planecycle_fast.ops.rotary.rope_autograd import IN_PLACE, OP, arguments_of
+from planecycle_fast.ops.rotary.rope_triton import IN_PLACE, OP, arguments_of
 
 from ..kernelcheck.spec import Case, Spec
 

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 
 from planecycle_fast.ops import swiglu, swiglu_ref
-from planecycle_fast.ops.activations.swiglu_triton import BACKWARD, INPLACE, OP, rows_of
+from planecycle_fast.ops.activations.swiglu_autograd import rows_of
+from planecycle_fast.ops.activations.swiglu_triton import BACKWARD, INPLACE, OP
 
 from ..kernelcheck.spec import Case, Spec
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernels for its compile caches
 
-from ..registration import INTERPRETED, launch, register, register_backward
-from ..registry import Cost, refuse_transforms
+from ..registration import INTERPRETED, launch, register
+from ..registry import Cost, refuse_transforms, refused_again
 from ..scalars_triton import scalars
-
-MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
+from ..tiles import MAX_PROGRAMS
+from .swiglu_autograd import _dtype, _hidden, _like, activate, backward_by, fake, setup_context
 
 
 @triton.jit
@@ -116,14 +116,6 @@ def _plan(hidden: int, *tensors: Tensor | None) -> tuple[int, list[int], dict[st
     return programs, [rows, hidden // unit, blocks, *strides], constants
 
 
-def _hidden(gate: Tensor, value: Tensor | None) -> int:
-    return gate.shape[1] // 2 if value is None else gate.shape[1]
-
-
-def _dtype(gate: Tensor, value: Tensor | None) -> torch.dtype:
-    return gate.dtype if value is None else torch.promote_types(gate.dtype, value.dtype)
-
-
 def _swiglu(
     gate: Tensor,  # (rows, hidden), or (rows, 2*hidden); channels dense, as in all below
     value: Tensor | None,  # (rows, hidden)
@@ -164,14 +156,6 @@ def _swiglu_backward(
     return grads
 
 
-def _like(grad: Tensor, gate: Tensor, value: Tensor | None) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (gate, value) if t is not None]
-
-
-def _fake(gate: Tensor, value: Tensor | None) -> Tensor:
-    return gate.new_empty(gate.shape[0], _hidden(gate, value), dtype=_dtype(gate, value))
-
-
 def _bytes(*tensors: Tensor | None) -> int:
     return sum([t.numel() * t.element_size() for t in tensors if t is not None])
 
@@ -189,24 +173,9 @@ def _backward_cost(grad: Tensor, gate: Tensor, value: Tensor | None) -> Cost:
     return Cost(_bytes(grad, gate, value), _bytes(gate, value), launches=1 if grad.numel() else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = BACKWARD(rows_of(grad), *ctx.saved_tensors)
-    return (*grads, None)[:2]
-
-
-BACKWARD = register_backward(_swiglu_backward, fake=_like, cost=_backward_cost)
-OP = register(_swiglu, fake=_fake, setup_context=_setup_context, backward=_backward, cost=_cost)
+BACKWARD = register(_swiglu_backward, fake=_like, cost=_backward_cost, **refused_again("swiglu_backward", "triton"))
+OP = register(_swiglu, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
 INPLACE = register(_swiglu_, fake=lambda gate, value: None, mutates=("gate",), cost=_cost_)
-
-
-def rows_of(t: Tensor) -> Tensor:  # (..., C) to (N, C), channels dense
-    """A view where all rows are at one distance and channels dense, else a copy (which autograd sees)."""
-    rows = t[None] if t.ndim == 1 else t.flatten(0, -2)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def swiglu_triton(
@@ -221,10 +190,4 @@ def swiglu_triton(
         ValueError: more than 2**31 - 1 programs: tiles of 2048 elements, 512 where rows are not 16 bytes apart.
     """
     refuse_transforms("swiglu")
-    rows, values = rows_of(gate), None if value is None else rows_of(value)
-    if inplace and gate.is_contiguous():
-        INPLACE(rows, values)
-        return gate
-    out = OP(rows, values)
-    out = out.view(*gate.shape[:-1], out.shape[1])
-    return gate.copy_(out) if inplace else out
+    return activate(OP, INPLACE if inplace and gate.is_contiguous() else None, gate, value, inplace)

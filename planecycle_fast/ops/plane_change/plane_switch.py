@@ -20,7 +20,8 @@ from ...geometry.planes import Plane, Sizes, parse_plane, permutation
 from ...geometry.pooling import Transition
 from ...runtime.backends import pick
 from ...runtime.tracing import may_write, recorder
-from ..residual.add_norm import Norm, add_ref, check_stream, normalize_ref, pick_rows
+from ..residual.add_norm import pick_rows
+from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
 
 _loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
@@ -177,8 +178,8 @@ def _load(backend: str) -> tuple[Callable[..., Any], ...]:
         from ..residual.add_norm_cpu import add_rows_cpu as add_rows
         from .plane_switch_cpu import plane_switch_cpu as switch
     else:
-        from ..residual.add_norm_autograd import add_norm_triton as boundary
-        from ..residual.add_norm_autograd import add_rows_triton as add_rows
+        from ..residual.add_norm_triton import add_norm_triton as boundary
+        from ..residual.add_norm_triton import add_rows_triton as add_rows
         from .plane_switch_triton import plane_switch_triton as switch
     return switch, boundary, add_rows
 

@@ -17,10 +17,6 @@ output row is written by one program, and its sums run in a fixed order.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -32,10 +28,9 @@ from ...geometry.pooling import Transition
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost, linear
 from ..scalars_triton import scalars
+from .plane_switch_shapes import Shapes, _check_limits, adjoint, fake, more_volumes
 
 BLOCK_G = 8  # global tokens of a tile
-LIMIT = 2**30  # of what is counted in 32 bits: tokens, globals and products of slices; offsets are 64-bit
-MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 
 
 @triton.jit
@@ -255,69 +250,17 @@ def _plane_switch(
     return out
 
 
-def _check_limits(
-    before: Plane, after: Plane, sizes: list[int], channels: int, g: int, via: int, programs: int
-) -> None:
-    both = before.slices(sizes), after.slices(sizes)
-    counted = [math.prod(sizes), channels]  # each by itself: torch.compile would remember which of them is the largest
-    if g:  # 64-bit division, which longer products need, spills
-        counted += [slices * other for slices in both for other in (g, via + 1)]
-    if any([count > LIMIT for count in counted]) or programs > MAX_PROGRAMS:
-        slices = max(both)
-        raise ValueError(
-            f"x is too large for backend 'triton': {tuple(sizes)} tokens of {channels} channels, {slices} slices of "
-            f"{g} globals by way of {via}, {programs} programs; expected at most 2**30 tokens, channels and globals, "
-            "2**30 as the product of slices where there are globals, and 2**31 - 1 programs"
-        )
-
-
-def _fake(x: Tensor, old: str, new: str, sizes: list[int], num_globals: int, *_: object) -> Tensor:
-    before, after = PLANES[old], PLANES[new]
-    sequences = x.shape[0] // before.slices(sizes) * after.slices(sizes)
-    return x.new_empty(sequences, num_globals + after.length(sizes), x.shape[2])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
-
-
-def _adjoint(
-    old: str, new: str, sizes: list[int], num_globals: int, via: int, mean: bool, transposed: bool
-) -> tuple[Any, ...]:
-    return new, old, sizes, num_globals, via, mean, not transposed
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _switch(grad, *_adjoint(*ctx.arguments)), *[None] * 7
-
-
-def _more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-    many = x.movedim(in_dim, 0)  # (V, B*P1, g + L1, C)
-    out = function(many.flatten(0, 1), *arguments)
-    return out.unflatten(0, (len(many), out.shape[0] // len(many))), 0
-
-
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-    return _more_volumes(OP, in_dims[0], x, *arguments)
-
-
 def _cost(
     x: Tensor, old: str, new: str, sizes: list[int], num_globals: int, via: int, mean: bool, transposed: bool
 ) -> Cost:
-    num_in, num_out = PLANES[old].slices(sizes), PLANES[new].slices(sizes)
-    slices = num_in  # of globals that are read, per volume and token
-    if not mean:  # the bands of M, which the transpose shares
-        num_prev, num_next = (num_out, num_in) if transposed else (num_in, num_out)
-        first, last = Transition(num_prev, num_next, via).bands()
-        slices = int((last - first + 1).sum())
+    way = (new, old) if transposed else (old, new)
+    shapes = Shapes.of(x, old, *way, sizes, num_globals, via, mean)
     row = x.shape[2] * x.element_size()
-    volume, batch = math.prod(sizes), x.shape[0] // num_in
-    read, written = batch * row * (volume + num_globals * slices), batch * row * (volume + num_globals * num_out)
-    return Cost(read, written, launches=1 if read else 0)
+    read = row * shapes.moved(PLANES[old], None if mean else shapes.bands)  # M's bands, which the transpose shares
+    return Cost(read, row * shapes.moved(PLANES[new]), launches=1 if read else 0)
 
 
-OP = register(_plane_switch, fake=_fake, setup_context=_setup_context, backward=_backward, vmap=_vmap, cost=_cost)
-_switch = linear(OP, _adjoint, _more_volumes)
+OP, _switch = linear(register, _plane_switch, adjoint, more_volumes, fake=fake, cost=_cost)
 
 
 def plane_switch_triton(

@@ -7,9 +7,14 @@ a second, small launch. No atomics, and as many programs on every GPU: the order
 Globals of an old slice get M transposed times the gradients of the new ones, whose norm is computed again wherever a
 band needs it; of the bands that share a new slice the first one's program adds it to the sums of weight and bias.
 PCm's new rows are all alike, so their gradients are summed first and go through the norm once.
+
+A row is held in a head and a tail, powers of two of channels (`tiles`): 384 = 256 + 128 leaves no lane idle. Where
+TAIL is 0 there is no tail, and what stands for it is never used. `add_norm_triton` holds rows by the same functions.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,16 +22,157 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
+from ..plane_change.plane_switch_shapes import Shapes
 from ..plane_change.plane_switch_triton import _bin_size, _divide, _last_divisor, _share
-from ..registration import INTERPRETED, launch
+from ..registration import INTERPRETED, launch, register
+from ..registry import Cost, refused_again
 from ..scalars_triton import scalars
 from ..tiles import tile
-from .add_norm_gradients_triton import gradient, store_piece, store_sums, through_norm
-from .add_norm_rows_triton import load_rows, rows_of
-from .add_norm_shapes import Shapes
+from .add_norm_autograd import fake_backward, gradients
 
 PATCH_PROGRAMS, GLOBAL_PROGRAMS = 1024, 128  # at most; each leaves a row of partial sums
 COLUMNS, PARTIALS = 32, 128  # the tile that sums them
+
+
+@triton.jit
+def rows_of(job, num_globals, sizes, x_strides, out_strides, BLOCK_R: tl.constexpr):
+    """BLOCK_R patches of one plane i0 of volume b: rows of x, rows of out (int64), which of them there are."""
+    n0, n1, n2 = sizes  # of the new plane's axes, slowest first
+    x_volume, x_0, x_1, x_2 = x_strides  # rows from one volume to the next, and along the axes
+    out_volume, out_0 = out_strides
+    tiles = tl.cdiv(n1 * n2, BLOCK_R)
+    tile, job = job % tiles, job // tiles
+    i0, b = job % n0, job // n0
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    i1, i2 = row // n2, row % n2
+    source = b * x_volume + num_globals + i0 * x_0 + i1 * x_1 + i2 * x_2
+    target = b * out_volume + num_globals + i0 * out_0 + row
+    return source, target, row < n1 * n2
+
+
+@triton.jit
+def load_rows(x, place, ok, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Channels c (W,) of the rows at `place` (R,): (R, W), 0 where there are none."""
+    mask = ok[:, None] & (c < CHANNELS)[None, :]
+    return tl.load(x + (place * CHANNELS)[:, None] + c[None, :], mask=mask, other=0).to(ACC)
+
+
+@triton.jit
+def store_rows(out, piece, place, ok, c, CHANNELS: tl.constexpr):
+    """The piece (R, W) into channels c (W,) of the rows at `place` (R,)."""
+    mask = ok[:, None] & (c < CHANNELS)[None, :]
+    tl.store(out + (place * CHANNELS)[:, None] + c[None, :], piece.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(vector, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Channels c (W,) of a vector: (1, W)."""
+    return tl.load(vector + c, mask=c < CHANNELS, other=0).to(ACC)[None, :]
+
+
+@triton.jit
+def sum_rows(head, tail, TAIL: tl.constexpr):
+    """Sums over channels: (R,)."""
+    total = tl.sum(head, 1)
+    if TAIL:
+        total += tl.sum(tail, 1)
+    return total
+
+
+@triton.jit
+def _normalized(saved, place, ok, c, average, inverse, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Rows before weight and bias: (R, W)."""
+    return (load_rows(saved[0], place, ok, c, CHANNELS, ACC) - average[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def _weighted(grad, saved, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    if saved[3] is not None:
+        grad = grad * load_vector(saved[3], c, CHANNELS, ACC)
+    return grad
+
+
+@triton.jit
+def through_norm(
+    grad_head, grad_tail, saved, place, ok, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """From gradients of the norm to those of what was normalised, and to the terms of weight's: 4 tiles (R, W)."""
+    average = tl.zeros([grad_head.shape[0]], ACC)
+    if NORM == "layer":
+        average = tl.load(saved[1] + place, mask=ok, other=0)
+    inverse = tl.load(saved[2] + place, mask=ok, other=0)
+    head = _normalized(saved, place, ok, c, average, inverse, CHANNELS, ACC)
+    of_head = _weighted(grad_head, saved, c, CHANNELS, ACC)
+    tail, of_tail = grad_tail, grad_tail
+    if TAIL:
+        tail = _normalized(saved, place, ok, d, average, inverse, CHANNELS, ACC)
+        of_tail = _weighted(grad_tail, saved, d, CHANNELS, ACC)
+    along = (sum_rows(of_head * head, of_tail * tail, TAIL) / CHANNELS)[:, None]
+    common = tl.zeros([grad_head.shape[0], 1], ACC)
+    if NORM == "layer":
+        common = (sum_rows(of_head, of_tail, TAIL) / CHANNELS)[:, None]
+    inverse = inverse[:, None]
+    return (
+        (of_head - common - head * along) * inverse, (of_tail - common - tail * along) * inverse,
+        grad_head * head, grad_tail * tail,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient(
+    grads, saved, place, ok, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
+):
+    """Gradients of new rows, and the terms of weight's and bias's: 6 tiles (R, W)."""
+    head = tl.zeros([place.shape[0], c.shape[0]], ACC)
+    tail = tl.zeros([place.shape[0], d.shape[0]], ACC)
+    weight_head, weight_tail, bias_head, bias_tail = head, tail, head, tail
+    if NORM != "none":
+        bias_head = load_rows(grads[1], place, ok, c, CHANNELS, ACC)
+        if TAIL:
+            bias_tail = load_rows(grads[1], place, ok, d, CHANNELS, ACC)
+        head, tail, weight_head, weight_tail = through_norm(
+            bias_head, bias_tail, saved, place, ok, c, d, CHANNELS, TAIL, NORM, ACC
+        )
+    if grads[0] is not None:
+        head += load_rows(grads[0], place, ok, c, CHANNELS, ACC)
+        if TAIL:
+            tail += load_rows(grads[0], place, ok, d, CHANNELS, ACC)
+    return head, tail, weight_head, weight_tail, bias_head, bias_tail
+
+
+@triton.jit
+def store_piece(piece, inputs, outs, sums, place, ok, c, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Gradients of old rows; the terms of scale's (R, W)."""
+    branch, scale = inputs
+    store_rows(outs[0], piece, place, ok, c, CHANNELS)
+    terms = piece
+    if sums[0] is not None:
+        terms = piece * load_rows(branch, place, ok, c, CHANNELS, ACC)
+    if outs[1] is not None:
+        if scale is not None:
+            piece = piece * load_vector(scale, c, CHANNELS, ACC)
+        store_rows(outs[1], piece, place, ok, c, CHANNELS)
+    return terms
+
+
+@triton.jit
+def _store_sum(terms, sums, c, CHANNELS: tl.constexpr):
+    """This program's part of a vector's gradient, from tiles (R, W)."""
+    if sums is not None:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * CHANNELS + c, tl.sum(terms, 0), mask=c < CHANNELS)
+
+
+@triton.jit
+def store_sums(heads, tails, sums, c, d, CHANNELS: tl.constexpr, TAIL: tl.constexpr):
+    """Of scale's, weight's and bias's."""
+    _store_sum(heads[0], sums[0], c, CHANNELS)
+    _store_sum(heads[1], sums[1], c, CHANNELS)
+    _store_sum(heads[2], sums[2], c, CHANNELS)
+    if TAIL:
+        _store_sum(tails[0], sums[0], d, CHANNELS)
+        _store_sum(tails[1], sums[1], d, CHANNELS)
+        _store_sum(tails[2], sums[2], d, CHANNELS)
 
 
 @triton.jit
@@ -231,20 +377,6 @@ def column_sums_kernel(
     tl.store(sums + vector * CHANNELS + c, tl.sum(total, 0).to(sums.dtype.element_ty), mask=c < CHANNELS)
 
 
-def gradients(
-    y: Tensor,  # (B*P2, g + L2, C)
-    shapes: Shapes,
-    vectors: int,
-    x_dtype: torch.dtype,
-    branch_dtype: torch.dtype | None,
-    sums_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_add_norm_backward` returns, uninitialised."""
-    rows = shapes.rows(shapes.old)
-    grad_branch = y.new_empty((0,) if branch_dtype is None else rows, dtype=branch_dtype or x_dtype)
-    return y.new_empty(rows, dtype=x_dtype), grad_branch, y.new_empty((vectors, y.shape[2]), dtype=sums_dtype)
-
-
 def _add_norm_backward(
     grad: Tensor | None,  # of the sum, (B*P2, g + L2, C), contiguous
     grad_normed: Tensor | None,  # of its norm, like grad
@@ -298,3 +430,23 @@ def _add_norm_backward(
             partials, sums, programs, BLOCK_R=PARTIALS, BLOCK_C=COLUMNS, **constants,
         )  # fmt: skip
     return grad_x, grad_branch, sums
+
+
+def _backward_cost(grad: Tensor | None, grad_normed: Tensor | None, y: Tensor, *rest: Any) -> Cost:
+    _, _, _, branch, _, old, new, sizes, num_globals, via, pooled, norm, wanted, *dtypes = rest
+    shapes = Shapes.of(y, new, old, new, sizes, num_globals, via, pooled)
+    bands = None if shapes.pool == "mean" else shapes.bands if num_globals else 0
+    sizes_of = [t.element_size() for t in (grad, grad_normed) if t is not None]
+    read = shapes.moved(shapes.new, bands) * sum(sizes_of)
+    if norm != "none":  # of the rows that PCm made alike one is read
+        read += shapes.moved(shapes.new, 1 if bands is None else bands) * y.element_size()
+    if wanted[0]:
+        read += shapes.moved(shapes.old) * branch.element_size()
+    written = shapes.moved(shapes.old) * sum([dtype.itemsize for dtype in dtypes[:2] if dtype is not None])
+    launches = (1 if y.numel() else 0) + (1 if any(wanted) and y.shape[2] else 0)
+    return Cost(read * y.shape[2], written * y.shape[2], launches)
+
+
+BACKWARD = register(
+    _add_norm_backward, fake=fake_backward, cost=_backward_cost, **refused_again("add_norm_backward", "triton")
+)

@@ -1,15 +1,17 @@
 """add_norm on NVIDIA GPUs, and plane_switch in full: one launch for sum, change of planes, pooling and norm.
 
-A program holds whole rows (`add_norm_rows_triton`). Patches come from the old row that `planes.row_map` names, as in
+A program holds whole rows. Patches come from the old row that `planes.row_map` names, as in
 `plane_switch_triton`; the sum is rounded first and normalised then, so that backward sees what forward saw. Rows of
 globals have programs of their own, the first ones. PCm's new rows are all alike: summed and normalised once, then
 written to every slice.
 
-Statistics are float32 (float64 for float64) and kept for backward, which is in `add_norm_backward_triton`.
-`add_norm_autograd` puts both together.
+Statistics are float32 (float64 for float64) and kept for backward, which is in `add_norm_backward_triton`, with what
+both hold rows by.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,12 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
+from ..plane_change.plane_switch_shapes import Shapes
 from ..plane_change.plane_switch_triton import _bin_size, _divide, _last_divisor, _share
-from ..registration import INTERPRETED, launch
+from ..registration import INTERPRETED, launch, register
+from ..registry import Cost
 from ..scalars_triton import scalars
 from ..tiles import tile
-from .add_norm_rows_triton import load_rows, load_vector, rows_of, store_rows, sum_rows
-from .add_norm_shapes import Shapes
+from .add_norm_autograd import backward_by, calls_of, fake, outputs, setup_context
+from .add_norm_backward_triton import BACKWARD, load_rows, load_vector, rows_of, store_rows, sum_rows
 
 
 @triton.jit
@@ -238,28 +242,6 @@ def add_norm_kernel(
         )  # fmt: skip
 
 
-def outputs(
-    x: Tensor,  # (B*P1, g + L1, C)
-    branch: Tensor | None,  # like x
-    scale: Tensor | None,  # (C,)
-    shapes: Shapes,
-    norm: str,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_add_norm` returns, uninitialised."""
-    summed = x.dtype
-    for t in (branch, scale):
-        summed = summed if t is None else torch.promote_types(summed, t.dtype)
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, nothing = shapes.rows(shapes.new), (0,)
-    return (
-        x.new_empty(nothing if shapes.is_identity and branch is None else rows, dtype=summed),
-        x.new_empty(nothing if norm == "none" else rows, dtype=dtype or summed),
-        x.new_empty(rows[:2] if norm == "layer" else nothing, dtype=statistics),
-        x.new_empty(nothing if norm == "none" else rows[:2], dtype=statistics),
-    )
-
-
 def _add_norm(
     x: Tensor,  # (B*P1, g + L1, C), plane order of `old`, contiguous
     branch: Tensor | None,  # like x
@@ -293,3 +275,30 @@ def _add_norm(
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
     return out, normed, average, inverse
+
+
+def _cost(x: Tensor, branch: Tensor | None, scale: Tensor | None, *rest: Any) -> Cost:
+    _, _, old, new, sizes, num_globals, via, mean, norm, _, dtype = rest
+    shapes = Shapes.of(x, old, old, new, sizes, num_globals, via, mean)
+    read = shapes.moved(shapes.old, None if shapes.pool == "mean" else shapes.bands if num_globals else 0)
+    size = sum([t.element_size() for t in (x, branch) if t is not None])
+    made = outputs(*[t if t is None else t.to("meta") for t in (x, branch, scale)], shapes, norm, dtype)
+    written = sum([t.numel() * t.element_size() for t in made[:2]])
+    return Cost(read * x.shape[2] * size, written, launches=1 if x.numel() else 0)
+
+
+OP = register(_add_norm, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
+
+
+def _in_float64(
+    x: Tensor,  # (B*P1, g + L1, C)
+    branch: Tensor | None,  # like x
+    scale: Tensor | None,  # (C,)
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operation where anything is of float64, in which kernels sum where x is."""
+    wide = [t for t in (branch, scale) if t is not None and t.dtype == torch.float64]
+    return OP(x.double() if wide else x, branch, scale, *rest)
+
+
+add_norm_triton, add_rows_triton = calls_of(_in_float64, "triton", rows_are_wide=False)

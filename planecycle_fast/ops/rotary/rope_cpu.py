@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from ...runtime.tracing import transforms_active
 from ..native_ops import register
-from ..registry import check_fixed, linear
-from .rope import Axial, Tables
-
-
-def _adjoint(back: bool, *rest: Any) -> tuple[Any, ...]:
-    return not back, *rest
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    nothing = [[None] * len(a) if isinstance(a, (list, tuple)) and _holds_tensors(a) else None for a in ctx.arguments]
-    return _turn(dense(grad), *_adjoint(*ctx.arguments)), *nothing
-
-
-def _holds_tensors(values: Any) -> bool:
-    return all([value is None or isinstance(value, Tensor) for value in values])
-
-
-def _more_sequences(
-    function: Callable[..., Tensor], in_dim: int | None, x: Tensor, *arguments: Any
-) -> tuple[Tensor, int]:
-    if in_dim is None or any([t.ndim != 2 for t in (*arguments[5], *arguments[6])]):
-        raise ValueError("angles must be the same for all of a vmap on backend 'cpu'; use backend='reference'")
-    many = x.movedim(in_dim, 0)  # (V, N, g + L, heads, hd)
-    return function(dense(many.flatten(0, 1)), *arguments).unflatten(0, many.shape[:2]), 0
-
-
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-    return _more_sequences(OP, in_dims[0], x, *arguments)
+from ..registry import linear
+from .angles import Axial, Tables
+from .rope_autograd import adjoint, check_fixed, vmap_by
 
 
 def dense(t: Tensor) -> Tensor:  # (..., hd)
@@ -48,11 +16,8 @@ def dense(t: Tensor) -> Tensor:  # (..., hd)
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-OP = register(
-    "rope", fake=lambda x, *_: x.new_empty(x.shape), setup_context=_setup_context, backward=_backward, vmap=_vmap
-)
+OP, _turn = linear(register, "rope", adjoint, vmap_by("cpu"), taken=dense, fake=lambda x, *_: x.new_empty(x.shape))
 IN_PLACE = register("rope_", fake=lambda x, *_: None)
-_turn = linear(OP, _adjoint, _more_sequences)
 
 
 def arguments_of(
@@ -80,8 +45,8 @@ def rope_cpu(
     arguments = arguments_of(x, angles, num_globals, turned, in_table_dtype)
     check_fixed(arguments, "cpu")
     if not inplace:
-        return _turn(dense(x), *arguments)
+        return _turn(x, *arguments)
     if transforms_active() or x.stride(-1) != 1:
-        return x.copy_(_turn(dense(x), *arguments))
+        return x.copy_(_turn(x, *arguments))
     IN_PLACE(x, *arguments)
     return x

@@ -17,13 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
-from ..registration import INTERPRETED, launch
+from ...runtime.tracing import transforms_active
+from ..registration import INTERPRETED, launch, register
+from ..registry import Cost, linear
 from ..scalars_triton import scalars
+from ..tiles import LIMIT, MAX_PROGRAMS
+from .angles import Axial, Tables
+from .rope_autograd import adjoint, check_fixed, vmap_by
 
 HEADS = 8  # of a program at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 1024
-LIMIT = 2**30  # of rows in all, and of heads, which are counted in 32 bits; offsets are 64-bit
-MAX_PROGRAMS = 2**31 - 1  # of a grid's first axis
 THREADS = 128  # of a program
 _TYPES = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
@@ -341,3 +344,65 @@ def _rope_(
             kernel, x, x, back, num_globals, turned, in_table_dtype, grid, sin, cos, periods, augmentation,
             normalize, inverse, promote, coord_dtype, table_dtype,
         )  # fmt: skip
+
+
+def _cost(x: Tensor, *_: object) -> Cost:
+    return Cost(x.nbytes, x.nbytes, launches=1 if x.numel() else 0)
+
+
+def _cost_in_place(x: Tensor, back: bool, num_globals: int, turned: int, in_table_dtype: bool, *rest: Any) -> Cost:
+    rows = x.shape[1] - (num_globals if keeps_globals(x.dtype, in_table_dtype, rest[-1]) else 0)
+    moved = x.shape[0] * rows * turned * x.shape[3] * x.element_size()
+    return Cost(moved, moved, launches=1 if x.numel() and turned else 0)
+
+
+OP, _turn = linear(register, _rope, adjoint, vmap_by("triton"), fake=lambda x, *_: x.new_empty(x.shape), cost=_cost)
+IN_PLACE = register(_rope_, fake=lambda x, *_: None, mutates=("x",), cost=_cost_in_place)
+
+
+def arguments_of(
+    x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, in_table_dtype: bool
+) -> tuple:
+    """What the operations take after x."""
+    turned = x.shape[2] if turned is None else turned
+    if isinstance(angles, Axial) and angles.rope.narrows:  # kernels know wider periods only
+        angles = angles.tables()
+    if isinstance(angles, Tables):
+        sin, cos = [[t if t.stride() == (t.stride(0), 1) else t.contiguous() for t in ts] for ts in angles]
+        if [t.stride() for t in sin] != [t.stride() for t in cos]:
+            sin, cos = [[t.contiguous() for t in ts] for ts in (sin, cos)]
+        dtype = sin[0].dtype
+        rest = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
+    else:
+        rope, augmentation = angles.rope, angles.augmentation
+        periods = [p.contiguous() for p in angles.periods or rope.axis_periods(len(angles.grid))]
+        drawn = [] if augmentation is None else [augmentation.shift, augmentation.jitter, augmentation.rescale]
+        drawn = [t if t is None else t.contiguous() for t in drawn]
+        table_dtype = rope.table_dtype or torch.promote_types(rope.coord_dtype, rope.periods.dtype)
+        settings = (rope.normalize, rope.periods_are_inverse, rope.promote_coords, rope.coord_dtype, table_dtype)
+        rest = list(angles.grid), [], [], periods, drawn, *settings
+    return False, num_globals, turned, in_table_dtype, *rest
+
+
+def rope_triton(
+    x: Tensor,  # (N, g + L, heads, hd), any strides
+    angles: Tables | Axial,
+    num_globals: int,  # g
+    turned: int | None,
+    inplace: bool,
+    in_table_dtype: bool,
+) -> Tensor:  # like x, contiguous; x itself in place
+    """`rope_ref` in one launch, with derivatives in forward and reverse mode, any number of times, for x alone.
+
+    Raises:
+        ValueError: angles that need a gradient; more than 2**30 rows or heads, 1024 channels of a head or 2**31 - 1
+            programs.
+    """
+    arguments = arguments_of(x, angles, num_globals, turned, in_table_dtype)
+    check_fixed(arguments, "triton")
+    if not inplace:
+        return _turn(x, *arguments)
+    if transforms_active():  # which see what happens to x only if torch writes it
+        return x.copy_(_turn(x, *arguments))
+    IN_PLACE(x, *arguments)
+    return x

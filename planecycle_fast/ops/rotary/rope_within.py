@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...runtime.tracing import may_write
-from ..registry import check_fixed
-from .rope import Axial, Tables
+from .angles import Axial, Tables
+from .rope_autograd import check_fixed
 
 
 class _Within(torch.autograd.Function):
@@ -42,7 +42,7 @@ def _operations(backend: str) -> tuple[Any, Any]:
     if backend == "cpu":
         from .rope_cpu import IN_PLACE, OP
     else:
-        from .rope_autograd import IN_PLACE, OP
+        from .rope_triton import IN_PLACE, OP
     return OP, IN_PLACE
 
 
@@ -65,7 +65,7 @@ def rope_within(
     if backend == "cpu":
         from .rope_cpu import arguments_of
     else:
-        from .rope_autograd import arguments_of
+        from .rope_triton import arguments_of
     heads = qkv.shape[2] // 3
     arguments = arguments_of(qkv, angles, num_globals, 2 * heads, in_table_dtype)
     check_fixed(arguments, backend)

@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..checks import Refused, check_header, one_line, one_volume
+from ...optional import one_line
+from ..checks import Refused, check_header, one_volume
 from ..options import ScanOptions
 
 HEADER_BYTES = 2**14  # of an array; numpy itself refuses more than 10000

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...optional import require
-from ..checks import DAMAGED, Refused, reason
+from ...optional import reason, require
+from ..checks import DAMAGED, Refused
 
 PROCESS_BYTES = 8 * 2**30  # addresses, most of them never used, of a process that has loaded SimpleITK
 ONE_THREAD = dict.fromkeys(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...optional import require
-from ..checks import DAMAGED, Refused, one_line, reason
+from ...optional import one_line, reason, require
+from ..checks import DAMAGED, Refused
 from .dicom_values import integer, silent_pydicom, text, value_of
 
 if TYPE_CHECKING:

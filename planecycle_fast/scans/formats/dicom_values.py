@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import Refused, one_line
+from ...optional import one_line
+from ..checks import Refused
 
 if TYPE_CHECKING:
     from pydicom import Dataset

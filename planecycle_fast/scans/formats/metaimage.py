@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checks import DAMAGED, LPS_TO_RAS, Refused, check_header, check_size, one_line, one_volume, sibling, unpacked
+from ...optional import one_line
+from ..checks import DAMAGED, LPS_TO_RAS, Refused, check_header, check_size, one_volume, sibling, unpacked
 from ..options import ScanOptions
 
 HEADER_BYTES = 2**16

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...optional import require
-from ..checks import Refused, check_gzip, check_header, one_volume, reason, warn
+from ...optional import reason, require
+from ..checks import Refused, check_gzip, check_header, one_volume, warn
 from ..options import ScanOptions
 
 if TYPE_CHECKING:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.stream import Stream
-from ..lifted import LiftedModel
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from ..lifted import LiftedModel
 
 
 def check_features(

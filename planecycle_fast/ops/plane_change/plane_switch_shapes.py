@@ -1,27 +1,17 @@
-"""Where the rows of add_norm are, before and after a change of planes, and how many programs of a kernel write them."""
+"""What a change of planes makes of shapes, whichever backend computes it: where rows are and how many programs of a
+kernel write them, `Shapes`; and what torch is told of plane_switch."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...geometry.planes import PLANES, Plane, row_map
 from ...geometry.pooling import Transition
-
-
-def promoted(
-    x: Tensor,  # (..., C)
-    branch: Tensor | None,  # (..., C)
-    scale: Tensor | None,  # (C,)
-) -> torch.dtype:
-    """The dtype of ``x + scale * branch``."""
-    dtype = x.dtype
-    for t in (branch, scale):
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    return dtype
+from ..tiles import LIMIT, MAX_PROGRAMS
 
 
 class Shapes(NamedTuple):
@@ -102,6 +92,38 @@ class Shapes(NamedTuple):
 
     def check(self, programs: int) -> None:  # or tiles, where a program takes several
         """Raises ValueError for more than Triton kernels can count."""
-        from ..plane_change.plane_switch_triton import _check_limits
-
         _check_limits(self.old, self.new, self.sizes, self.channels, self.num_globals, self.via, programs)
+
+
+def _check_limits(
+    before: Plane, after: Plane, sizes: list[int], channels: int, g: int, via: int, programs: int
+) -> None:
+    both = before.slices(sizes), after.slices(sizes)
+    counted = [math.prod(sizes), channels]  # each by itself: torch.compile would remember which of them is the largest
+    if g:  # 64-bit division, which longer products need, spills
+        counted += [slices * other for slices in both for other in (g, via + 1)]
+    if any([count > LIMIT for count in counted]) or programs > MAX_PROGRAMS:
+        slices = max(both)
+        raise ValueError(
+            f"x is too large for backend 'triton': {tuple(sizes)} tokens of {channels} channels, {slices} slices of "
+            f"{g} globals by way of {via}, {programs} programs; expected at most 2**30 tokens, channels and globals, "
+            "2**30 as the product of slices where there are globals, and 2**31 - 1 programs"
+        )
+
+
+def fake(x: Tensor, old: str, new: str, sizes: list[int], num_globals: int, *_: object) -> Tensor:
+    before, after = PLANES[old], PLANES[new]
+    sequences = x.shape[0] // before.slices(sizes) * after.slices(sizes)
+    return x.new_empty(sequences, num_globals + after.length(sizes), x.shape[2])
+
+
+def adjoint(
+    old: str, new: str, sizes: list[int], num_globals: int, via: int, mean: bool, transposed: bool
+) -> tuple[Any, ...]:
+    return new, old, sizes, num_globals, via, mean, not transposed
+
+
+def more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    many = x.movedim(in_dim, 0)  # (V, B*P1, g + L1, C)
+    out = function(many.flatten(0, 1), *arguments)
+    return out.unflatten(0, (len(many), out.shape[0] // max(len(many), 1))), 0
