@@ -1,4 +1,4 @@
-"""All metadata is in pyproject.toml. Here: how csrc is compiled ahead of time, where torch is there to compile against.
+"""All metadata is in pyproject.toml. Here: which packages there are, and how csrc is compiled where torch is there.
 
 ``pip install .`` builds in an environment of its own, without torch: a pure-Python package, whose extension is built on
 first use. ``pip install --no-build-isolation .`` sees torch and compiles, unless PLANECYCLE_FAST_BUILD is "never"; a
@@ -9,7 +9,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -69,4 +69,5 @@ class WithLibraries(Distribution):
         return compiles()
 
 
-setup(distclass=WithLibraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+PACKAGES = [*find_packages(ROOT, include=["planecycle_fast*"]), "planecycle_fast.csrc"]
+setup(packages=PACKAGES, distclass=WithLibraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

@@ -1,6 +1,8 @@
 """The house: which package may import which, and that no way leads back, neither between packages nor modules."""
 
 import ast
+import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,7 @@ def modules():
 MODULES = modules()
 
 
+@functools.cache
 def imports(name, lazily):
     """The modules that one imports, with those within functions or without; never for type checkers alone."""
     path = MODULES[name]
@@ -143,6 +146,19 @@ def test_circles_and_floors_are_seen():
     at_once, ever = (imports("ops.residual.add_norm", lazily) for lazily in (False, True))
     assert {"runtime.backends", "ops.residual.norm"} <= at_once
     assert "ops.residual.add_norm_cpu" in ever - at_once
+
+
+@pytest.mark.parametrize("package", [path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("__init__.py")])
+def test_a_package_says_what_it_is_for_and_where_to_start(package):
+    text = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+    assert package == "." or len(text.split("\n")) >= 3
+    assert not [name for name in re.findall(r"`(\w+\.py)`", text) if not (ROOT / package / name).exists()]
+    if package == ".":
+        assert [line for line in ORDER if not all(re.search(rf"^    .*\b{name}\b", text, re.M) for name in line)] == [
+            ["__init__"], ["__main__"],
+        ]  # fmt: skip
+    elif "/" not in package:
+        assert "Start with" in text and re.search(r"[Mm]ay\s+import", text)
 
 
 @pytest.mark.parametrize("package", ["", "ops"])

@@ -1,7 +1,13 @@
 """What installing the package asks of a machine."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +66,57 @@ def test_the_lowest_versions_that_are_claimed_are_those_that_are_tried():
 
 def padded(version):
     return tuple([*map(int, version.split(".")), 0, 0][:3])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel, sdist), from a copy of the checkout, as `pip` has them made, nothing compiled."""
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("planecycle_fast", "csrc"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, folder / "source")
+    code = "from setuptools import build_meta as b; b.build_sdist('../made'); b.build_wheel('../made')"
+    setting = os.environ | {"PLANECYCLE_FAST_BUILD": "never"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder / "source", env=setting, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    [wheel], [sdist] = (folder / "made").glob("*.whl"), (folder / "made").glob("*.tar.gz")
+    return wheel, sdist
+
+
+def sources():
+    """All that has to be there, by its place in a checkout."""
+    python = [path for path in (ROOT / "planecycle_fast").rglob("*.py")]
+    return {path.relative_to(ROOT).as_posix() for path in [*python, *(ROOT / "csrc").glob("*.[ch]*")]}
+
+
+def test_wheel_and_sdist_hold_every_module_and_csrc(built):
+    with zipfile.ZipFile(built[0]) as wheel, tarfile.open(built[1]) as sdist:
+        installed = {name.replace("planecycle_fast/csrc/", "csrc/") for name in wheel.namelist()}
+        packed = {name.partition("/")[2] for name in sdist.getnames()}
+    assert len(sources()) > 150 and {"csrc/ops.cpp", "csrc/rows.h", "planecycle_fast/ops/rotary/rope.py"} <= sources()
+    assert not sources() - installed and not sources() - packed
+    assert "planecycle_fast/py.typed" in installed & packed and {"setup.py", "constraints.txt"} <= packed
+    assert not [name for name in installed if name.startswith(("tests/", "benchmarks/"))]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_installed_imports_in_an_empty_folder(built, tmp_path, kind):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(site)]
+    environment = os.environ | {"PLANECYCLE_FAST_BUILD": "never", "PYTHONPATH": str(site)}
+    subprocess.run([*install, str(built[kind == "sdist"])], check=True, capture_output=True, env=environment)
+    modules = [name[:-3].replace("/", ".") for name in sources() if name.endswith(".py")]
+    modules = [name.removesuffix(".__init__") for name in modules if not name.endswith(("_triton", "_cpu", "__main__"))]
+    code = f"""
+import importlib, planecycle_fast
+from planecycle_fast.runtime.native import csrc
+for name in {modules!r}:
+    importlib.import_module(name)
+print(planecycle_fast.__file__, (csrc() / "ops.cpp").is_file())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(site / "planecycle_fast" / "__init__.py"), "True"], done.stderr

@@ -1,0 +1,16 @@
+"""One pass of blocks on the residual stream: what a lifted model is made of, and what runs when it is called.
+
+May import `inputs`, `hosts`, `ops` and what is below them; `lifted.LiftedModel` puts it together, `authors` runs the
+authors' models by it.
+
+Start with `stream.py`: the stream between two blocks, and `Layer`, what a block needs to know besides it. Then
+`block.py`, how a block runs, part by part or as a whole, and `branches.py`, its attention and its MLP.
+
+| | |
+| --- | --- |
+| `lifted_block.py`, `shared_module.py`, `module_tree.py`, `framework_class.py` | modules that stand for the host's |
+| `cpu_groups.py`, `embedding.py` | inference on a CPU, a few sequences at a time |
+| `cuda_graphs.py` | a pass captured for one shape |
+| `depth_position.py` | `lift(depth_position=...)` |
+| `attention_maps.py`, `taps.py`, `report.py`, `finite.py` | looking into a pass |
+"""

@@ -1,4 +1,20 @@
-"""Adapters for the model families that `lift` knows. None of their libraries is imported here."""
+"""What we know of each family of 2D models; none of their libraries is imported here.
+
+An `Adapter` says how a model embeds slices, where its blocks are, which globals, RoPE and norm it has; `parts` takes
+its blocks apart, so that the stream can run the parts, and says what forbids that. What is not known of a model runs
+in the model's own code.
+
+May import `ops` and what is below it. `engine` reads blocks through it, `lift` finds the adapter (`find_adapter`).
+
+Start with `adapter.Adapter`, whose docstring shows one; then the family you know: `dinov3.py` (facebookresearch's),
+`huggingface.py` and `huggingface_*.py` (transformers), `timm.py` and `timm_*.py`. docs/hosts.md is their table.
+
+| | |
+| --- | --- |
+| `parts.py`, `huggingface_parts.py`, `parts_cache.py` | blocks taken apart, and how long that holds |
+| `wrapped.py`, `placement.py` | modules as frameworks leave them: wrapped, compiled, sharded, offloaded |
+| `buffers.py` | buffers that a model computes and does not save, refused where they hold something else |
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,18 @@
-"""Single operations. Each `<op>` has its pure-PyTorch reference `<op>_ref` beside it, same signature."""
+"""Single operations, a folder each. Every `<op>` has its pure-PyTorch reference `<op>_ref`, with the same arguments.
+
+May import `geometry` and `runtime`; `hosts` and `engine` use them, and so may anybody.
+
+In a folder `<op>.py` is the public function, which checks its arguments and picks a backend; types and the reference
+are in a file that imports no backend. `<op>_triton.py` and `<op>_cpu.py` (csrc) are imported when they are picked, and
+share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activations/`, the smallest that has all of these.
+
+| | |
+| --- | --- |
+| `registry.py` | what an operation is to torch and the tests, and derivatives that torch.library has no place for |
+| `registration.py`, `native_ops.py` | how those of Triton, and of csrc, are registered |
+| `tiles.py`, `scalars_triton.py` | what kernels hold and count; the types of the numbers they are given |
+| `blocks_cpu.py` | consecutive blocks in one call of csrc, made of the others |
+"""
 
 from .activations.gelu import gelu, gelu_ref
 from .activations.swiglu import swiglu, swiglu_ref
