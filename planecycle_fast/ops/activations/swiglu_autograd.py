@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+# Of all below: gate (rows, hidden), or (rows, 2*hidden) without a value; value (rows, hidden); channels dense.
+
+
 def _hidden(gate: Tensor, value: Tensor | None) -> int:
     return gate.shape[1] // 2 if value is None else gate.shape[1]
 
