@@ -4,7 +4,8 @@ May import `inputs`, `hosts`, `ops` and what is below them; `lifted.LiftedModel`
 authors' models by it.
 
 Start with `stream.py`: the stream between two blocks, and `Layer`, what a block needs to know besides it. Then
-`block.py`, how a block runs, part by part or as a whole, and `branches.py`, its attention and its MLP.
+`block.py`, how a block runs, part by part or as a whole, and `branches.py`, its attention and its MLP; `passes.py` runs
+consecutive blocks.
 
 | | |
 | --- | --- |

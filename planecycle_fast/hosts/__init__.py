@@ -1,7 +1,7 @@
 """What we know of each family of 2D models; none of their libraries is imported here.
 
-An `Adapter` says how a model embeds slices, where its blocks are, which globals, RoPE and norm it has; `parts` takes
-its blocks apart, so that the stream can run the parts, and says what forbids that. What is not known of a model runs
+An `Adapter` says how a model embeds slices, where its blocks are, which globals, RoPE and norm it has; its blocks are
+described part by part, so that the stream can run the parts, and so is what forbids that. What is not known of a model runs
 in the model's own code.
 
 May import `ops` and what is below it. `engine` reads blocks through it, `lift` finds the adapter (`find_adapter`).
@@ -11,7 +11,7 @@ Start with `adapter.Adapter`, whose docstring shows one; then the family you kno
 
 | | |
 | --- | --- |
-| `parts.py`, `huggingface_parts.py`, `parts_cache.py` | blocks taken apart, and how long that holds |
+| `description.py`, `parts.py`, `known.py`, `packing.py`, `huggingface_parts.py` | blocks taken apart |
 | `wrapped.py`, `placement.py` | modules as frameworks leave them: wrapped, compiled, sharded, offloaded |
 | `buffers.py` | buffers that a model computes and does not save, refused where they hold something else |
 """

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.backends import asked_for, pick
 from ..runtime.tracing import transforms_active
 
 
@@ -37,14 +36,6 @@ class CustomOp:
 
     def __call__(self, *args: Any) -> Any:
         return self.definition(*args)
-
-
-def resolve(backend: str, device: torch.device) -> str:
-    """For many operations on tensors of a device: the name that "auto" stands for where that can be told beforehand."""
-    named = asked_for(backend)
-    if named != "auto" or device.type != "cpu":
-        return named
-    return pick(named, device, "add_norm")
 
 
 def refuse_transforms(name: str, backend: str = "triton") -> None:

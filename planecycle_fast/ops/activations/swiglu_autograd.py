@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Of all below: gate (rows, hidden), or (rows, 2*hidden) without a value; value (rows, hidden); channels dense.
 
 

@@ -59,7 +59,11 @@ def normalize_ref(
 
 
 def check_stream(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: Norm | None, norm_dtype: torch.dtype | None = None
+    x: Tensor,  # (..., C)
+    branch: Tensor | None,  # like x
+    scale: Tensor | None,  # (C,)
+    norm: Norm | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises TypeError or ValueError for what cannot be added to x or normalise it. (x's own shape is the caller's.)"""
     if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):
