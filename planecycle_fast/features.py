@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
@@ -31,7 +31,7 @@ class VolumeFeatures(NamedTuple):
         return self.patches.mean((1, 2, 3))
 
 
-def named_in_programs(kind: type[tuple]) -> None:
+def named_in_programs(kind: type[tuple[Any, ...]]) -> None:
     """Makes a NamedTuple one that torch.export.save writes; torch.export.load says what to import if it is missing."""
     _register_namedtuple(kind, serialized_type_name=f"planecycle_fast.{kind.__name__} (import planecycle_fast)")
 

@@ -13,7 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ _MAY_DIFFER |= {"flatten", "output_fmt", "drop_prob", "p", "inplace", "global_po
 
 
 def from_pretrained(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     mode: str | None = None,
     cycle_order: str | Sequence[str | Plane] | None = None,
     pool_method: str | None = None,
@@ -84,9 +84,9 @@ def settings_of(name: str, has_adapter: bool = False, **given: Any) -> dict[str,
 
     Raises ValueError for a damaged file of settings, and for one of a model that was lifted by an adapter of its own.
     """
+    file: str | Path | None
     if Path(name).is_dir():
-        file = Path(name, SETTINGS)
-        file = file if file.exists() else None
+        file = Path(name, SETTINGS) if Path(name, SETTINGS).exists() else None
     else:
         file = hub_file(name, SETTINGS) if name.count("/") == 1 and not name.startswith("timm/") else None
     recorded = {} if file is None else _recorded(name, Path(file))
@@ -123,7 +123,7 @@ def _recorded(name: str, file: Path) -> dict[str, Any]:
     return found
 
 
-def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike, **options: Any) -> None:
+def save_pretrained(lifted: LiftedModel, folder: str | os.PathLike[str], **options: Any) -> None:
     """Writes the 2D model as its library does, `SETTINGS`, and the preprocessor_config.json it was loaded with.
 
     Everything is written to a hidden folder within it first, and looked at: what would not come back as this model is
@@ -234,7 +234,7 @@ def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
 
 def _write_quietly(host: nn.Module, folder: Path, options: dict[str, Any]) -> None:
     with quiet(require("transformers", "hf")):
-        host.save_pretrained(folder, **options)
+        cast(Any, host).save_pretrained(folder, **options)
 
 
 def _in_words(write: Callable[[Path], None], folder: Path) -> None:
@@ -248,7 +248,7 @@ def _in_words(write: Callable[[Path], None], folder: Path) -> None:
         raise ValueError(f"model cannot be saved by its library: {text}") from error
 
 
-def _checked_folder(given: str | os.PathLike) -> Path:
+def _checked_folder(given: str | os.PathLike[str]) -> Path:
     if not os.fspath(given):
         raise ValueError("folder must be one, or new, got no name")
     folder = Path(os.path.abspath(given))
@@ -279,7 +279,10 @@ def _check_comes_back(host: nn.Module, folder: Path) -> None:
         if name.startswith("head"):
             continue
         other = found.get(name)
-        if own_class(other) is not own_class(module):
+        difference: str | None
+        if other is None:
+            difference = f"{name} is a {own_class(module).__name__}, there is none there"
+        elif own_class(other) is not own_class(module):
             difference = f"{name} is a {own_class(module).__name__}, there a {own_class(other).__name__}"
         else:
             difference = next(_differences(name, module, other), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,18 +36,18 @@ def pyramid(
         TypeError: features are no VolumeFeatures, or scales no numbers.
         ValueError: another number of layers than scales, or a scale that does not give whole numbers of cells.
     """
-    scales = _numbers(scales, "scales")
+    across = _numbers(scales, "scales")
     depths = _numbers(depth_scales, "depth_scales")
-    depths = depths * len(scales) if len(depths) == 1 else depths
-    layers = [features] if hasattr(features, "maps") else list(features)
+    depths = depths * len(across) if len(depths) == 1 else depths
+    layers: list[Any] = [features] if hasattr(features, "maps") else list(features)  # within a trace of its own class
     for i, layer in enumerate(layers):
         if not hasattr(layer, "maps"):
             raise TypeError(f"features must be VolumeFeatures or a list of them, got {type(layer).__name__} at {i}")
-    layers = layers * len(scales) if len(layers) == 1 else layers
+    layers = layers * len(across) if len(layers) == 1 else layers
     for name, given in (("features", layers), ("depth_scales", depths)):
-        if len(given) != len(scales):
-            raise ValueError(f"{name} must be one, or one for each of the {len(scales)} scales, got {len(given)}")
-    return [_scaled(layer.maps, (depth, scale, scale)) for layer, scale, depth in zip(layers, scales, depths)]
+        if len(given) != len(across):
+            raise ValueError(f"{name} must be one, or one for each of the {len(across)} scales, got {len(given)}")
+    return [_scaled(layer.maps, (depth, scale, scale)) for layer, scale, depth in zip(layers, across, depths)]
 
 
 def _scaled(
@@ -61,7 +62,8 @@ def _scaled(
     grown = [size if scale > 1 else n for n, size, scale in zip(maps.shape[2:], sizes, scales)]
     if any([scale > 1 for scale in scales]):
         maps = F.interpolate(maps, grown, mode="trilinear", align_corners=False)
-    return F.adaptive_avg_pool3d(maps, sizes) if any([scale < 1 for scale in scales]) else maps
+    depth, height, width = sizes
+    return F.adaptive_avg_pool3d(maps, (depth, height, width)) if any([scale < 1 for scale in scales]) else maps
 
 
 def _numbers(given: float | Sequence[float], name: str) -> list[Fraction]:
