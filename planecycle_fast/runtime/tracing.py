@@ -7,7 +7,8 @@ run: sizes are numbers in it, and what is returned holds tensors only.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..features import VolumeFeatures
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compile takes its results for constants: what is installed does not change under a compiled model.
+
+    By attribute, as torch.compiler.assume_constant_result imports the whole compiler, and triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have it, not all callables
+    return function
 
 
 def recorder() -> str | None:
@@ -76,6 +88,6 @@ def traceable(features: VolumeFeatures) -> VolumeFeatures:
         return features
     present = {name: t for name, t in features._asdict().items() if t is not None}
     absent = dict.fromkeys([name for name in features._fields if name not in present])
-    kind = namedtuple("VolumeFeatures", present)
+    kind = namedtuple("VolumeFeatures", present)  # type: ignore[misc]  # its fields are known when it runs
     methods = {"pooled": VolumeFeatures.pooled, "maps": VolumeFeatures.maps}
     return type("VolumeFeatures", (kind,), absent | methods)(**present)
