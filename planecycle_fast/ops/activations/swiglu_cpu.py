@@ -58,7 +58,12 @@ def swiglu_cpu(
     """
     refuse_transforms("swiglu", "cpu")
     rows, values = rows_of(gate), None if value is None else rows_of(value)
-    if inplace and gate.is_contiguous() and gate.dtype == torch.promote_types(gate.dtype, value.dtype):
+    if (
+        inplace
+        and value is not None
+        and gate.is_contiguous()
+        and gate.dtype == torch.promote_types(gate.dtype, value.dtype)
+    ):
         IN_PLACE(rows, values)
         return gate
     out = OP(rows, values)

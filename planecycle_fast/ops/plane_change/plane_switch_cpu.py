@@ -39,7 +39,7 @@ def _more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *argu
     return out.unflatten(0, (len(many), out.shape[0] // max(len(many), 1))), 0
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
     return _more_volumes(OP, in_dims[0], x, *arguments)
 
 

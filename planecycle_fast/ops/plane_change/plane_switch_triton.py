@@ -203,7 +203,7 @@ def plane_switch_kernel(
         )  # fmt: skip
 
 
-def _tile(itemsize: int, channels: int, offsets: tuple[int, ...]) -> tuple[int, int, int]:
+def _tile(itemsize: int, channels: int, offsets: tuple[int | torch.SymInt, ...]) -> tuple[int, int, int]:
     """UNIT, BLOCK_R, BLOCK_C: 16 elements per thread in 16-byte accesses, or 4 where rows do not start at such."""
     vector = 16 // itemsize
     unit = vector if all([offset % vector == 0 for offset in (channels, *offsets)]) else 1
@@ -297,7 +297,7 @@ def _more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *argu
     return out.unflatten(0, (len(many), out.shape[0] // len(many))), 0
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple[int, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
     return _more_volumes(OP, in_dims[0], x, *arguments)
 
 

@@ -42,7 +42,8 @@ def _cost(x: Tensor, branch: Tensor | None, scale: Tensor | None, *rest: Any) ->
     shapes = Shapes.of(x, old, old, new, sizes, num_globals, via, mean)
     read = shapes.moved(shapes.old, None if shapes.pool == "mean" else shapes.bands if num_globals else 0)
     size = sum([t.element_size() for t in (x, branch) if t is not None])
-    made = outputs(*[t if t is None else t.to("meta") for t in (x, branch, scale)], shapes, norm, dtype)
+    branch, scale = [t if t is None else t.to("meta") for t in (branch, scale)]
+    made = outputs(x.to("meta"), branch, scale, shapes, norm, dtype)
     written = sum([t.numel() * t.element_size() for t in made[:2]])
     return Cost(read * x.shape[2] * size, written, launches=1 if x.numel() else 0)
 

@@ -24,7 +24,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)
 
 
-def backward_by(operation: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Any, ...]]:
+def backward_by(operation: Callable[..., tuple[Tensor, Tensor | None, Tensor]]) -> Callable[..., tuple[Any, ...]]:
     """The same, of a backend's ``add_norm_backward``."""
 
     def backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, *_: None) -> tuple[Any, ...]:

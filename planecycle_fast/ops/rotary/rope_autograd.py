@@ -67,7 +67,7 @@ _turn = linear(OP, _adjoint, _more_sequences)
 
 def arguments_of(
     x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, in_table_dtype: bool
-) -> tuple:
+) -> tuple[Any, ...]:
     """What the operations take after x."""
     turned = x.shape[2] if turned is None else turned
     if isinstance(angles, Axial) and angles.rope.narrows:  # kernels know wider periods only
@@ -77,7 +77,7 @@ def arguments_of(
         if [t.stride() for t in sin] != [t.stride() for t in cos]:
             sin, cos = [[t.contiguous() for t in ts] for ts in (sin, cos)]
         dtype = sin[0].dtype
-        rest = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
+        rest: tuple[Any, ...] = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
     else:
         rope, augmentation = angles.rope, angles.augmentation
         periods = [p.contiguous() for p in angles.periods or rope.axis_periods(len(angles.grid))]
