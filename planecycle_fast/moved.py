@@ -18,13 +18,14 @@ _MOVED = {
     "geometry": "planes pooling rope",
     "runtime": "attentions compiling native torchvision_fix tracing",
     "": "adapters:hosts benchmark:bench",
-    "hosts": "adapters.base:adapter buffers parts placement reading:parts_cache wrapped",
+    "hosts": "adapters.base:adapter buffers parts placement reading:description wrapped",
     "weights": "checkpoints hub loaded_keys lora models:load normalisation timm_models",
     "engine": "attention_maps blocks:lifted_block depth_position framework_class graphs:cuda_graphs layer:stream "
     "module_tree report shared_module taps",
     "authors": "accelerated converter",
-    "scans": "feature_files finite grids monai_transforms preprocess scan_files:files sliding viz volume_lists "
-    "volume_sets volumes:scan windows",
+    "scans": "feature_files finite grids monai_transforms preprocess scan_checks:checks scan_files:files sliding viz "
+    "volume_lists volume_sets volumes:scan windows",
+    "scans.formats": "dicom_series",
     "cost": "gpus meter planning traffic",
     "commands": "cli demo extract:features plan_table:plan verify",
 }

@@ -203,7 +203,7 @@ def _build(arguments: list[str] | None):
     def bench(
         full: bool = typer.Option(False, "--full/--quick", help="Every combination, or a few: minutes on a laptop."),
         device: str = typer.Option("auto", help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."),
-        models: Optional[str] = typer.Option(None, help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: see README."),
+        models: Optional[str] = typer.Option(None, help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: docs/benchmarks.md."),
         volumes: Optional[str] = typer.Option(None, help="Batch x slices x pixels: 1x32x256,4x64x64."),
         dtype: Optional[str] = typer.Option(None, help="fp32, bf16, fp16. Default: bf16 on CUDA, fp32 elsewhere."),
         steps: Optional[str] = typer.Option(None, help="inference, probe, finetune. Default: all."),
@@ -256,7 +256,7 @@ def _build(arguments: list[str] | None):
         modes: Optional[str] = typer.Option(None, help="slice2d,PCg,PCm,flatten3d. Default: all."),
         graph: bool = typer.Option(False, "--graph", help="Replayed as a CUDA graph: the GPU waits for no host."),
         launch_us: Optional[float] = typer.Option(None, help="Of the GPU's host: microseconds per launch."),
-        block_us: Optional[float] = typer.Option(None, help="And per block: see README."),
+        block_us: Optional[float] = typer.Option(None, help="And per block: docs/command-line.md."),
     ) -> int:
         """What a volume will cost before anything runs: FLOPs, traffic, time, memory, and the largest that fits."""
         from .plan import run_plan
