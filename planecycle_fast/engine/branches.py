@@ -48,7 +48,7 @@ def queries_keys_values(
     heads = 3 * found.heads if packed else found.heads
     made = [t.unflatten(-1, (heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
     if layer.angles is not None:
-        made = _turned(made, block, layer)
+        made = _turned(made, block, layer, layer.angles)
     return [head for t in made for head in t.split(found.heads, dim=2)]
 
 
@@ -56,10 +56,11 @@ def _turned(
     made: Sequence[Tensor],  # (N, rows, heads, hd) each, or (N, rows, 3*heads, hd)
     block: BlockDescription,
     layer: Layer,
+    known: PlaneAngles,  # the layer's
 ) -> list[Tensor]:  # (N, rows, any, hd) each, heads of q, k and v in a row
     """Queries and keys turned, the values as they are."""
     choice, heads, g = layer.choice, block.attention.heads, layer.num_globals
-    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(layer.angles, choice.rope)
+    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(known, choice.rope)
     inplace = all([choice.may_overwrite(t, block.plain_qkv) for t in made])
     how = inplace, in_table_dtype
     if not block.plain_qkv:  # others may return anything
