@@ -59,9 +59,10 @@ class Choice:
 
     def here(self) -> Choice:
         """The same within what somebody has put around a block, which may have changed the mode."""
-        grad, writes, autocast = mode = _mode(self.device)
+        mode = _mode(self.device)
         if mode == (self.grad, self.writes, self.autocast):
             return self
+        grad, writes, autocast = mode
         return replace(self, grad=grad, writes=writes, autocast=autocast)
 
     def plain(self) -> Choice:
