@@ -221,3 +221,12 @@ def test_python_runs_as_it_stands(page, small):
 def test_what_is_skipped_is_there():
     code = "".join([block.code for page in PYTHON for block in python(page)])
     assert all(word in code for word in SKIPPED) and set(GIVEN) == set(PYTHON)
+
+
+def test_the_lines_that_an_example_adds_are_those_of_the_code():
+    [example] = re.findall(r"^```diff\n(.*?)^```$", read("docs/extending.md"), re.M | re.S)
+    assert len(example.splitlines()) < 60
+    for part in example.strip().split("\n\n"):
+        path, *lines = part.splitlines()
+        added = [line[1:] for line in lines if line.startswith("+")]
+        assert added and set(added) <= set(read(path.split(",")[0]).splitlines()), path

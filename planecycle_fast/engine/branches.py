@@ -47,6 +47,9 @@ def queries_keys_values(
     packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
     heads = 3 * found.heads if packed else found.heads
     made = [t.unflatten(-1, (heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
+    if found.qk_norm:
+        q, k, v = [head for t in made for head in t.split(found.heads, dim=2)]
+        made = [found.qk_norm[0](q), found.qk_norm[1](k), v]
     if layer.angles is not None:
         made = _turned(made, block, layer, layer.angles)
     return [head for t in made for head in t.split(found.heads, dim=2)]

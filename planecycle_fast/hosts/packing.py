@@ -54,9 +54,9 @@ class Packed(NamedTuple):
 
 
 def pack(block: BlockDescription) -> Packed | None:
-    """None where a part is left to the host, or a linear layer is more than its weight and bias."""
+    """None where a part is left to the host or unknown to csrc, or a linear layer is more than its weight and bias."""
     attention, mlp = block.attention, block.mlp
-    if block.kept or not (block.plain_qkv and block.plain_first and block.plain_last):
+    if block.kept or attention.qk_norm or not (block.plain_qkv and block.plain_first and block.plain_last):
         return None
     linears, made = [], []
     for i, linear in enumerate((*attention.qkv, attention.output, *mlp.first, mlp.last)):

@@ -58,6 +58,7 @@ class Attention:
     scale: float | None = None  # of scores; None: 1/sqrt(hd)
     output: nn.Module = NOTHING  # the projection
     in_table_dtype: bool = False  # see `ops.rope`
+    qk_norm: Sequence[nn.Module] = ()  # of each query and each key, (..., hd), before they turn; called
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapter import Adapter, SinCos, is_exactly, pair
-from .known import comes_from, consists_of, contents, is_identity, kind_of, known_activation, why_called
+from .known import comes_from, consists_of, contents, is_identity, kind_of, known_activation, known_norm, why_called
 from .parts import Attention, BlockParts, Mlp, Part, Scale
 from .wrapped import own_class, read, unwrapped
 
@@ -56,14 +56,17 @@ class TimmParts(BlockParts):
         found = self.block.attn
         if not is_timms(found, kind):
             return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
-        between = (found.q_norm, found.k_norm, found.norm)
-        if not is_identity(*between) or getattr(found, "gate", None) is not None:
-            return Attention(found, Part(unknown="it has norms or a gate of its own"))
+        if not is_identity(found.norm) or getattr(found, "gate", None) is not None:
+            return Attention(found, Part(unknown="it has a norm of its output or a gate of its own"))
+        qk_norm = () if is_identity(found.q_norm, found.k_norm) else (found.q_norm, found.k_norm)
+        for norm in qk_norm:
+            if (reason := known_norm(norm)[1]) is not None:
+                return Attention(found, Part(unknown=f"norm of queries or keys: {reason}"))
         if not found.fused_attn:
             return Attention(found, Part(unknown="timm's fused attention is off"))
-        part = Part([found, *between], [found.attn_drop, found.proj_drop])
+        part = Part([found, found.norm], [found.attn_drop, found.proj_drop])
         linears = (found.qkv,) if found.qkv is not None else (found.q_proj, found.k_proj, found.v_proj)
-        return Attention(found, part, linears, found.num_heads, output=found.proj)
+        return Attention(found, part, linears, found.num_heads, output=found.proj, qk_norm=qk_norm)
 
 
 class TimmBlock(TimmParts):
