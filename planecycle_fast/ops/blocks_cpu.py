@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import swiglu_cpu  # noqa: F401  so that the operations it is made of are complete
+from .activations import swiglu_cpu  # noqa: F401  here and below: so that what it is made of is complete
 from .native_ops import NAMESPACE
+from .residual import add_norm_cpu  # noqa: F401
 from .residual.add_norm import Norm
+from .rotary import rope_cpu  # noqa: F401
 
 OP = getattr(torch.ops, NAMESPACE).blocks_.default
 

@@ -185,7 +185,7 @@ def test_an_attention_by_name_never_falls_back():
 @pytest.fixture
 def complete_backend(monkeypatch):
     """As if the backend "cpu" were there, with every operation but gelu."""
-    backends = sys.modules["planecycle_fast.runtime.backends"]  # the package has a function of that name
+    backends = sys.modules["planecycle_fast.backends"]  # the package has a function of that name
     why_not = backends.why_not
 
     def all_but_gelu(backend, device=None, op=None):
