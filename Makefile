@@ -27,7 +27,7 @@ help:
 	@echo "make bench-cpu  whole models on this CPU against others; writes benchmarks/results/cpu.md"
 	@echo "make sanitize   the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs       a site of README and docs in build/site, whose links are checked"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, and the types of what pyproject.toml lists"
 
 demo: $(VENV)/.pcf-demo
 	$(RUN) -m planecycle_fast demo --out demo.png
@@ -75,6 +75,7 @@ traffic: $(VENV)/.pcf-test
 lint: $(VENV)/.pcf-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 gpu:  # with the Python that is there: torch, triton and pytest, nothing is installed; eight minutes
 	$(PYTHON) -m benchmarks.gpu
@@ -119,5 +120,5 @@ $(VENV)/.pcf-%: $(SETUP)
 	touch $@
 
 clean:
-	rm -rf .venv .venvs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf .venv .venvs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
 

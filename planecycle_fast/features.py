@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class VolumeFeatures(NamedTuple):
         return self.patches.mean((1, 2, 3))
 
 
-def named_in_programs(kind: type[tuple]) -> None:
+def named_in_programs(kind: type[tuple[Any, ...]]) -> None:
     """Makes a NamedTuple one that torch.export.save writes; torch.export.load says what to import if it is missing."""
     _register_namedtuple(kind, serialized_type_name=f"planecycle_fast.{kind.__name__} (import planecycle_fast)")
 

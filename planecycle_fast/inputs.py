@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +107,13 @@ def check_others(others: Mapping[str, Any]) -> None:
     if not others:
         return
     name = next(iter(others))
-    instead = {
+    advice = {
         "output_attentions": "attention_maps(volume, layers) gives attention, on the plane of each layer",
         "output_hidden_states": "intermediate(volume, layers) gives the features of layers",
         "pixel_values": "its argument is a volume (B, channels, D, height, width), called volume",
         "return_dict": "it returns VolumeFeatures",
     }
-    instead = instead.get(name, "settings are those of lift")
+    instead = advice.get(name, "settings are those of lift")
     raise TypeError(f"a lifted model takes a volume alone, got {name}; {instead}")
 
 
@@ -147,5 +147,5 @@ def wanted_layers(n: int | Sequence[int], count: int, name: str = "n") -> set[in
     return {i % count for i in indices}
 
 
-def _is_index(n: Any) -> bool:
+def _is_index(n: Any) -> TypeGuard[int]:
     return hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) and getattr(n, "ndim", 0) == 0

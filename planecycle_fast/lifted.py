@@ -217,7 +217,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
         sizes: Sizes,
     ) -> list[AttentionMap]:
         wanted_layers(layers, len(self.lifted_blocks), "layers")
-        chosen, has_cls, maps = check_patch(patch, sizes), self.adapter.has_cls, {}
+        chosen, has_cls = check_patch(patch, sizes), self.adapter.has_cls
+        maps: dict[int, AttentionMap] = {}
         if chosen is None and not has_cls:
             raise ValueError("patch must be given for a model without a class token, got None")
 

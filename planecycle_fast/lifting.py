@@ -63,13 +63,13 @@ def lift(
     if backend != "auto":
         pick(backend)
     check_attention(attention)
-    adapter = _make_adapter(model, adapter)
+    host = _make_adapter(model, adapter)
     # The other modes are cycles too. "HW" never pools; "DHW" keeps one set of globals per volume.
     if mode != "planecycle":
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
-    adapter.check_planes(cycle)
-    check_depth_position(depth_position, adapter)
-    return LiftedModel(adapter, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position)
+    host.check_planes(cycle)
+    check_depth_position(depth_position, host)
+    return LiftedModel(host, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position)
 
 
 def check_names(

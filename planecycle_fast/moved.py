@@ -55,7 +55,9 @@ class MovedFinder(MetaPathFinder, Loader):
         return None if new_name(name) is None else ModuleSpec(name, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(new_name(spec.name))
+        name = new_name(spec.name)
+        assert name is not None  # `find_spec` has said so
+        module = importlib.import_module(name)
         self._own = module.__spec__
         return module
 

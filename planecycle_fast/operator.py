@@ -57,7 +57,9 @@ def plane_cycle(
     else:
         pooled = transition(g.shape[1], slices, depth, pool_method, "plane").apply(g)  # (B, P, g, C)
         t = plane_switch(patches, HW, plane, sizes, 0, pooling)
+        assert isinstance(t, Tensor)
         t = plane_switch(t, plane, plane, sizes, num_globals, Transition(slices, slices), globals_=pooled.flatten(0, 1))
+    assert isinstance(t, Tensor)  # no norm was asked for
     if layout == "maps":
         t = t.unflatten(1, grid).movedim(-1, 1)  # (B*P, C, n0, n1), a view
 
@@ -76,8 +78,9 @@ def plane_cycle(
     if layout == "maps":
         out = out.movedim(1, -1).flatten(1, -2)
     patches = out[:, num_globals:].contiguous()
-    x = plane_switch(patches, plane, HW, sizes, 0, Transition(slices, depth))
-    x = x.unflatten(1, sizes[1:]).unflatten(0, (batch, depth))
+    back = plane_switch(patches, plane, HW, sizes, 0, Transition(slices, depth))
+    assert isinstance(back, Tensor)
+    x = back.unflatten(1, sizes[1:]).unflatten(0, (batch, depth))
     if g is None:
         return x, None
     g = out[:, :num_globals].unflatten(0, (batch, slices))
@@ -86,7 +89,7 @@ def plane_cycle(
     return x, g
 
 
-def _check_inputs(x: Tensor, g: Tensor | None, layer: Callable, layout: str) -> None:
+def _check_inputs(x: Tensor, g: Tensor | None, layer: Callable[..., Tensor], layout: str) -> None:
     if not callable(layer):
         raise TypeError(f"layer must be callable, got {type(layer).__name__}")
     if layout not in LAYOUTS:

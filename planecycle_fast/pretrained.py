@@ -21,7 +21,7 @@ from .weights.saving import save_pretrained as save_pretrained  # found beside w
 
 
 def from_pretrained(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     mode: str | None = None,
     cycle_order: str | Sequence[str | Plane] | None = None,
     pool_method: str | None = None,
@@ -59,9 +59,9 @@ def settings_of(name: str, has_adapter: bool = False, **given: Any) -> dict[str,
 
     Raises ValueError for a damaged file of settings, and for one of a model that was lifted by an adapter of its own.
     """
+    file: str | Path | None
     if Path(name).is_dir():
-        file = Path(name, SETTINGS)
-        file = file if file.exists() else None
+        file = Path(name, SETTINGS) if Path(name, SETTINGS).exists() else None
     else:
         file = hub_file(name, SETTINGS) if name.count("/") == 1 and not name.startswith("timm/") else None
     recorded = {} if file is None else _recorded(name, Path(file))

@@ -64,6 +64,18 @@ def test_the_lowest_versions_that_are_claimed_are_those_that_are_tried():
     assert PROJECT["project"]["requires-python"] == f">={python}"
 
 
+def test_a_commit_is_checked_by_what_make_lint_runs():
+    hooks = re.findall(r"^ +entry: python (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert hooks and hooks == re.findall(r"^\t\$\(RUN\) (.+)$", recipe, re.MULTILINE)
+
+
+def test_modules_with_settings_of_their_own_for_mypy_are_there():
+    settings = [module for override in PROJECT["tool"]["mypy"]["overrides"] for module in override["module"]]
+    ours = [module for module in settings if module.startswith("planecycle_fast.")]
+    assert ours and [m for m in ours if not (ROOT / f"{m.replace('.', '/')}.py").is_file()] == []
+
+
 def padded(version):
     return tuple([*map(int, version.split(".")), 0, 0][:3])
 

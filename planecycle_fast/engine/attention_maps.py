@@ -52,7 +52,8 @@ def check_patch(patch: Sequence[int] | None, sizes: Sizes) -> tuple[int, int, in
         raise TypeError(f"patch must be the indices (d, h, w) of a patch, got {patch!r}")
     if len(listed) != 3 or not all([-n <= i < n for i, n in zip(listed, sizes)]):
         raise ValueError(f"patch must be indices (d, h, w) within {tuple(sizes)} patches, got {patch!r}")
-    return tuple([int(i) + n if i < 0 else int(i) for i, n in zip(listed, sizes)])
+    d, h, w = [int(i) + n if i < 0 else int(i) for i, n in zip(listed, sizes)]
+    return d, h, w
 
 
 def attention_map(

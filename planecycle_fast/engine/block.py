@@ -56,7 +56,7 @@ def run_block(
     branch = attention_branch(block, normed, layer)
     branch, gamma = (branch, block.scale1.gamma) if "scale1" not in block.kept else (block.scale1.own(branch), None)
 
-    def add(*norm: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def add(*norm: Any) -> Any:  # the sum; with a norm: and its norm
         check_stream(x, branch, gamma, *norm)  # the branch is the host's
         return add_norm_on(choice.add_norm, x, branch, gamma, *norm) if norm else add_ref(x, branch, gamma)
 
@@ -68,12 +68,14 @@ def run_block(
 
 
 def _normed(
-    norm: NormPart, choice: Choice, add: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    norm: NormPart,
+    choice: Choice,
+    add: Callable[..., Any],  # the sum; with a norm: and its norm
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their norm: together, ``add(norm, dtype)``, or by the host's norm."""
     if norm.known is None:
         x = add()
         return x, norm.module(x)
     # What autocast would make of the norm in each of the next linear layers: it is written as that at once.
-    casts = norm.cast and choice.autocast is not None and norm.known.weight.dtype != torch.float64
+    casts = norm.cast and choice.autocast is not None and norm.known.weight.dtype != torch.float64  # type: ignore[union-attr]  # a norm that is cast has one
     return add(norm.known, choice.autocast if casts else None)

@@ -51,7 +51,7 @@ def queries_keys_values(
         q, k, v = [head for t in made for head in t.split(found.heads, dim=2)]
         made = [found.qk_norm[0](q), found.qk_norm[1](k), v]
     if layer.angles is not None:
-        made = _turned(made, block, layer)
+        made = _turned(made, block, layer, layer.angles)
     return [head for t in made for head in t.split(found.heads, dim=2)]
 
 
@@ -59,10 +59,11 @@ def _turned(
     made: Sequence[Tensor],  # (N, rows, heads, hd) each, or (N, rows, 3*heads, hd)
     block: BlockDescription,
     layer: Layer,
+    known: PlaneAngles,  # the layer's
 ) -> list[Tensor]:  # (N, rows, any, hd) each, heads of q, k and v in a row
     """Queries and keys turned, the values as they are."""
     choice, heads, g = layer.choice, block.attention.heads, layer.num_globals
-    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(layer.angles, choice.rope)
+    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(known, choice.rope)
     inplace = all([choice.may_overwrite(t, block.plain_qkv) for t in made])
     how = inplace, in_table_dtype
     if not block.plain_qkv:  # others may return anything

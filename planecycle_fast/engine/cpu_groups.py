@@ -49,8 +49,7 @@ def run_in_groups(
     if choice.attention != "sdpa" or choice.autocast is not None or (found := block.packed) is None:
         return None
     dtype = _dtype_of(*held[0])
-    tensors = None if dtype is None or came.numel() == 0 else found.tensors(dtype)
-    if tensors is None:
+    if dtype is None or came.numel() == 0 or (tensors := found.tensors(dtype)) is None:
         return None
     blocks, layers, last, dimensions = [tensors], [layer], None, came.numel() * came.shape[-1]
     for after, next_layer in islice(following, max(0, int(CALL / (12 * dimensions)) - 1)):
@@ -74,13 +73,13 @@ def run_in_groups(
     if x is came and not own:
         x = x.clone(memory_format=torch.contiguous_format)
     del came
-    angles = [] if layer.angles is None else [each.angles.halves() for each in layers[: len(blocks)]]
+    angles = [each.angles.halves() for each in layers[: len(blocks)] if each.angles is not None]  # of all, or of none
     vias, means = [each.via for each in layers[1:]], [each.transition.mean for each in layers[1:]]
     where = [each.new.name for each in layers], layer.sizes, layer.num_globals, vias, means
     made = _loaded[0](
         x, normed, blocks, found.settings, _has_onednn(dtype), *where, last, angles, GROUP_BYTES, most_rounds()
     )
-    return (Own(*made, blocks[-1][-1]) if last is None else made), len(layers)
+    return (Own(made[0], made[1], blocks[-1][-1]) if last is None else made), len(layers)
 
 
 def _dtype_of(
@@ -110,4 +109,4 @@ def _has_onednn(dtype: torch.dtype) -> bool:
             supported = getattr(operations, "_is_mkldnn_bf16_supported", None)
             has = has and supported is not None and supported()
         _onednn[dtype] = has
-    return _onednn[dtype] and torch.backends.mkldnn.enabled
+    return _onednn[dtype] and torch.backends.mkldnn.enabled  # type: ignore[return-value]  # a property of a module

@@ -83,6 +83,7 @@ def add_depth(
     Raises ValueError where the learned positions have no values here, as while a framework has taken them away.
     """
     positions, channels = adapter.positions(), patches.shape[2]
+    assert positions is not None  # see `check_depth_position`
     if positions.device != patches.device:
         raise ValueError(
             f"the model's learned positions must be on {patches.device} for depth_position='sincos', got "
@@ -113,8 +114,8 @@ class DepthTables:
             axis = plane.sequence.index(0)
             shape = [-1 if i == axis else 1 for i in range(len(plane.sequence))] + [self.head_dim]
             turns = angles(sizes[0], self.head_dim // 2, self.dtype, self.device).repeat(1, 2)  # (D, hd)
-            tables = [t.view(shape).expand(*plane.grid(sizes), -1).flatten(0, -2) for t in (turns.sin(), turns.cos())]
-            self._tables[plane] = PlaneAngles(None, sincos=tuple(tables))
+            sin, cos = [t.view(shape).expand(*plane.grid(sizes), -1).flatten(0, -2) for t in (turns.sin(), turns.cos())]
+            self._tables[plane] = PlaneAngles(None, sincos=(sin, cos))
         return self._tables[plane]
 
 
@@ -144,7 +145,9 @@ def tables_of(
 def describe_depth(depth_position: str, adapter: Adapter, planes: Sequence[Plane]) -> str:
     """A line for `LiftedModel.report`."""
     if depth_position == "sincos":
-        return f"depth: sine and cosine added to the patches, of size {float(amplitude(adapter.positions())):.3g}"
+        positions = adapter.positions()
+        assert positions is not None  # see `check_depth_position`
+        return f"depth: sine and cosine added to the patches, of size {float(amplitude(positions)):.3g}"
     turned = dict.fromkeys([plane.name for plane in planes if 0 in plane.sequence])
     where = f"on planes {', '.join(turned)}" if turned else "nowhere, as no plane contains D"
     return f"depth: queries and keys turned by rope {where}"

@@ -6,6 +6,7 @@ For some sizes oneDNN's convolution takes 0.4 GiB of its own, in bfloat16 from f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ def embed(
     at_once = max(1, ROWS // length)
     if len(images) <= at_once or not _nobody_can_tell(adapter):
         return adapter.embed_parts(images)
-    patches = globals_ = alike = None
+    patches: Any = None  # they and the globals: until the first slices are there
+    globals_, alike = patches, False
     for start in rounds(range(0, len(images), at_once)):
         here = slice(start, start + at_once)
         some, g = adapter.embed_parts(images[here])

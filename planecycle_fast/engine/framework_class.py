@@ -38,18 +38,18 @@ def _with(cls: type, base: type) -> type:
             members[name] = kept[name]
         elif not (name.startswith("__") and name.endswith("__")):
             members[name] = OfHost(base, name)
-    made = type(nn.Module)(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    made = type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     for name, value in members.items():  # after the framework has looked at its new class
         setattr(made, name, value)
     setattr(made, _MADE, True)
     return made
 
 
-def reduced(model: nn.Module) -> tuple | None:
+def reduced(model: nn.Module) -> tuple[Any, ...] | None:
     """How to pickle or copy a model of a class that has been made here: it is made again from its state."""
     cls = type(model)
     return (_empty, (cls.__bases__[0],), model.__getstate__()) if _MADE in vars(cls) else None
 
 
-def _empty(cls: type) -> nn.Module:
+def _empty(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)

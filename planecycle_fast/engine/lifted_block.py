@@ -55,7 +55,8 @@ class LiftedBlock(OnStream, TensorsOfHost, SharedModule):
         layer = layer.here(stream)  # hooks that move arguments see a stream, and no tables
         if layer.look is not None:
             layer.look(stream)
-        return layer.one(self.take([stream], layer)[0], layer.new)
+        out = self.take([stream], layer)[0]
+        return layer.one(out, layer.new)  # type: ignore[arg-type]  # nothing follows: it is a stream
 
     def why_called(self) -> str | None:
         return why_called(self, LiftedBlock)

@@ -13,15 +13,18 @@ to its blocks (`Mirror`), and follows the host's at each look. Writing to it:
 from __future__ import annotations
 
 import copyreg
-from collections.abc import ItemsView, Iterator, KeysView, MutableMapping, ValuesView
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..hosts import Adapter
 from .lifted_block import LiftedBlock
 from .shared_module import SharedModule
+
+if TYPE_CHECKING:
+    from _collections_abc import dict_items, dict_keys, dict_values
 
 
 class LiftedTree:
@@ -135,7 +138,10 @@ class LiftedTree:
             setattr(module, name, new)
 
 
-class Tree(MutableMapping, dict):
+_BY_METHODS: Any = MutableMapping  # with no type of its own: annotations have it that dict is one already
+
+
+class Tree(_BY_METHODS, dict[str, nn.Module | None]):
     """`_modules` of a lifted model or a mirror. Its own contents are what was shown last: see `_now`."""
 
     def __init__(self, host: nn.Module, lifted: LiftedTree, spread: bool = False) -> None:
@@ -173,13 +179,13 @@ class Tree(MutableMapping, dict):
     def __reversed__(self) -> Iterator[str]:
         return dict.__reversed__(self._now())
 
-    def keys(self) -> KeysView[str]:
+    def keys(self) -> dict_keys[str, nn.Module | None]:
         return dict.keys(self._now())
 
-    def values(self) -> ValuesView[nn.Module | None]:
+    def values(self) -> dict_values[str, nn.Module | None]:
         return dict.values(self._now())
 
-    def items(self) -> ItemsView[str, nn.Module | None]:
+    def items(self) -> dict_items[str, nn.Module | None]:
         return dict.items(self._now())
 
     def copy(self) -> dict[str, nn.Module | None]:
@@ -196,10 +202,12 @@ class Tree(MutableMapping, dict):
         new = self.lifted.to_host(name, value, old)
         if new is old and name in theirs:
             self.lifted.put(old, value)
-        elif self.spread:
+        elif not self.spread:
+            theirs[name] = new
+        elif old is not None:
             self.lifted.replace(old, new)
         else:
-            theirs[name] = new
+            raise TypeError("blocks cannot be added here: the model holds them in several modules of its own")
         self._now()
 
     def __delitem__(self, name: str) -> None:
@@ -218,8 +226,8 @@ class Tree(MutableMapping, dict):
         self.host._modules = theirs
         self._now()
 
-    def __reduce__(self) -> tuple:
-        return copyreg.__newobj__, (Tree,), {**vars(self), "_seen": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (Tree,), {**vars(self), "_seen": None}  # type: ignore[attr-defined]  # typeshed lacks it
 
 
 class TreeModule(SharedModule):

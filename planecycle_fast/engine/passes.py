@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class OnStream:
     """A host's block that a pass runs without calling it as a module, as long as nobody can tell."""
 
     reading: Reading
+    __call__: Callable[..., Any]  # of modules, which blocks are
 
     @abstractmethod
     def why_called(self) -> str | None:
@@ -58,11 +59,12 @@ class OnStream:
             return run_block(block, held, layer, call, following)
         make_tables(layer)
 
-        def run(*stream: Tensor | None) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)
+        def run(*stream: Any) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)
             # Read when it runs: again in backward, with other tensors if it is sharded.
             came = Stream(*stream)
             here = layer.here(came)
-            return here.one(run_block(self.reading.anew(), [came], here, call)[0], here.new).residual
+            out = run_block(self.reading.anew(), [came], here, call)[0]
+            return here.one(out, here.new).residual  # type: ignore[arg-type]  # nothing follows: it is a stream
 
         return Stream(checkpoint(run, *held.pop())), 1  # tensors one by one: some ways of checkpointing see no others
 
@@ -95,11 +97,11 @@ def run_pass(
     for end in range(last + 1) if one_by_one else sorted(wanted):
         steps = [step(i) for i in range(done, end + 1)]
         norm, leaving = leave(end) if end in wanted else (None, None)
-        if end == last and norm is not None:
+        if end == last and norm is not None and leaving is not None:
             steps.append((norm, leaving))
         while steps:
             before = len(steps)
-            held = [_run_next(steps, held)]
+            held = [_run_next(steps, held)]  # type: ignore[list-item]  # or, of the last norm, what it returns
             if after_steps is not None:
                 after_steps(before - len(steps))
         if leaving is not None:
@@ -116,6 +118,7 @@ def _run_next(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, T
 
     Returns the stream, or after a last norm the tokens and their norm, (B*P, g + L, C) each.
     """
+    out: Stream | tuple[Tensor, Tensor]
     step, layer = steps[0]
     if isinstance(step, Norm):
         out, ran = layer.here(held[0]).switch(held.pop(), step), 1
@@ -135,7 +138,7 @@ def _run_next(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, T
     return out
 
 
-def _is_taken(step: Any) -> bool:
+def _is_taken(step: Any) -> TypeGuard[OnStream]:
     return isinstance(step, OnStream) and step.why_called() is None
 
 
@@ -152,6 +155,7 @@ def _following(steps: Sequence[Step]) -> Iterator[Following]:
 
 def check_strict(choice: Choice, attention: str, blocks: Callable[[], Sequence[BlockDescription]]) -> None:
     """Raises ValueError where a backend or attention asked for by name would have to leave parts to the host."""
+    named: dict[str, tuple[str, ...] | None]
     named = {} if choice.asked in ("auto", "reference") else {f"backend {choice.asked!r}": None}
     named |= {} if attention == "auto" else {f"attention {attention!r}": ("block", "attention")}
     if not choice.strict or not named:  # the reference replaces nothing

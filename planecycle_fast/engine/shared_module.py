@@ -122,7 +122,7 @@ class SharedModule(nn.Module):
         self.host._load_from_state_dict(*args)
 
     @property
-    def _version(self) -> int:
+    def _version(self) -> int:  # type: ignore[override]  # the host's, which nobody sets
         return self.host._version
 
 

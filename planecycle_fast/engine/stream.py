@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ class Layer:
             return 0
         return m.num_prev if m.via is None else m.via
 
+    @overload
+    def switch(self, stream: Stream) -> Tensor: ...
+
+    @overload
+    def switch(self, stream: Stream, norm: Norm, norm_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def switch(self, stream: Stream, norm: Norm | None) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def switch(
         self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -106,5 +115,5 @@ def enter(
     """The stream of embedded slices, in the first block's plane order."""
     args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition, None, None, None, globals_)
     check_switch(patches, *args)
-    entered = switch_on(layer.choice.plane_switch, patches, *args)
+    entered: Any = switch_on(layer.choice.plane_switch, patches, *args)
     return Own(entered) if entered is not patches and layer.choice.writes else Stream(entered)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 AXES = ("D", "H", "W")
-Sizes = tuple[int, int, int]  # (D, H, W) in tokens
+Sizes = Sequence[int]  # (D, H, W) in tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Plane:
 
     def ordered(self, sizes: Sizes) -> tuple[int, int, int]:
         """`sizes` = (D, H, W) in the order of this plane's `axes`."""
-        return tuple([sizes[a] for a in self.axes])
+        slowest, middle, fastest = self.axes
+        return sizes[slowest], sizes[middle], sizes[fastest]
 
     def length(self, sizes: Sizes) -> int:
         """L, the number of patches in one sequence."""

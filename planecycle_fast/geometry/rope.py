@@ -45,7 +45,7 @@ def coordinates(
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
-    common = {"min": min, "max": max, "separate": lambda _: None}[normalize](sizes)
+    common = None if normalize == "separate" else min(sizes) if normalize == "min" else max(sizes)
     return [2.0 * (_centres(n, dtype, device) / (common or n)) - 1.0 for n in sizes]
 
 
@@ -84,15 +84,14 @@ def make_periods(
 
     Raises ValueError unless exactly one of base and (min_period, max_period) is given.
     """
-    both = min_period is not None and max_period is not None
-    if (base is None) != both or (base is not None and not (min_period is None and max_period is None)):
-        raise ValueError(
-            "give either base, or min_period and max_period, "
-            f"got base={base}, min_period={min_period}, max_period={max_period}"
-        )
-    if base is not None:
+    if base is not None and min_period is None and max_period is None:
         return base ** (torch.arange(count, dtype=dtype, device=device) / count)
-    return min_period * (max_period / min_period) ** torch.linspace(0, 1, count, dtype=dtype, device=device)
+    if base is None and min_period is not None and max_period is not None:
+        return min_period * (max_period / min_period) ** torch.linspace(0, 1, count, dtype=dtype, device=device)
+    raise ValueError(
+        "give either base, or min_period and max_period, "
+        f"got base={base}, min_period={min_period}, max_period={max_period}"
+    )
 
 
 @dataclass(frozen=True)
@@ -222,21 +221,26 @@ class PlaneAngles:
         sincos: tuple[Tensor, Tensor] | None = None,  # (L, hd) each
     ) -> None:
         self.rope, self.grid, self.augmentation = rope, grid, augmentation
-        self._sincos, self._periods, self._halves = sincos, None, None
+        self._sincos = sincos
+        self._periods: list[Tensor] | None = None
+        self._halves: tuple[Tensor, Tensor] | None = None
         self._elsewhere: dict[torch.device, PlaneAngles] = {}
 
     def sincos(self) -> tuple[Tensor, Tensor]:
         """Sine and cosine, (L, hd) each."""
         if self._sincos is None:
+            assert self.rope is not None  # or there were tables
             self._sincos = self.rope.sincos(self.grid, self.augmentation)
         return self._sincos
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
-        if self._halves is None and self._sincos is None:
-            self._halves = self.rope.halves(self.grid, self.augmentation)
+        if self._halves is None and self._sincos is not None:
+            sin, cos = self._sincos
+            self._halves = sin[:, : sin.shape[1] // 2], cos[:, : cos.shape[1] // 2]
         elif self._halves is None:
-            self._halves = tuple([table[:, : table.shape[1] // 2] for table in self._sincos])
+            assert self.rope is not None
+            self._halves = self.rope.halves(self.grid, self.augmentation)
         return self._halves
 
     def on(self, device: torch.device) -> PlaneAngles:
@@ -246,12 +250,14 @@ class PlaneAngles:
         if mine == device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = PlaneAngles(None, sincos=tuple([table.to(device) for table in self.sincos()]))
+            sin, cos = self.sincos()
+            self._elsewhere[device] = PlaneAngles(None, sincos=(sin.to(device), cos.to(device)))
         return self._elsewhere[device]
 
     def periods(self) -> list[Tensor]:
         """`Rope.axis_periods`, made once: for three axes they are computed."""
         if self._periods is None:
+            assert self.rope is not None
             self._periods = self.rope.axis_periods(len(self.grid))
         return self._periods
 
@@ -264,7 +270,7 @@ class PlaneTables:
         self.augments = rope is not None and training and rope.augments
         self._draws: dict[int, Augmentation] = {}  # by number of axes, where one draw serves the forward
         self._tables: dict[Plane | tuple[int, ...], PlaneAngles] = {}  # by grid, or where it is compiled by plane
-        if self.augments and not rope.draw_per_block:
+        if rope is not None and self.augments and not rope.draw_per_block:
             self._draw(num_axes)  # of the first plane, before anything else of this forward draws
 
     def for_block(self, plane: Plane, sizes: Sizes) -> PlaneAngles | None:
@@ -283,6 +289,6 @@ class PlaneTables:
         return self._tables[key]
 
     def _draw(self, num_axes: int) -> Augmentation | None:
-        if self.augments and num_axes not in self._draws:
+        if self.rope is not None and self.augments and num_axes not in self._draws:
             self._draws[num_axes] = self.rope.draw(num_axes)
         return self._draws.get(num_axes)

@@ -1,7 +1,7 @@
 """What we know of each family of 2D models; none of their libraries is imported here.
 
 An `Adapter` says how a model embeds slices, where its blocks are, which globals, RoPE and norm it has; its blocks are
-described part by part, so that the stream can run the parts, and so is what forbids that. What is not known of a model runs
+described part by part, so that the stream can run them, and so is what forbids that. What is not known of a model runs
 in the model's own code.
 
 May import `ops` and what is below it. `engine` reads blocks through it, `lift` finds the adapter (`find_adapter`).

@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops import Norm
 from .known import HOOKS, LINEAR, why_called
 from .packing import Packed, pack
-from .parts import Attention, BlockParts, Mlp, Scale
+from .parts import NOTHING, Attention, BlockParts, Mlp, Scale
 
 _FORWARD = attrgetter("__class__.forward")  # which somebody may replace in a class
 _END = object()  # of what was seen: nothing equals it but itself
@@ -39,14 +39,14 @@ class NormPart(NamedTuple):
 class BlockDescription:
     """A block of a host, taken apart as it is now."""
 
-    parts: BlockParts | None  # None of a block that cannot be taken apart
+    parts: BlockParts  # nothing of a block that cannot be taken apart
     kept: Mapping[str, str]  # by part, why the host's own code runs it; "block": all of it, and nothing else is there
-    norm1: NormPart | None = None
-    attention: Attention | None = None
-    scale1: Scale | None = None
-    norm2: NormPart | None = None
-    mlp: Mlp | None = None
-    scale2: Scale | None = None
+    norm1: NormPart = NOTHING
+    attention: Attention = NOTHING
+    scale1: Scale = NOTHING
+    norm2: NormPart = NOTHING
+    mlp: Mlp = NOTHING
+    scale2: Scale = NOTHING
     plain_qkv: bool = False  # whether what these layers return is x @ weight + bias, and nobody else's
     plain_first: bool = False
     plain_last: bool = False  # both last layers, the attention's output and the MLP's
@@ -71,7 +71,7 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     """What a block consists of now. `parts` is a reason where the block is of an unknown kind."""
     whole = parts if isinstance(parts, str) else parts.why_not()
     if whole is not None:
-        return BlockDescription(None if isinstance(parts, str) else parts, {"block": whole})
+        return BlockDescription(NOTHING if isinstance(parts, str) else parts, {"block": whole})
     attention, mlp, scale1, scale2 = parts.attention(), parts.mlp(), parts.scale(1), parts.scale(2)
     norms, reasons = zip(parts.norm_or_reason(1), parts.norm_or_reason(2))
     found = {

@@ -20,6 +20,7 @@ from ..ops import Norm
 from .known import is_identity, kind_of, known_dropout, known_norm, why_called
 
 WHOLE = "its adapter does not take blocks apart"
+NOTHING: Any = None  # in the place of what is not taken apart: nobody asks for it there
 
 
 class Part(NamedTuple):
@@ -55,7 +56,7 @@ class Attention:
     qkv: Sequence[Callable[[Tensor], Tensor]] = ()  # (N, rows, C) to (N, rows, 3*heads*hd), or in three
     heads: int = 0
     scale: float | None = None  # of scores; None: 1/sqrt(hd)
-    output: nn.Module | None = None  # the projection
+    output: nn.Module = NOTHING  # the projection
     in_table_dtype: bool = False  # see `ops.rope`
     qk_norm: Sequence[nn.Module] = ()  # of each query and each key, (..., hd), before they turn; called
 
@@ -68,7 +69,7 @@ class Mlp:
     part: Part
     activation: str = ""
     first: Sequence[nn.Module] = ()
-    last: nn.Module | None = None
+    last: nn.Module = NOTHING
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def blocks_in_place(
     x: Tensor,  # (B*P, g + L, C), the residual in the order of the first block's plane; taken, an empty tensor is left
     normed: Tensor,  # like x, its norm1; taken
     tensors: Sequence[Sequence[Tensor | None]],  # of each block: qkv, out, first, last, norm1, gamma, norm2, gamma
-    settings: tuple,  # `groups.Settings`
+    settings: tuple[Any, ...],  # `groups.Settings`
     fused: bool,  # whether oneDNN takes the linear layers
     planes: Sequence[str],  # of each block, and that of the last norm
     sizes: Sequence[int],  # (D, H, W) in tokens
@@ -37,7 +38,7 @@ def blocks_in_place(
     most_groups: int,  # that run, 0: all; see `repeats`
 ) -> tuple[Tensor, Tensor]:  # (B*P, g + L, C) each: the residual and the last MLP's branch; or their sum and its norm
     """Blocks of plain linear layers, all of x's dtype; in bfloat16 with fewer roundings than one by one."""
-    final = (None, None, "none", 0.0)
+    final: tuple[Tensor | None, Tensor | None, str, float] = (None, None, "none", 0.0)
     if last is not None:
         final = (last.weight, last.bias, "rms" if last.rms else "layer", last.eps)
     return OP(

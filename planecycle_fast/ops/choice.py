@@ -6,6 +6,7 @@ Operations that are called directly decide for themselves, by the same rules (`r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "swiglu")  # gelu is torch's own, whatever the backend
-MODE = ("grad", "writes", "autocast")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Choice:
         first = choose(asked, device, OPERATIONS[0], strict)
         alike = all([op in HAS.get(first, OPERATIONS) for op in OPERATIONS])
         chosen = [first if alike else choose(asked, device, op, strict) for op in OPERATIONS]
-        return Choice(asked, strict, device, *chosen, resolve_attention(attention, device), *_mode(device))
+        plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
+        by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
+        return Choice(asked, strict, device, *by, *_mode(device))
 
     def for_rows(self, channels: int) -> Choice:
         """The same for rows of so many channels. Raises ValueError as `backend_of_rows` does."""
@@ -58,11 +60,15 @@ class Choice:
     def here(self) -> Choice:
         """The same within what somebody has put around a block, which may have changed the mode."""
         mode = _mode(self.device)
-        return self if mode == (self.grad, self.writes, self.autocast) else replace(self, **dict(zip(MODE, mode)))
+        if mode == (self.grad, self.writes, self.autocast):
+            return self
+        grad, writes, autocast = mode
+        return replace(self, grad=grad, writes=writes, autocast=autocast)
 
     def plain(self) -> Choice:
         """The same by references, nothing in place."""
-        return replace(self, writes=False, attention="reference", **dict.fromkeys(OPERATIONS, "reference"))
+        references: dict[str, Any] = dict.fromkeys((*OPERATIONS, "attention"), "reference")
+        return replace(self, writes=False, **references)
 
     def may_overwrite(
         self,
@@ -74,7 +80,7 @@ class Choice:
 
 
 def _mode(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
-    """`MODE` as it is now."""
+    """Grad, writes and autocast, as they are now."""
     autocast, kind = None, device.type
     if torch._C._is_any_autocast_enabled():
         # torch 2.11 cannot trace is_autocast_available.

@@ -47,7 +47,7 @@ def register(
     """
     name = body.__name__.removeprefix("_")
     make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    definition = make(f"{NAMESPACE}::{name}", body, mutates_args=mutates)
+    definition: Any = make(f"{NAMESPACE}::{name}", body, mutates_args=mutates)
     if INTERPRETED:
         definition.register_fake(fake)
     if backward is not None:

@@ -30,7 +30,7 @@ class CustomOp:
 
     name: str
     body: Callable[..., Any]  # what runs: allocates outputs, launches kernels, nothing else
-    cost: Callable[..., Cost]  # same arguments as the body
+    cost: Callable[..., Cost] | None  # same arguments as the body; None of csrc's
     definition: Any  # torch's CustomOpDef
     overload: Any  # torch.ops.planecycle_fast.<name>.default
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import constant_when_compiled
+
 ATTENTIONS = ("auto", "flash2", "flash3", "flash4", "sdpa", "triton", "reference")
 MODULES = {  # where each FlashAttention keeps its `flash_attn_func`, by preference
     "flash2": ("flash_attn",),
@@ -107,6 +109,7 @@ def flash_function(attention: str) -> Callable[..., Any]:
     return _load(attention)[0]
 
 
+@constant_when_compiled
 def _load(attention: str) -> Any:
     if attention not in _loaded:
         _loaded[attention] = _look_for(attention)
@@ -126,7 +129,3 @@ def _look_for(attention: str) -> Any:
         except Exception as error:  # a broken installation raises anything
             reasons.append(f"importing {name} failed: {type(error).__name__}: {error}")
     return "; ".join(reasons)
-
-
-# What is installed does not change under a compiled model: see `backends`.
-_load._dynamo_marked_constant = True

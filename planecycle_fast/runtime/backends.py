@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from . import native
-from .tracing import recorder, transforms_active
+from .tracing import constant_when_compiled, recorder, transforms_active
 
 BACKENDS = ("triton", "cpu", "reference")
 HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
@@ -135,6 +135,7 @@ def _usable(device: torch.device | None, op: str | None) -> str:
     return ", ".join([name for name in BACKENDS if why_not(name, device, op) is None])
 
 
+@constant_when_compiled
 def _why_not_triton() -> str | None:
     if "triton" not in _found:
         _found["triton"] = _look_for_triton()
@@ -162,17 +163,12 @@ def _look_for_triton() -> str | None:
     return None if torch.cuda.is_available() else NO_CUDA
 
 
+@constant_when_compiled
 def _interpreted() -> bool:
     """Whether triton's interpreter stands in for a GPU, on tensors of any device. Call it where triton imports."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-# torch.compile takes their results for constants: what is installed does not change under a compiled model. By
-# attribute, as torch.compiler.assume_constant_result imports the whole compiler, and triton with it.
-_why_not_triton._dynamo_marked_constant = True
-_interpreted._dynamo_marked_constant = True
 
 
 def _broken(error: Exception) -> str:

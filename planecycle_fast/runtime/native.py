@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from .compiling import BuildError, capability, compile_library, compiler, damage, key, library_name, sources
+from .tracing import constant_when_compiled
 
 BUILD = "PLANECYCLE_FAST_BUILD"
 CACHE = "PLANECYCLE_FAST_CACHE"
@@ -73,6 +74,7 @@ def _is_whole(library: Path) -> bool:
     return library.is_file() and damage(library) is None
 
 
+@constant_when_compiled
 def why_not_native() -> str | None:
     """The reason why the library is not usable, as far as can be told without building it, or None."""
     if "reason" in _state:
@@ -109,6 +111,7 @@ def _cached() -> Path:
     return cache() / folder / name
 
 
+@constant_when_compiled
 def ready() -> bool:
     """Loads the library, building it if need be; whether it is usable now. Says so in the log, once, where it is not.
 
@@ -220,8 +223,3 @@ def _locked(path: Path) -> Iterator[None]:
                     raise BuildError(f"another process has held {path} for {LOCK_LIMIT} seconds") from None
                 time.sleep(0.1)
         yield
-
-
-# What is installed does not change under a compiled model: see `backends`.
-why_not_native._dynamo_marked_constant = True
-ready._dynamo_marked_constant = True

@@ -28,7 +28,7 @@ class TorchvisionFinder:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = partial(_execute, spec.loader.exec_module)
+            spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]  # of this one
         return spec
 
 

@@ -6,12 +6,24 @@ run: sizes are numbers in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compile takes its results for constants: what is installed does not change under a compiled model.
+
+    By attribute, as torch.compiler.assume_constant_result imports the whole compiler, and triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have it, not all callables
+    return function
 
 
 def recorder() -> str | None:

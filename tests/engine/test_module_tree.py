@@ -250,6 +250,10 @@ def test_blocks_that_are_spread_over_a_model():
     assert model.blocks[0] is new and lifted.blocks[0].host is new
     with pytest.raises(TypeError, match="blocks cannot be taken out here"):
         del lifted.blocks[0]
+    model.register_module("head", None)  # no place for a block that is added
+    with pytest.raises(TypeError, match="blocks cannot be added here"):
+        lifted.blocks.append(copy.deepcopy(new))
+    assert model.head is None and len(lifted.blocks) == 4
 
 
 class Container(nn.ModuleList):

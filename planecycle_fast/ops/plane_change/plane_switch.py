@@ -66,20 +66,20 @@ def _switch(
     dtype = x.dtype if globals_ is None else torch.promote_types(x.dtype, globals_.dtype)
     slices, length = new.slices(sizes), new.length(sizes)
     source = volumes[:, :, skip:].reshape(batch, *old.ordered(sizes), channels).permute(permutation(old, new))
-    pooled = globals_  # (B, P2, g, C), or (1, g, C): rows of M sum to 1
+    pooled = globals_ if g else None  # (B, P2, g, C), or (1, g, C): rows of M sum to 1
     if g and globals_ is None:
         pooled = transition.apply(volumes[:, :, :g])
-    elif g and globals_.shape[0] != 1:
-        pooled = transition.apply(globals_.unflatten(0, (batch, old.slices(sizes))))
+    elif pooled is not None and pooled.shape[0] != 1:
+        pooled = transition.apply(pooled.unflatten(0, (batch, old.slices(sizes))))
     if not may_write() and (recorder() is not None or not torch.compiler.is_compiling()):
-        parts = [] if not g else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
+        parts = [] if pooled is None else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
         # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
         return torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
     result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
     out = result.view(batch, slices, g + length, channels)
     # The one gather: views name the voxels of both orders, each row is read once and written once.
     out[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
-    if g:
+    if pooled is not None:
         out[:, :, :g] = pooled
     return result
 

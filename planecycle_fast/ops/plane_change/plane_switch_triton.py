@@ -198,7 +198,7 @@ def plane_switch_kernel(
         )  # fmt: skip
 
 
-def _tile(itemsize: int, channels: int, offsets: tuple[int, ...]) -> tuple[int, int, int]:
+def _tile(itemsize: int, channels: int, offsets: tuple[int | torch.SymInt, ...]) -> tuple[int, int, int]:
     """UNIT, BLOCK_R, BLOCK_C: 16 elements per thread in 16-byte accesses, or 4 where rows do not start at such."""
     vector = 16 // itemsize
     unit = vector if all([offset % vector == 0 for offset in (channels, *offsets)]) else 1

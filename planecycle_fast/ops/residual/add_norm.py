@@ -58,7 +58,7 @@ def add_norm_on(
     else:
         from .add_norm_triton import add_rows_triton as add_rows
 
-    return add_rows(x, branch, scale, norm, norm_dtype)
+    return add_rows(x, branch, scale, norm, norm_dtype)  # type: ignore[return-value]  # both, as there is a norm
 
 
 def pick_rows(backend: str, x: Tensor) -> str:

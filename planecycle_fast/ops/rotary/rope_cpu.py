@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...runtime.tracing import transforms_active
@@ -22,11 +24,11 @@ IN_PLACE = register("rope_", fake=lambda x, *_: None)
 
 def arguments_of(
     x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, in_table_dtype: bool
-) -> tuple:
+) -> tuple[Any, ...]:
     """What the operations take after x. Tables are made here of what they can be made of."""
     sin, cos = angles.tables() if isinstance(angles, Axial) else angles
     dtype = sin[0].dtype
-    rest = [t.shape[0] for t in sin], list(sin), list(cos), [], [], "", False, False, dtype, dtype
+    rest: tuple[Any, ...] = [t.shape[0] for t in sin], list(sin), list(cos), [], [], "", False, False, dtype, dtype
     return False, num_globals, x.shape[2] if turned is None else turned, in_table_dtype, *rest
 
 

@@ -19,7 +19,7 @@ class _Within(torch.autograd.Function):
     """Heads of q, k and v, the first two of them turned; one gradient for all three."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, backend: str, arguments: tuple) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, heads: int, backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         ctx.backend, ctx.arguments = backend, arguments
         own = qkv.detach()  # the same memory and version: whoever kept it for its gradient hears of the change
         _operations(backend)[1](own, *arguments)
