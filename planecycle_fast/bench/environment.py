@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..commands.info import versions
 from ..runtime.native import csrc
+from ..runtime.versions import versions
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
-SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "commands/bench.py",
+SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/command.py",
            "bench/estimate.py")  # fmt: skip
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 import textwrap
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -16,37 +14,7 @@ from ..optional import require
 from ..runtime import native
 from ..runtime.attentions import attentions
 from ..runtime.backends import backends
-from ..version import __version__
-
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "timm",
-    "transformers",
-    "peft",
-    "torchvision",
-    "flash-attn",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "safetensors",
-    "matplotlib",
-)
-
-
-def versions() -> dict[str, str]:
-    """Version of this package, of Python and of every package that it can use; "not installed" otherwise."""
-    found = {"planecycle-fast": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = torch.__version__ if package == "torch" else metadata.version(package)  # with its build
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+from ..runtime.versions import versions
 
 
 def devices() -> dict[str, str]:
@@ -121,7 +89,7 @@ def _line(error: BaseException) -> str:
 
 
 def run_info() -> None:
-    """Prints all of it. Raises MissingPackageError without rich."""
+    """Versions, devices, what runs here and what does not and why, and where caches are."""
     console = require("rich.console", "scans").Console(soft_wrap=True, highlight=False, markup=False)
     sections = {
         "version": versions(),

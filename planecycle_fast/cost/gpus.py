@@ -6,9 +6,17 @@ reached, and the times of a host, are of one machine: benchmarks/results/nvidia-
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+
+# Of the ceilings at worst: matrix products, then bandwidth, with a wait for each launch, while the host is as slow as
+# it was at times. Between this and all at once, as fast as any was measured, lies the time.
+PRODUCTS, BANDWIDTH, HOST = 0.33, 0.6, 0.6
+USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between allocations
+PASSES = {"inference": 1, "probe": 1, "finetune": 3}  # of the host through a block: its backward takes it twice as long
+KNOWN_DTYPES = ("fp32", "bf16", "fp16")  # of `inputs.DTYPES`: what ceilings are known for
 
 
 class Host(NamedTuple):
@@ -78,3 +86,26 @@ def this_cpu(dtype: torch.dtype) -> Machine:
     memory = require("psutil", "bench").virtual_memory().total
     cpu = torch.device("cpu")
     return Machine("this CPU", {dtype: ceiling_flops(cpu, dtype)}, ceiling_bandwidth(cpu), float(memory))
+
+
+def chosen_machine(
+    gpu_name: str | None,
+    dtype: torch.dtype,
+    graph: bool = False,
+    launch_us: float | None = None,
+    block_us: float | None = None,
+) -> Machine:
+    """The GPU of this name, or this CPU, with its host. ValueError for arguments that are wrong or mean nothing."""
+    given = {name: us for name, us in (("launch", launch_us), ("block", block_us)) if us is not None}
+    if gpu_name is None and (graph or given):
+        raise ValueError("graph, launch_us and block_us are of a GPU: give them with gpu")
+    if graph and given:
+        raise ValueError("launch_us and block_us are of a host that the GPU waits for: with graph it waits for none")
+    for name, us in given.items():
+        if not 0 <= us < math.inf:
+            raise ValueError(f"{name}_us must be microseconds, 0 or more, got {us}")
+    if gpu_name is None:
+        return this_cpu(dtype)
+    machine = gpu(gpu_name)
+    host = None if graph else machine.host._replace(**{name: us * 1e-6 for name, us in given.items()})
+    return machine._replace(host=host)

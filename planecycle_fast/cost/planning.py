@@ -25,9 +25,9 @@ from ..lifted import LiftedModel
 from ..lifting import lift
 from ..runtime.backends import choose, meta_stands_for_cuda
 from ..weights.load import model_without_weights
+from .gpus import PASSES
 from .meter import Meter
 
-PASSES = {"inference": 1, "probe": 1, "finetune": 3}  # of the host through a block: its backward takes it twice as long
 CLASSES = 11  # of the head that is trained: the most of the 3D data sets in the paper
 DEVICES = ("cpu", "cuda")
 

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from planecycle_fast.bench import environment, rows, sweep
+from planecycle_fast.bench import command, environment, rows, sweep
 from planecycle_fast.bench.cells import groups, quick
 from planecycle_fast.bench.measure import Group
-from planecycle_fast.commands import bench as command
 from planecycle_fast.commands import cli
 
 from .small_bench import EFFORT, VOLUME, cell, row, small  # noqa: F401

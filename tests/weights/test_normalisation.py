@@ -197,7 +197,7 @@ def test_the_commands_refuse_in_one_line(folder, capsys, monkeypatch, command, k
     settings = REFUSED[kind][0]
     text = settings if isinstance(settings, str) else json.dumps(settings)
     (folder / "m" / "preprocessor_config.json").write_text(text)
-    monkeypatch.setattr("planecycle_fast.commands.features.load_scan", lambda *_: pytest.fail("a scan was read"))
+    monkeypatch.setattr("planecycle_fast.scans.extraction.load_scan", lambda *_: pytest.fail("a scan was read"))
     rest = {"features": ["a.nii", "--out", "f.npz"], "demo": ["--volume", "a.nii", "--out", "p.png", "--size", "32"]}
     assert main([command, "--model", "m", *rest[command]]) == 1
     out, err = capsys.readouterr()

@@ -9,8 +9,7 @@ import numpy as np
 
 from ...optional import require
 from ..affines import ROUNDING, SLOPE, regridded, rounding
-from ..checks import Refused, check_header, warn
-from ..options import ScanOptions
+from ..checks import Refused, ScanOptions, check_header, warn
 from .dicom_pixels import decoded
 from .dicom_series import files_of, headers_of
 from .dicom_units import Place, check_pixels, check_same, is_turned, rescales_of, units_of

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...optional import require
-from ..checks import Refused, check_gzip, check_header, one_volume, reason, warn
-from ..options import ScanOptions
+from ..checks import Refused, ScanOptions, check_gzip, check_header, one_volume, reason, warn
 
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage

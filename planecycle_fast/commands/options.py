@@ -1,0 +1,65 @@
+"""How verbs declare their options, the options that several of them take, and what is made of their words."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from torch import nn
+
+from ..geometry.planes import parse_cycle
+from ..hosts import find_adapter
+from ..optional import require
+
+typer = require("typer", "scans")
+Argument, Option, Context = typer.Argument, typer.Option, typer.Context
+
+
+def _planes(cycle_order: str | None) -> tuple[str, ...] | None:
+    return None if cycle_order is None else tuple(plane.name for plane in parse_cycle(cycle_order))
+
+
+# Of a lift
+Mode = Annotated[
+    str | None,
+    Option(
+        help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder records "
+        "(LiftedModel.save_pretrained), else planecycle."
+    ),
+]
+CycleOrder = Annotated[
+    str | None, Option(help="Planes that layers take in turn. Default: HW,DW,DH,HW.", callback=_planes)
+]
+PoolMethod = Annotated[str | None, Option(help="How globals pass between planes: PCg or PCm. Default: PCg.")]
+GlobalsAt = Annotated[str | None, Option(help="Where they rest between layers: depth or plane. Default: depth.")]
+DepthPosition = Annotated[
+    str | None, Option(help="A place along D for models without one: none, sincos or rope1d. Default: none.")
+]
+# Of reading a scan
+FillNan = Annotated[float | None, Option(help="Takes the place of NaN voxels, which else are refused.")]
+Index = Annotated[int | None, Option(help="Which volume of a file of several, from 0.")]
+Series = Annotated[
+    str | None,
+    Option(help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."),
+]
+# Of the pass
+VOLUME = "Batch x slices x pixels: 1x32x256, or 1x32x256x192."
+DEVICE = "cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."
+MODEL = "A timm or Hugging Face name, or a folder: docs/models.md."
+ComputesIn = Annotated[str, Option(help="What the model computes in: fp32, bf16, fp16, fp64.")]
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int, int]:
+    """(B, 3, D, height, width) of "BxDxS" (slices of S x S pixels) or "BxDxHxW". ValueError for anything else."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
+        raise ValueError(f"volume must be like 1x32x256 (batch x slices x pixels) or 1x32x256x192, got {text!r}")
+    numbers = [int(part) for part in text.split("x")]
+    return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
+
+
+def with_channels(
+    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module,
+) -> tuple[int, ...]:  # (B, channels, D, height, width)
+    """The shape of a volume for a model, which may have other than three channels."""
+    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]
