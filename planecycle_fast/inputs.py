@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,17 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hosts import find_adapter
 from .hosts.placement import running_place, same_device
-from .scans.checks import reason
+from .optional import reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def dtype_of(name: str, names: Iterable[str] = tuple(DTYPES)) -> torch.dtype:
     """torch's dtype by its short name. Raises ValueError unless it is one of `names`."""
-    if name not in names:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {name!r}")
+    check_one_of(name, names, "dtype")
     return DTYPES[name]
+
+
+def check_one_of(value: Any, names: Iterable[str], argument: str) -> None:
+    """Raises ValueError for an argument that is not one of these names."""
+    if value not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(names)}, got {value!r}")
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int, int]:
+    """(B, 3, D, height, width) of "BxDxS" (slices of S x S pixels) or "BxDxHxW". ValueError for anything else."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
+        raise ValueError(f"volume must be like 1x32x256 (batch x slices x pixels) or 1x32x256x192, got {text!r}")
+    numbers = [int(part) for part in text.split("x")]
+    return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
+
+
+def with_channels(
+    shape: tuple[int, ...],  # (B, 3, D, height, width)
+    model: nn.Module,
+) -> tuple[int, ...]:  # (B, channels, D, height, width)
+    """The shape of a volume for a model, which may have other than three channels."""
+    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]
 
 
 def check_volume(

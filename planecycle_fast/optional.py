@@ -1,8 +1,10 @@
-"""Optional packages: imported when needed, with an error that says how to get them."""
+"""Optional packages: imported when needed, with an error that says how to get them; and what they say, in one line."""
 
 from __future__ import annotations
 
 import importlib
+import re
+import textwrap
 from types import ModuleType
 
 
@@ -20,3 +22,22 @@ def require(package: str, extra: str) -> ModuleType:
         raise MissingPackageError(
             f"package {package!r} is not installed; it comes with: pip install 'planecycle-fast[{extra}]'"
         ) from None
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """Text without what a damaged file has of other characters, and not too long for a terminal."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def reason(error: Exception) -> str:
+    """An error of a library in one short line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # SimpleITK begins with where it was compiled, and names objects by their address.
+    line = lines[-1] if "SimpleITK" in lines[0] else lines[0]
+    return one_line(re.sub(r" ?\(0x[0-9a-f]+\)", "", line), 200)
+
+
+def shortened(error: BaseException, width: int = 400) -> str:
+    """An error of a library in one line, of all that it says as much as fits; the name of its class if it is mute."""
+    return textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..cost.gpus import Machine
+from ..optional import require
+
 ROUNDS, WARM_UPS, LEAST_ROUNDS = 20, 3, 3
 FLUSHED = 2**28  # bytes written before each call on CUDA: several times the largest cache
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrices of `ceiling_flops`
@@ -122,6 +125,13 @@ def ceiling_bandwidth(device: torch.device | str) -> float:
     pairs = [tuple(torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(2)]
     found = interleaved({"copy": Tensor.copy_}, pairs, device=device, rounds=10, seconds=3)
     return 2 * size / found["copy"].median
+
+
+def this_cpu(dtype: torch.dtype) -> Machine:
+    """This machine's CPU: a large matrix product and a large copy, measured now, and its memory."""
+    memory = require("psutil", "bench").virtual_memory().total
+    cpu = torch.device("cpu")
+    return Machine("this CPU", {dtype: ceiling_flops(cpu, dtype)}, ceiling_bandwidth(cpu), float(memory))
 
 
 def _clock(device: torch.device) -> Callable[[Callable, tuple], float]:

@@ -14,43 +14,31 @@ import torch
 
 from ..export.exporting import check_path, export_model, parse_dynamic
 from ..export.formats import FORMATS, check_tools
-from ..inputs import dtype_of, usable_device
+from ..inputs import dtype_of, parse_shape, usable_device, with_channels
 from ..lifting import lift
 from ..pretrained import settings_of
 from ..weights.load import check_found, load_model
 from ..weights.normalisation import normalisation
-from .options import (
-    MODEL,
-    VOLUME,
-    Argument,
-    ComputesIn,
-    CycleOrder,
-    DepthPosition,
-    GlobalsAt,
-    Mode,
-    Option,
-    PoolMethod,
-    parse_shape,
-    with_channels,
-)
+from . import options
+from .options import Argument, Option
 
 
 def run_export(
-    model: Annotated[str, Argument(help=MODEL)],
+    model: Annotated[str, Argument(help=options.MODEL)],
     to: Annotated[str, Option(help="onnx, export (torch.export), aoti (AOTInductor) or jit (torch.jit.trace).")],
-    volume: Annotated[str, Option(help=VOLUME)],
+    volume: Annotated[str, Option(help=options.VOLUME)],
     out: Annotated[
         Path | None, Option(help=".onnx, .pt2 for export and aoti, .pt for jit. Default: the model's name.")
     ] = None,
     dynamic: Annotated[
         str | None, Option(help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit.")
     ] = None,
-    mode: Mode = None,
-    cycle_order: CycleOrder = None,
-    pool_method: PoolMethod = None,
-    globals_at: GlobalsAt = None,
-    depth_position: DepthPosition = None,
-    dtype: ComputesIn = "fp32",
+    mode: options.Mode = None,
+    cycle_order: options.CycleOrder = None,
+    pool_method: options.PoolMethod = None,
+    globals_at: options.GlobalsAt = None,
+    depth_position: options.DepthPosition = None,
+    dtype: options.ComputesIn = "fp32",
     device: Annotated[str, Option(help="What it is exported for, and checked on: cpu, cuda, cuda:1.")] = "cpu",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace files that are there.")] = False,
     random_weights: Annotated[

@@ -9,34 +9,21 @@ from typing import Annotated
 from ..scans.checks import ScanOptions
 from ..scans.extraction import ExtractionSettings, extract_files, jobs_for
 from ..scans.sliding import parse_tile
-from ..scans.windows import parse_spacing, parse_window
+from ..scans.windows import as_spacing, parse_window
 from ..weights.load import DEMO_MODEL
-from .options import (
-    DEVICE,
-    MODEL,
-    Argument,
-    ComputesIn,
-    CycleOrder,
-    DepthPosition,
-    FillNan,
-    GlobalsAt,
-    Index,
-    Mode,
-    Option,
-    PoolMethod,
-    Series,
-)
+from . import options
+from .options import Argument, Option
 
 
 def run_features(
     scans: Annotated[list[Path], Argument(help="NIfTI, NRRD, MetaImage, MGH, Analyze, .npy, .npz, DICOM folders.")],
     out: Annotated[Path, Option(help="A folder, or for one scan a file, .safetensors or .npz.")],
-    model: Annotated[str, Option(help=MODEL)] = DEMO_MODEL,
-    mode: Mode = None,
-    cycle_order: CycleOrder = None,
-    pool_method: PoolMethod = None,
-    globals_at: GlobalsAt = None,
-    depth_position: DepthPosition = None,
+    model: Annotated[str, Option(help=options.MODEL)] = DEMO_MODEL,
+    mode: options.Mode = None,
+    cycle_order: options.CycleOrder = None,
+    pool_method: options.PoolMethod = None,
+    globals_at: options.GlobalsAt = None,
+    depth_position: options.DepthPosition = None,
     layers: Annotated[
         str | None,
         Option(help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."),
@@ -46,10 +33,10 @@ def run_features(
     axes: Annotated[
         str | None, Option(help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR.")
     ] = None,
-    fill_nan: FillNan = None,
-    index: Index = None,
+    fill_nan: options.FillNan = None,
+    index: options.Index = None,
     array: Annotated[str | None, Option(help="Which array of an .npz; all volumes, where it holds several.")] = None,
-    series: Series = None,
+    series: options.Series = None,
     spacing: Annotated[
         str | None,
         Option(
@@ -68,8 +55,8 @@ def run_features(
     ] = None,
     picture: Annotated[bool, Option("--picture", help="Also draw the features, as a .png beside each file.")] = False,
     format: Annotated[str, Option(help="Of the files in a folder: safetensors or npz.")] = "safetensors",
-    device: Annotated[str, Option(help=DEVICE)] = "auto",
-    dtype: ComputesIn = "fp32",
+    device: Annotated[str, Option(help=options.DEVICE)] = "auto",
+    dtype: options.ComputesIn = "fp32",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace files that hold something else.")] = False,
     random_weights: Annotated[
         bool, Option("--random-weights", help="Run a model whose weights cannot be found, with random ones.")
@@ -87,7 +74,7 @@ def run_features(
         pool=pool,
         window=parse_window(window),
         reading=ScanOptions(axes, fill_nan, index, array, series, allow_shear, regrid=spacing is not None),
-        spacing=None if spacing is None else parse_spacing(spacing),
+        spacing=None if spacing is None else as_spacing(spacing),
         fit=fit,
         dtype=dtype,
         tile=None if tile is None else parse_tile(tile),

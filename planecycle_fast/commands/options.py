@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
-from torch import nn
-
 from ..geometry.planes import parse_cycle
-from ..hosts import find_adapter
 from ..optional import require
 
 typer = require("typer", "scans")
@@ -47,19 +43,3 @@ VOLUME = "Batch x slices x pixels: 1x32x256, or 1x32x256x192."
 DEVICE = "cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."
 MODEL = "A timm or Hugging Face name, or a folder: docs/models.md."
 ComputesIn = Annotated[str, Option(help="What the model computes in: fp32, bf16, fp16, fp64.")]
-
-
-def parse_shape(text: str) -> tuple[int, int, int, int, int]:
-    """(B, 3, D, height, width) of "BxDxS" (slices of S x S pixels) or "BxDxHxW". ValueError for anything else."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2,3}", text):
-        raise ValueError(f"volume must be like 1x32x256 (batch x slices x pixels) or 1x32x256x192, got {text!r}")
-    numbers = [int(part) for part in text.split("x")]
-    return numbers[0], 3, numbers[1], numbers[2], numbers[-1]
-
-
-def with_channels(
-    shape: tuple[int, ...],  # (B, 3, D, height, width)
-    model: nn.Module,
-) -> tuple[int, ...]:  # (B, channels, D, height, width)
-    """The shape of a volume for a model, which may have other than three channels."""
-    return shape[0], find_adapter(model)(model).in_channels, *shape[2:]

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
+import torch
 from torch import nn
 
-from ..cost.gpus import BANDWIDTH, HOST, KNOWN_DTYPES, MEASURED_HOST, PASSES, PRODUCTS, USABLE, Machine, chosen_machine
-from ..inputs import dtype_of
+from ..bench.timing import this_cpu
+from ..cost import gpus
+from ..cost.gpus import BANDWIDTH, HOST, KNOWN_DTYPES, MEASURED_HOST, PASSES, PRODUCTS, USABLE, Machine
+from ..inputs import dtype_of, parse_shape, with_channels
 from ..lifting import lift
 from ..weights.load import model_without_weights
-from .options import VOLUME, Argument, Option, parse_shape, with_channels
+from .options import VOLUME, Argument, Option
 
 COLUMNS = {  # and their widths
     "mode": 9, "FLOPs": 7, "moved": 7, "launches": 8, "at best": 7, "at worst": 8, "limit": 9, "peak": 7, "in all": 7,
@@ -73,6 +76,29 @@ def run_plan(
         f"{_si(machine.memory, 'B')} of memory, and that operations take."
     )
     return int(any([cost.planned.total_bytes > USABLE * machine.memory for cost in found]))
+
+
+def chosen_machine(
+    gpu_name: str | None,
+    dtype: torch.dtype,
+    graph: bool = False,
+    launch_us: float | None = None,
+    block_us: float | None = None,
+) -> Machine:
+    """The GPU of this name, or this CPU, with its host. ValueError for arguments that are wrong or mean nothing."""
+    given = {name: us for name, us in (("launch", launch_us), ("block", block_us)) if us is not None}
+    if gpu_name is None and (graph or given):
+        raise ValueError("graph, launch_us and block_us are of a GPU: give them with gpu")
+    if graph and given:
+        raise ValueError("launch_us and block_us are of a host that the GPU waits for: with graph it waits for none")
+    for name, us in given.items():
+        if not 0 <= us < math.inf:
+            raise ValueError(f"{name}_us must be microseconds, 0 or more, got {us}")
+    if gpu_name is None:
+        return this_cpu(dtype)
+    machine = gpus.gpu(gpu_name)
+    host = None if graph else machine.host._replace(**{name: us * 1e-6 for name, us in given.items()})
+    return machine._replace(host=host)
 
 
 def _refused(model: nn.Module, modes: Mapping[str, dict[str, Any]]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ..scans.checks import one_line
+from ..optional import one_line
 from ..scans.formats.dicom_series import list_series
 from .options import Argument
 

@@ -17,25 +17,15 @@ from torch import Tensor, nn
 
 from ..cost.gpus import KNOWN_DTYPES
 from ..engine.stream import Layer, Stream
-from ..inputs import dtype_of, usable_device
+from ..inputs import dtype_of, parse_shape, usable_device, with_channels
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..optional import require
 from ..pretrained import settings_of
 from ..runtime.backends import pick
 from ..weights.load import load_model
-from .options import (
-    VOLUME,
-    Argument,
-    CycleOrder,
-    DepthPosition,
-    GlobalsAt,
-    Mode,
-    Option,
-    PoolMethod,
-    parse_shape,
-    with_channels,
-)
+from . import options
+from .options import Argument, Option
 
 FACTOR = 2.0  # times the reference's largest error
 Groups = dict[str, dict[str, Tensor]]  # what is compared: tensors by name, in groups by name
@@ -205,15 +195,15 @@ def run_verify(
     model: Annotated[
         str, Argument(help="A timm or Hugging Face name, or a folder; without a hub a name's weights are random.")
     ],
-    volume: Annotated[str, Option(help=VOLUME)] = "1x8x64",
+    volume: Annotated[str, Option(help=options.VOLUME)] = "1x8x64",
     dtype: Annotated[str, Option(help="fp32, bf16, fp16.")] = "fp32",
     device: Annotated[str, Option(help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")] = "auto",
     backend: Annotated[str, Option(help="auto, triton, cpu.")] = "auto",
-    mode: Mode = None,
-    cycle_order: CycleOrder = None,
-    pool_method: PoolMethod = None,
-    globals_at: GlobalsAt = None,
-    depth_position: DepthPosition = None,
+    mode: options.Mode = None,
+    cycle_order: options.CycleOrder = None,
+    pool_method: options.PoolMethod = None,
+    globals_at: options.GlobalsAt = None,
+    depth_position: options.DepthPosition = None,
 ) -> int:
     """The fast path against the reference on this machine: outputs and gradients, block by block."""
     from ..bench.contenders import randomise

@@ -6,7 +6,6 @@ reached, and the times of a host, are of one machine: benchmarks/results/nvidia-
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -76,36 +75,3 @@ def gpu(name: str) -> Machine:
     if name.lower() not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     return GPUS[name.lower()]
-
-
-def this_cpu(dtype: torch.dtype) -> Machine:
-    """This machine's CPU: a large matrix product and a large copy, measured now, and its memory."""
-    from ..bench.timing import ceiling_bandwidth, ceiling_flops
-    from ..optional import require
-
-    memory = require("psutil", "bench").virtual_memory().total
-    cpu = torch.device("cpu")
-    return Machine("this CPU", {dtype: ceiling_flops(cpu, dtype)}, ceiling_bandwidth(cpu), float(memory))
-
-
-def chosen_machine(
-    gpu_name: str | None,
-    dtype: torch.dtype,
-    graph: bool = False,
-    launch_us: float | None = None,
-    block_us: float | None = None,
-) -> Machine:
-    """The GPU of this name, or this CPU, with its host. ValueError for arguments that are wrong or mean nothing."""
-    given = {name: us for name, us in (("launch", launch_us), ("block", block_us)) if us is not None}
-    if gpu_name is None and (graph or given):
-        raise ValueError("graph, launch_us and block_us are of a GPU: give them with gpu")
-    if graph and given:
-        raise ValueError("launch_us and block_us are of a host that the GPU waits for: with graph it waits for none")
-    for name, us in given.items():
-        if not 0 <= us < math.inf:
-            raise ValueError(f"{name}_us must be microseconds, 0 or more, got {us}")
-    if gpu_name is None:
-        return this_cpu(dtype)
-    machine = gpu(gpu_name)
-    host = None if graph else machine.host._replace(**{name: us * 1e-6 for name, us in given.items()})
-    return machine._replace(host=host)

@@ -80,17 +80,16 @@ def costs(
     modes: list[str],
 ) -> Iterator[ModeCost]:
     """All modes, in order, each when it is known."""
-    for mode in modes:
 
-        def planned(depth: int, mode: str = mode) -> Planned:
+    def of(mode: str) -> ModeCost:
+        def planned(depth: int) -> Planned:
             at = (*shape[:2], depth, *shape[3:])
             return plan(model, at, dtype=dtype, device=device, step=step, **MODES[mode])
 
-        one, kept = planned(shape[2]), {}
-        kept[shape[2]] = one.total_bytes
-        kept[0] = one.weight_bytes + one.optimizer_bytes
+        one = planned(shape[2])
+        kept = {shape[2]: one.total_bytes, 0: one.weight_bytes + one.optimizer_bytes}
 
-        def needs(depth: int, kept: dict[int, int] = kept, planned: Callable[[int], Planned] = planned) -> int:
+        def needs(depth: int) -> int:
             if depth not in kept:
                 try:
                     with first_rounds_only():
@@ -100,4 +99,6 @@ def costs(
             return kept[depth]
 
         fits = deepest(needs, USABLE * machine.memory, shape[2])
-        yield ModeCost(mode, one, seconds(one, machine, dtype), fits)
+        return ModeCost(mode, one, seconds(one, machine, dtype), fits)
+
+    return map(of, modes)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..engine.block import OPERATIONS
+from ..inputs import check_one_of
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..runtime.backends import choose, meta_stands_for_cuda
@@ -82,8 +83,7 @@ def plan(
         TypeError: model is neither a module nor a name, or an argument of a wrong type.
         ValueError: an unknown name, a shape that the model does not take, or what `lift` refuses.
     """
-    if step not in PASSES:
-        raise ValueError(f"step must be one of {', '.join(PASSES)}, got {step!r}")
+    check_one_of(step, PASSES, "step")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(shape, str) or len(shape) != 5 or not all([isinstance(n, int) and n > 0 for n in shape]):

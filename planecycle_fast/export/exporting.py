@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import check_one_of
 from ..lifted import LiftedModel
-from ..optional import MissingPackageError
+from ..optional import MissingPackageError, shortened
 from ..pretrained import DEFAULTS
 from ..runtime.backends import asked_for
 from ..scans.finite import check_features
@@ -114,8 +114,7 @@ def export_model(
 
 def parse_dynamic(dynamic: str | Sequence[str] | None, to: str) -> tuple[str, ...]:
     """Names of AXES, in their order. Raises ValueError for others, and for any where a format takes none."""
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    check_one_of(to, FORMATS, "to")
     if dynamic is None:
         return ("D",) if FORMATS[to].dynamic else ()
     names = {"all": tuple(AXES), "none": ()}.get(dynamic) if isinstance(dynamic, str) else tuple(dynamic)
@@ -242,6 +241,5 @@ def _in_words(to: str, axes: tuple[str, ...], dtype: torch.dtype) -> Iterator[No
     except Exception as error:
         which = f" with dynamic {','.join(axes)}" if axes else ""
         raise ValueError(
-            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: "
-            f"{textwrap.shorten(str(error), 400, placeholder=' ...') or type(error).__name__}"
+            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: {shortened(error)}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import re
 import sys
@@ -17,7 +18,8 @@ from types import ModuleType
 
 import numpy as np
 
-from ..optional import require
+from ..optional import one_line, reason, require
+from .orientation import check_axes
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -42,6 +44,8 @@ class ScanOptions:
     regrid: bool = False  # sheared and unevenly spaced scans are resampled to a right, even grid
 
     def __post_init__(self) -> None:
+        if self.axes is not None:
+            object.__setattr__(self, "axes", check_axes(self.axes))  # in capitals
         if self.fill_nan is not None and not (isinstance(self.fill_nan, Real) and abs(self.fill_nan) <= LARGEST):
             raise ValueError(f"fill_nan must be a finite number within float32, got {self.fill_nan!r}")
         whole = isinstance(self.index, Integral) and not isinstance(self.index, bool)
@@ -66,7 +70,7 @@ class ScanWarning(UserWarning):
 def warn(message: str) -> None:
     """Emits a ScanWarning, one line, at the line outside of this package that asked for the scan."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == __package__.split(".")[0]:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ScanWarning, stacklevel=level)
 
@@ -204,15 +208,33 @@ def quiet_itk() -> Iterator[ModuleType]:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
-def one_line(text: str, longest: int = 400) -> str:
-    """Text without what a damaged file has of other characters, and not too long for a terminal."""
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= longest else text[:longest] + "..."
+@contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """Within the block it says nothing."""
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
-def reason(error: Exception) -> str:
-    """An error of a library in one short line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # SimpleITK begins with where it was compiled, and names objects by their address.
-    line = lines[-1] if "SimpleITK" in lines[0] else lines[0]
-    return one_line(re.sub(r" ?\(0x[0-9a-f]+\)", "", line), 200)
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Within the block what libraries raise, which of a damaged file can be anything, is Refused; OSError stays."""
+    try:
+        yield
+    except (OSError, Refused):
+        raise
+    except Exception as error:
+        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Within the block what the system or Refused says is a ValueError that begins with the scan's name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"volume {path} cannot be read: {error.strerror or error}") from error
+    except Refused as error:
+        raise ValueError(f"volume {path} {one_line(str(error))}") from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import VolumeFeatures
-from ..inputs import dtype_of, usable_device, wanted_layers
+from ..inputs import check_one_of, dtype_of, usable_device, wanted_layers
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..optional import require
@@ -30,7 +30,6 @@ from .checks import PLAIN, ScanOptions, named, warnings_printed
 from .files import digest_of_scan, load_scan, other_file, scan_name
 from .finite import check_features
 from .formats.arrays import holds_volumes
-from .orientation import check_axes
 from .preprocess import FITS, ModelInput, prepare
 from .progress import Progress, progress_of
 from .scan import Scan
@@ -83,8 +82,7 @@ def jobs_for(scans: Sequence[Path], out: Path, format: str = "safetensors", seri
     Raises ValueError for several scans and one file, scans of equal names, an `out` that would replace
     a scan, an unknown format, or a folder that cannot be written to.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_one_of(format, FORMATS, "format")
     if out.suffix.lower() in feature_files.SUFFIXES and not out.is_dir():
         if len(scans) > 1:
             raise ValueError(f"out must be a folder for {len(scans)} scans, got the file {out}")
@@ -141,11 +139,7 @@ def extract_files(
         require("matplotlib", "scans")
     if any(job.out.suffix.lower() == ".safetensors" for job in jobs):
         require("safetensors", "scans")
-    if settings.fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {settings.fit!r}")
-    reading = settings.reading
-    if reading.axes is not None:
-        settings = replace(settings, reading=replace(reading, axes=check_axes(reading.axes)))
+    check_one_of(settings.fit, FITS, "fit")
     settings, lifted, identity = _model(settings, usable_device(device), random_weights)
     complaints = []
     with progress_of(lifted, len(jobs), settings.tile is not None) as progress:
@@ -319,10 +313,8 @@ def _holds(path: Path, wanted: dict[str, Any]) -> bool:
         metadata = feature_files.load_metadata(path)
     except ValueError:
         return False
-    same = {
-        name: value for name, value in wanted.items() if name != "weights"
-    }  # where they came from is not what they are
-    return all(name in metadata and metadata[name] == value for name, value in same.items())
+    same = wanted.keys() - {"weights"}  # where they came from is not what they are
+    return all(name in metadata and metadata[name] == wanted[name] for name in same)
 
 
 def _draw(job: Job, given: ModelInput, patches: Tensor, metadata: dict[str, Any]) -> None:

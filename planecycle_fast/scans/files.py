@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..optional import MissingPackageError
+from ..optional import MissingPackageError, one_line, reason
 from .affines import regridded, shear_of
-from .checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, one_line, reason, warn
+from .checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, unreadable, warn
 from .formats import metaimage, nrrd
 from .formats.arrays import read_npy, read_npz
 from .formats.dicom import read_dicom
@@ -24,7 +24,7 @@ from .formats.dicom_series import files_of
 from .formats.metaimage import read_metaimage
 from .formats.nifti import pair, read_freesurfer, read_nifti
 from .formats.nrrd import read_nrrd
-from .orientation import AXIAL, check_axes, spans_space, turned
+from .orientation import AXIAL, spans_space, turned
 from .scan import MAX_BYTES, Scan
 
 
@@ -74,15 +74,8 @@ def load_scan(
             not 3D, has sheared axes or uneven slices, needs more than max_bytes, or holds NaN or infinite voxels, or
             only one value.
     """
-    options = ScanOptions(
-        axes=None if axes is None else check_axes(axes),
-        fill_nan=fill_nan,
-        index=index,
-        array=array,
-        series=str(series) if isinstance(series, int) else series,
-        allow_shear=allow_shear,
-        regrid=regrid,
-    )
+    series = str(series) if isinstance(series, int) else series
+    options = ScanOptions(axes, fill_nan, index, array, series, allow_shear, regrid)
     with complaints(path):
         return checked(_read(Path(path), options, max_bytes))
 
@@ -146,16 +139,12 @@ def digest_of_scan(scan: Path, series: str | None = None) -> str:
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
-    try:
+    with unreadable(scan):
         beside = other_file(scan)
         for file in files_of(scan, series) if scan.is_dir() else [scan] if beside is None else [scan, beside]:
             with file.open("rb") as opened:
                 while block := opened.read(2**20):
                     digest.update(block)
-    except OSError as error:
-        raise ValueError(f"volume {scan} cannot be read: {error.strerror or error}") from error
-    except Refused as error:
-        raise ValueError(f"volume {scan} {one_line(str(error))}") from error
     return digest.hexdigest()
 
 

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weights.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from .checks import gib
 
 MAX_BYTES = 8 * 2**30  # enough for 512 x 512 x 2000 voxels of any dtype up to 32 bits
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no one answer to ==

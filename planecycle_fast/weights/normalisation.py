@@ -7,17 +7,17 @@ that is one mean and one deviation of ours: ``(image - mean) / std``.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..scans.scan import IMAGENET_MEAN, IMAGENET_STD
 from . import lora
-from .hub import hub_file
+from .hub import hub_file, read_json
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and std of the DINOv3 sat493m models
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second where a model has other processors too
 # What true does to a picture that is a slice already, of equal channels: nothing, or its size, which is the scan's.
@@ -86,10 +86,7 @@ def preprocessor_file(name: str) -> Path | None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be readable JSON, got: {error}") from error
+    read = read_json(file)
     if isinstance(read, dict) and file.name == FILES[1]:
         read = read.get("image_processor", read)
     if not isinstance(read, dict):

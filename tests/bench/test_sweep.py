@@ -227,12 +227,12 @@ def test_the_digest_is_of_the_code(tmp_path, monkeypatch):
     environment.source_digest.cache_clear()
     first = environment.source_digest()
     environment.source_digest.cache_clear()
-    (tmp_path / "planecycle_fast" / "benchmark").mkdir(parents=True)
+    (tmp_path / "planecycle_fast" / "bench").mkdir(parents=True)
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "planecycle_fast" / "bench" / "environment.py"))
     empty = environment.source_digest()
     assert empty != first
     for name, changes in (("plots.py", False), ("timing.py", True)):  # pictures may change, how it is timed not
-        (tmp_path / "planecycle_fast" / "benchmark" / name).write_text("x = 1\n")
+        (tmp_path / "planecycle_fast" / "bench" / name).write_text("x = 1\n")
         environment.source_digest.cache_clear()
         assert (environment.source_digest() != empty) is changes
     environment.source_digest.cache_clear()

@@ -11,11 +11,12 @@ from planecycle_fast.bench import rows
 from planecycle_fast.bench.cells import DTYPES, FAST, GRAPH, parse_volume
 from planecycle_fast.bench.costs import peak_bytes
 from planecycle_fast.commands.cli import main
-from planecycle_fast.commands.options import parse_shape
+from planecycle_fast.commands.plan import chosen_machine
 from planecycle_fast.cost import gpus, modes
-from planecycle_fast.cost.gpus import GPUS, MEASURED_HOST, Host, Machine, chosen_machine, gpu
+from planecycle_fast.cost.gpus import GPUS, MEASURED_HOST, Host, Machine, gpu
 from planecycle_fast.cost.modes import MODES, deepest, seconds
 from planecycle_fast.cost.planning import Planned, make_head, plan, take_step
+from planecycle_fast.inputs import parse_shape
 from planecycle_fast.runtime import native
 from planecycle_fast.runtime.repeats import first_rounds_only
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..checks import one_line
+from ...optional import one_line
 from .dicom_values import GROUPS, described_frames, frames_of, integer, numbers, refusal, text, value_of
 
 if TYPE_CHECKING:

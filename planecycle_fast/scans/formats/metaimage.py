@@ -11,18 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checks import (
-    DAMAGED,
-    LPS_TO_RAS,
-    Refused,
-    ScanOptions,
-    check_header,
-    check_size,
-    one_line,
-    one_volume,
-    sibling,
-    unpacked,
-)
+from ...optional import one_line
+from ..checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, check_header, check_size, one_volume, sibling, unpacked
 
 HEADER_BYTES = 2**16
 DTYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"}
