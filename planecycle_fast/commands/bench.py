@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 from .options import DEVICE, Context, Option
 
@@ -12,10 +12,10 @@ def run_bench(
     context: Context,
     full: Annotated[bool, Option("--full/--quick", help="Every combination, or a few: minutes on a laptop.")] = False,
     device: Annotated[str, Option(help=DEVICE)] = "auto",
-    models: Annotated[str | None, Option(help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: see README.")] = None,
-    volumes: Annotated[str | None, Option(help="Batch x slices x pixels: 1x32x256,4x64x64.")] = None,
-    dtype: Annotated[str | None, Option(help="fp32, bf16, fp16. Default: bf16 on CUDA, fp32 elsewhere.")] = None,
-    steps: Annotated[str | None, Option(help="inference, probe, finetune. Default: all.")] = None,
+    models: Annotated[Optional[str], Option(help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: see README.")] = None,
+    volumes: Annotated[Optional[str], Option(help="Batch x slices x pixels: 1x32x256,4x64x64.")] = None,
+    dtype: Annotated[Optional[str], Option(help="fp32, bf16, fp16. Default: bf16 on CUDA, fp32 elsewhere.")] = None,
+    steps: Annotated[Optional[str], Option(help="inference, probe, finetune. Default: all.")] = None,
     out: Annotated[Path, Option(help="A folder: rows.jsonl, report.md and pictures.")] = Path("bench"),
 ) -> int:
     """2D, 3D and PlaneCycle side by side on this machine: a table and plots. Run it again to finish one."""

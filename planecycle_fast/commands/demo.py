@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..scans.scan import model_input
 from ..scans.viz import adjacent_cosine, foreground, pca_colours, three_views
 from ..scans.windows import PERCENTILES
 from ..weights.load import DEMO_MODEL, load_model
-from ..weights.normalisation import normalisation
+from ..weights.normalisation import normalisation_by_name
 from .options import MODEL, FillNan, Index, Option, Series
 
 MODES = ("slice2d", "planecycle")
@@ -57,12 +57,12 @@ def mni152() -> Path:
 
 def run_demo(
     model: Annotated[str, Option(help=f"{MODEL} Random weights without a hub.")] = DEMO_MODEL,
-    volume: Annotated[Path | None, Option(help="A scan, as for features. Default: MNI152.")] = None,
+    volume: Annotated[Optional[Path], Option(help="A scan, as for features. Default: MNI152.")] = None,
     out: Annotated[Path, Option(help="The picture.")] = Path("demo.png"),
     size: Annotated[int, Option(help="Pixels of the longest side of a slice.")] = 448,
     fill_nan: FillNan = None,
     index: Index = None,
-    array: Annotated[str | None, Option(help="Which array of an .npz.")] = None,
+    array: Annotated[Optional[str], Option(help="Which array of an .npz.")] = None,
     series: Series = None,
 ) -> list[ModeRun]:
     """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
@@ -76,7 +76,7 @@ def run_demo(
     host, note = load_model(model)
     host.float()  # whatever its checkpoint's dtype
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
-    mean, std = normalisation(host, model, lifted["slice2d"].adapter.in_channels)
+    mean, std = normalisation_by_name(host, model, lifted["slice2d"].adapter.in_channels)
     volume_path = volume or mni152()
     with warnings_printed(volume_path):
         reading = dict(fill_nan=fill_nan, index=index, array=array, series=series)

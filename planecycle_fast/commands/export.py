@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import torch
 
@@ -18,7 +18,7 @@ from ..inputs import dtype_of, parse_shape, usable_device, with_channels
 from ..lifting import lift
 from ..pretrained import settings_of
 from ..weights.load import check_found, load_model
-from ..weights.normalisation import normalisation
+from ..weights.normalisation import normalisation_by_name
 from . import options
 from .options import Argument, Option
 
@@ -28,10 +28,11 @@ def run_export(
     to: Annotated[str, Option(help="onnx, export (torch.export), aoti (AOTInductor) or jit (torch.jit.trace).")],
     volume: Annotated[str, Option(help=options.VOLUME)],
     out: Annotated[
-        Path | None, Option(help=".onnx, .pt2 for export and aoti, .pt for jit. Default: the model's name.")
+        Optional[Path], Option(help=".onnx, .pt2 for export and aoti, .pt for jit. Default: the model's name.")
     ] = None,
     dynamic: Annotated[
-        str | None, Option(help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit.")
+        Optional[str],
+        Option(help="Sizes that may be others: none, all, or names of B,D,H,W. Default: D; none for jit."),
     ] = None,
     mode: options.Mode = None,
     cycle_order: options.CycleOrder = None,
@@ -54,7 +55,7 @@ def run_export(
     host, note = load_model(model)
     check_found(model, note, random_weights)
     lifted = lift(host, **settings_of(model, **given, depth_position=depth_position)).to(on, number)
-    mean, std = normalisation(host, model, lifted.adapter.in_channels)
+    mean, std = normalisation_by_name(host, model, lifted.adapter.in_channels)
     pixels = torch.zeros(with_channels(shape, host), dtype=number, device=on)
     about = {"model": model, "weights": note, "mean": list(mean), "std": list(std)}
     with _quiet():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 from ..scans.checks import ScanOptions
 from ..scans.extraction import ExtractionSettings, extract_files, jobs_for
@@ -25,20 +25,21 @@ def run_features(
     globals_at: options.GlobalsAt = None,
     depth_position: options.DepthPosition = None,
     layers: Annotated[
-        str | None,
+        Optional[str],
         Option(help="Indices of layers, 2,5,8,11 or -1 for the last, whose features get names of their own."),
     ] = None,
     pool: Annotated[bool, Option("--pool", help="Only one vector per scan (and layer).")] = False,
     window: Annotated[str, Option(help="Black and white: intensities (-160,240) or percentiles.")] = "0.5%,99.5%",
     axes: Annotated[
-        str | None, Option(help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR.")
+        Optional[str],
+        Option(help="Where D, H, W of the features point: one letter each of R/L, A/P, S/I. Default: SPR."),
     ] = None,
     fill_nan: options.FillNan = None,
     index: options.Index = None,
-    array: Annotated[str | None, Option(help="Which array of an .npz; all volumes, where it holds several.")] = None,
+    array: Annotated[Optional[str], Option(help="Which array of an .npz; all volumes, where it holds several.")] = None,
     series: options.Series = None,
     spacing: Annotated[
-        str | None,
+        Optional[str],
         Option(
             help="Resample to these mm along D, H, W, or to one for all, and to right angles and even slices. "
             "Default: the scan's own."
@@ -50,7 +51,7 @@ def run_features(
     ] = False,
     fit: Annotated[str, Option(help="Make slices a multiple of the patch: pad or resize.")] = "pad",
     tile: Annotated[
-        str | None,
+        Optional[str],
         Option(help="The model sees windows of slices x pixels x pixels, 32x224x224, a quarter of each overlapping."),
     ] = None,
     picture: Annotated[bool, Option("--picture", help="Also draw the features, as a .png beside each file.")] = False,

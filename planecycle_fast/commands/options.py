@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 from ..geometry.planes import parse_cycle
 from ..optional import require
@@ -17,25 +17,25 @@ def _planes(cycle_order: str | None) -> tuple[str, ...] | None:
 
 # Of a lift
 Mode = Annotated[
-    str | None,
+    Optional[str],
     Option(
         help="planecycle, slice2d or flatten3d. Default, of this and the next four: what the model's folder records "
         "(LiftedModel.save_pretrained), else planecycle."
     ),
 ]
 CycleOrder = Annotated[
-    str | None, Option(help="Planes that layers take in turn. Default: HW,DW,DH,HW.", callback=_planes)
+    Optional[str], Option(help="Planes that layers take in turn. Default: HW,DW,DH,HW.", callback=_planes)
 ]
-PoolMethod = Annotated[str | None, Option(help="How globals pass between planes: PCg or PCm. Default: PCg.")]
-GlobalsAt = Annotated[str | None, Option(help="Where they rest between layers: depth or plane. Default: depth.")]
+PoolMethod = Annotated[Optional[str], Option(help="How globals pass between planes: PCg or PCm. Default: PCg.")]
+GlobalsAt = Annotated[Optional[str], Option(help="Where they rest between layers: depth or plane. Default: depth.")]
 DepthPosition = Annotated[
-    str | None, Option(help="A place along D for models without one: none, sincos or rope1d. Default: none.")
+    Optional[str], Option(help="A place along D for models without one: none, sincos or rope1d. Default: none.")
 ]
 # Of reading a scan
-FillNan = Annotated[float | None, Option(help="Takes the place of NaN voxels, which else are refused.")]
-Index = Annotated[int | None, Option(help="Which volume of a file of several, from 0.")]
+FillNan = Annotated[Optional[float], Option(help="Takes the place of NaN voxels, which else are refused.")]
+Index = Annotated[Optional[int], Option(help="Which volume of a file of several, from 0.")]
 Series = Annotated[
-    str | None,
+    Optional[str],
     Option(help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."),
 ]
 # Of the pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import torch
 from torch import nn
@@ -26,13 +26,15 @@ COLUMNS = {  # and their widths
 def run_plan(
     model: Annotated[str, Argument(help="A timm or Hugging Face name, or a folder; weights are not needed.")],
     volume: Annotated[str, Option(help=VOLUME)],
-    gpu: Annotated[str | None, Option(help="h100, h200, a100, ...; it need not be there. Default: this CPU.")] = None,
-    dtype: Annotated[str | None, Option(help="fp32, bf16, fp16. Default: bf16 on GPUs, fp32 on the CPU.")] = None,
+    gpu: Annotated[
+        Optional[str], Option(help="h100, h200, a100, ...; it need not be there. Default: this CPU.")
+    ] = None,
+    dtype: Annotated[Optional[str], Option(help="fp32, bf16, fp16. Default: bf16 on GPUs, fp32 on the CPU.")] = None,
     step: Annotated[str, Option(help="inference, probe (a linear head is trained) or finetune.")] = "inference",
-    modes: Annotated[str | None, Option(help="slice2d,PCg,PCm,flatten3d. Default: all.")] = None,
+    modes: Annotated[Optional[str], Option(help="slice2d,PCg,PCm,flatten3d. Default: all.")] = None,
     graph: Annotated[bool, Option("--graph", help="Replayed as a CUDA graph: the GPU waits for no host.")] = False,
-    launch_us: Annotated[float | None, Option(help="Of the GPU's host: microseconds per launch.")] = None,
-    block_us: Annotated[float | None, Option(help="And per block: see README.")] = None,
+    launch_us: Annotated[Optional[float], Option(help="Of the GPU's host: microseconds per launch.")] = None,
+    block_us: Annotated[Optional[float], Option(help="And per block: see README.")] = None,
 ) -> int:
     """What a volume will cost before anything runs: FLOPs, traffic, time, memory, and the largest that fits."""
     from ..cost.modes import MODES, costs  # which takes time to import

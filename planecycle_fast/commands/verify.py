@@ -104,8 +104,14 @@ def _comparison(what: str, first: dict[str, Groups], largest: dict[tuple[str, st
     for name in plain.keys() | got.keys():
         a, b = got.get(name), plain.get(name)
         comparable = a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
-        errors.append(_error(a, exact[name]) if comparable else math.inf)
-        shares.append(_share(a, exact[name], largest[what, name]) if comparable else math.inf)
+        if not comparable:
+            errors.append(math.inf)
+            shares.append(math.inf)
+            continue
+        kind, right = torch.finfo(a.dtype), exact[name]
+        allowed = FACTOR * largest[what, name] + right.double().abs() * kind.eps / 2 + kind.smallest_normal
+        errors.append(_error(a, right))
+        shares.append(_error(a, right, allowed))
     return Comparison(what, max(errors), max([largest[what, name] for name in plain]), max(shares))
 
 
@@ -173,20 +179,10 @@ def _gradients(
     return dict(sorted(found.items(), key=lambda item: item[0] in ("gradient of the volume", "gradients of the rest")))
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
-    """The largest distance; infinite where either is not finite."""
+def _error(got: Tensor, exact: Tensor, allowed: Tensor | float = 1.0) -> float:
+    """The largest distance, as a share of what each element is allowed; infinite where either is not finite."""
     if exact.numel() == 0:
         return 0.0
-    distance = (got.double() - exact.double()).abs().max().item()
-    return math.inf if math.isnan(distance) else distance
-
-
-def _share(got: Tensor, exact: Tensor, largest: float) -> float:
-    """Of its allowance, what the worst element takes."""
-    if exact.numel() == 0:
-        return 0.0
-    eps = torch.finfo(got.dtype).eps
-    allowed = FACTOR * largest + exact.double().abs() * eps / 2 + torch.finfo(got.dtype).smallest_normal
     share = ((got.double() - exact.double()).abs() / allowed).max().item()
     return math.inf if math.isnan(share) else share
 

@@ -24,7 +24,7 @@ from ..pretrained import DEFAULTS, settings_of
 from ..version import __version__
 from ..weights.load import check_found, load_model
 from ..weights.loaded_keys import check_finite
-from ..weights.normalisation import normalisation
+from ..weights.normalisation import normalisation_by_name
 from . import feature_files
 from .checks import PLAIN, ScanOptions, named, warnings_printed
 from .files import digest_of_scan, load_scan, other_file, scan_name
@@ -171,7 +171,7 @@ def _model(
     if settings.layers is not None:
         layers = wanted_layers(settings.layers, len(lifted.blocks), "layers")
         settings = replace(settings, layers=tuple(sorted(layers)))
-    mean, std = normalisation(host, settings.model, lifted.adapter.in_channels)
+    mean, std = normalisation_by_name(host, settings.model, lifted.adapter.in_channels)
     identity = {"model": settings.model, "mean": list(mean), "std": list(std), "weights_sha256": digest_of_model(host)}
     if any([p.is_floating_point() and p.dtype != dtype for p in host.parameters()]):
         lifted.to(dtype)

@@ -84,7 +84,7 @@ def _load(name: str) -> tuple[nn.Module, str]:
         check_finite(of, base)
         return lora.merged(base, name), f"adapter {name} merged into {note}"
     if (source := _timm_source(name)) is not None:
-        model, where = timm_models.load(name, source)
+        model, where = timm_models.load_timm(name, source)
         if Path(name).is_dir():
             return model, f"weights from {name}"
         return model, random_note(name) if where == "random" else f"weights of timm {name} from {where}"
