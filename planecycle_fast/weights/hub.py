@@ -1,13 +1,10 @@
-"""Hugging Face's hub: whether it answers, what of it is on this machine, and reading that."""
+"""Hugging Face's hub: whether it answers, and what of it is on this machine."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from ..optional import require
@@ -52,11 +49,3 @@ def hub_file(name: str, *files: str) -> str | None:
             except OSError:  # not every model has one
                 continue
     return found
-
-
-def read_json(file: Path) -> Any:
-    """What a small file of a model holds. Raises ValueError for one that cannot be read, or is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be readable JSON, got: {error}") from error

@@ -7,6 +7,7 @@ that is one mean and one deviation of ours: ``(image - mean) / std``.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from . import lora
-from .hub import hub_file, read_json
+from .hub import hub_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -86,7 +87,10 @@ def preprocessor_file(name: str) -> Path | None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    read = read_json(file)
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be readable JSON, got: {error}") from error
     if isinstance(read, dict) and file.name == FILES[1]:
         read = read.get("image_processor", read)
     if not isinstance(read, dict):
