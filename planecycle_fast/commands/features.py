@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 from ..scans.checks import ScanOptions
-from ..scans.extraction import ExtractionSettings, extract_files, jobs_for
 from ..scans.sliding import parse_tile
 from ..scans.windows import as_spacing, parse_window
 from ..weights.load import DEMO_MODEL
@@ -64,6 +63,8 @@ def run_features(
     ] = False,
 ) -> int:
     """Features of scans, with the affine that places them. Run it again to finish what was interrupted."""
+    from ..scans.extraction import ExtractionSettings, extract_files, jobs_for
+
     settings = ExtractionSettings(
         model=model,
         mode=mode,

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Optional
 import torch
 from torch import nn
 
-from ..bench.timing import this_cpu
 from ..cost import gpus
 from ..cost.gpus import BANDWIDTH, HOST, KNOWN_DTYPES, MEASURED_HOST, PASSES, PRODUCTS, USABLE, Machine
 from ..inputs import dtype_of, parse_shape, with_channels
@@ -97,6 +96,8 @@ def chosen_machine(
         if not 0 <= us < math.inf:
             raise ValueError(f"{name}_us must be microseconds, 0 or more, got {us}")
     if gpu_name is None:
+        from ..bench.timing import this_cpu
+
         return this_cpu(dtype)
     machine = gpus.gpu(gpu_name)
     host = None if graph else machine.host._replace(**{name: us * 1e-6 for name, us in given.items()})
