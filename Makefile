@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full test-versions lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
+.PHONY: help demo test test-full test-versions docs lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-quick  2D, 3D and PlaneCycle side by side, under 3 minutes; writes benchmarks/results/<device>/ and README's table"
 	@echo "make bench-cpu  whole models on this CPU against others; writes benchmarks/results/cpu.md"
 	@echo "make sanitize   the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make docs       a site of README and docs in build/site, whose links are checked"
 	@echo "make lint       ruff"
 
 demo: $(VENV)/.pcf-demo
@@ -47,6 +48,9 @@ test-full: $(VENV)/.pcf-test
 # The Pythons that tests/versions names: python3.10 and so on, or what PYTHON310=... says. 5 to 8 GB for each set.
 test-versions:
 	$(PYTHON) -m tests.versions $(SETS)
+
+docs: $(VENV)/.pcf-docs
+	$(RUN) -m mkdocs build --strict
 
 codegen: $(VENV)/.pcf-test
 	$(RUN) -m tests.kernelcheck.codegen_table

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from .engine.attention_maps import AttentionMap, attention_map, check_patch
-from .engine.block import check_strict
 from .engine.depth_position import describe_depth, embed_with_depth, tables_of
 from .engine.framework_class import class_of, reduced
-from .engine.lifted_block import LiftedBlock, Step, run_lifted
+from .engine.lifted_block import LiftedBlock
 from .engine.module_tree import LiftedTree, TreeModule
-from .engine.report import describe
+from .engine.passes import Step, check_strict, run_pass
+from .engine.report import table_of
 from .engine.stream import Layer, Stream, enter
 from .engine.taps import Tap, live, tapped
 from .features import VolumeFeatures
 from .geometry.planes import HW, Plane, Sizes, permutation
 from .geometry.pooling import Transition, between
-from .geometry.rope import PlaneAngles
 from .hosts import Adapter
 from .hosts.buffers import BufferCheck
-from .hosts.parts import Plan, known_norm
+from .hosts.description import BlockDescription
+from .hosts.known import known_norm
 from .hosts.placement import TensorsOfHost, brought, run_placed, running_place
 from .inputs import check_others, check_volume, plain, wanted_layers
 from .ops import Norm
-from .ops.registry import resolve
+from .ops.choice import Choice
 from .runtime.tracing import fix_shape, shape_of, traceable
 
 
@@ -77,14 +77,14 @@ class LiftedModel(TensorsOfHost, TreeModule):
         self.lifted_tree.layers()
         return self.lifted_tree.blocks
 
-    def plans(self) -> list[Plan]:
-        """Per block: the parts that the model's own code runs, and why."""
-        return [block.plan() for block in self.lifted_blocks]
+    def descriptions(self) -> list[BlockDescription]:
+        """Per block: its parts, and which of them the model's own code runs and why (`kept`)."""
+        return [block.description() for block in self.lifted_blocks]
 
     def report(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
         device, _ = running_place(self) or (torch.device("cpu"), None)
-        print(describe(self.plans(), self.backend, self.attention, self.strict, device))
+        print(table_of(self.descriptions(), Choice.of(self.backend, self.attention, self.strict, device)))
         if self.depth_position != "none":
             print(describe_depth(self.depth_position, self.adapter, self.planes))
 
@@ -225,7 +225,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         def look(i: int, layer: Layer, stream: Stream) -> None:
             block = self.lifted_blocks[i]
             with brought(block.host):
-                found = attention_map(i, block.reading.now(), stream, layer, has_cls, chosen)
+                found = attention_map(i, block.description(), stream, layer, has_cls, chosen)
             maps.setdefault(i, found)  # checkpointed blocks run again in backward, and have to do the same
 
         def see(i: int, block: nn.Module, stream: Stream, layer: Layer) -> Stream:
@@ -247,76 +247,47 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
         `see` takes the place of calling those: it is given index, block, stream and layer.
         """
-        blocks, features, layers = self.lifted_tree.layers(), [], {}
+        blocks, planes, layers = self.lifted_tree.layers(), self.planes, {}
         wanted = wanted_layers(n, len(blocks))
-        check_strict(self.backend, self.attention, self.strict, self.plans, volume.device)
-        axes = len(self.planes[0].sequence)
+        choice = Choice.of(self.backend, self.attention, self.strict, volume.device)
+        check_strict(choice, self.attention, self.descriptions)
+        axes, g = len(planes[0].sequence), self.adapter.num_globals
         tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)
         images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        backend, planes = resolve(self.backend, volume.device), self.planes
-        embedded = embed_with_depth(self.depth_position, sizes[0], self.adapter, images, backend)
-        held, taps = [enter(*embedded, self._layer(backend, HW, planes[0], sizes))], live(self.taps)
+        embedded = embed_with_depth(self.depth_position, sizes[0], self.adapter, images, choice)
+        choice, taps = choice.for_rows(embedded[0].shape[2]), live(self.taps)
+        held = [enter(*embedded, Layer(HW, planes[0], sizes, g, self._pooling(HW, planes[0], sizes), choice))]
         del embedded
 
         def step(i: int) -> Step:
             key = (i == 0, i % len(planes))  # of the planes before and after
             if tables.augments or key not in layers:  # each block may have angles of its own
                 old, new = planes[(i - 1) % len(planes) if i else 0], planes[i % len(planes)]
-                layers[key] = self._layer(backend, old, new, sizes, tables.for_block(new, sizes), entered=i == 0)
+                count = new.slices(sizes)  # of a stream that has just entered nothing is pooled
+                pooling = self._pooling(old, new, sizes) if i else Transition(count, count)
+                layers[key] = Layer(old, new, sizes, g, pooling, choice, tables.for_block(new, sizes))
             run = blocks[i] if see is None or i not in wanted else partial(see, i, blocks[i])
             return partial(tapped, taps[i], run) if i in taps else run, layers[key]
 
-        done, last = 0, max(wanted)
-        for end in range(last + 1) if tables.augments else sorted(wanted):  # draws are made block by block
-            steps = [step(i) for i in range(done, end + 1)]
-            leaving = self._leaving(planes[end % len(planes)], sizes, norm, backend) if end in wanted else None
-            if end == last and leaving[0] is not None:
-                steps.append(leaving)
-            while steps:
-                before = len(steps)
-                held = [run_lifted(steps, held)]
-                if self.after_steps is not None:
-                    self.after_steps(before - len(steps))
-            if leaving is not None:
-                features.append(self._features(held[0], *leaving, norm))
-                held = [] if end == last else [Stream(*held[0])]  # seen: features may be views of it
-            done = end + 1
-        return features
+        final = self.adapter.final_norm() if norm else None
+        final = None if final is None else known_norm(final)[0]  # else `Adapter.norm` runs
 
-    def _layer(
-        self,
-        backend: str,
-        old: Plane,
-        new: Plane,
-        sizes: Sizes,
-        angles: PlaneAngles | None = None,
-        entered: bool = False,
-    ) -> Layer:
-        """A change of planes; of none, and no pooling, where the stream has just `entered`."""
-        m = between(old, new, sizes, self.pool_method, self.globals_at)
-        if entered:
-            m = Transition(new.slices(sizes), new.slices(sizes))
-        g = self.adapter.num_globals
-        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict, self.backend)
+        def leave(i: int) -> tuple[Norm | None, Layer]:
+            plane = planes[i % len(planes)]
+            target = HW if self.globals_at == "depth" else plane
+            pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
+            return final, Layer(plane, target, sizes, g, pooling, choice)
 
-    def _leaving(self, plane: Plane, sizes: Sizes, norm: bool, backend: str) -> tuple[Norm | None, Layer]:
-        """The model's final norm, where it is asked for and operations know it, and the change to canonical order."""
-        target = HW if self.globals_at == "depth" else plane
-        pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
-        layer = Layer(
-            plane, target, sizes, self.adapter.num_globals, pooling, None, backend, "auto", self.strict, self.backend
-        )
-        found = self.adapter.final_norm() if norm else None
-        return None if found is None else known_norm(found)[0], layer
+        finish = partial(self._features, norm)
+        return run_pass(step, held, wanted, leave, finish, tables.augments, self.after_steps)  # draws: block by block
 
-    def _features(
-        self, out: Stream | tuple[Tensor, Tensor], final: Norm | None, layer: Layer, norm: bool
-    ) -> VolumeFeatures:
-        """Of a stream, or of tokens and their norm: canonical features."""
-        if isinstance(out, Stream):
-            out = layer.on(out.residual.device).switch(out, final)
-        tokens = out if final is None else out[1]  # (B*S, g + L, C)
-        if norm and final is None:
+    def _pooling(self, old: Plane, new: Plane, sizes: Sizes) -> Transition:
+        return between(old, new, sizes, self.pool_method, self.globals_at)
+
+    def _features(self, norm: bool, out: Tensor | tuple[Tensor, Tensor], layer: Layer) -> VolumeFeatures:
+        """Of tokens (B*S, g + L, C), or of them and their norm: canonical features."""
+        tokens = out if isinstance(out, Tensor) else out[1]
+        if norm and isinstance(out, Tensor):
             tokens = self.adapter.norm(tokens)
         slices, g, plane = layer.new.slices(layer.sizes), layer.num_globals, layer.new
         batch, channels = tokens.shape[0] // slices, tokens.shape[-1]

@@ -18,7 +18,7 @@ _MOVED = {
     "geometry": "planes pooling rope",
     "runtime": "attentions compiling native torchvision_fix tracing",
     "": "adapters:hosts benchmark:bench",
-    "hosts": "adapters.base:adapter buffers parts placement reading:parts_cache wrapped",
+    "hosts": "adapters.base:adapter buffers parts placement reading:description wrapped",
     "weights": "checkpoints hub loaded_keys lora models:load normalisation timm_models",
     "engine": "attention_maps blocks:lifted_block depth_position framework_class graphs:cuda_graphs layer:stream "
     "module_tree report shared_module taps",

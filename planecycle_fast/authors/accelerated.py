@@ -4,32 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.block import check_strict, run_block
-from ..engine.report import describe
+from ..engine.passes import OnStream, Step, check_strict, run_pass
+from ..engine.report import table_of
 from ..engine.stream import Layer, SinCos, Stream, enter
 from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
 from ..geometry.pooling import Transition, between
 from ..geometry.rope import PlaneAngles
+from ..hosts.description import BlockDescription, Reading, describe
 from ..hosts.dinov3 import BLOCK, block_parts, embed_parts, input_channels, norm_parts, takes_volumes
-from ..hosts.parts import Plan, known_norm, plan, watched
+from ..hosts.known import known_norm, why_called
 from ..inputs import check_volume, wanted_layers
 from ..ops import Norm
-from ..ops.registry import resolve
+from ..ops.choice import Choice
 from ..runtime.tracing import fix_shape, shape_of
 
 PLANES = ("HW", "DW", "DH")  # of a converted block
 
 
+class AuthorsBlock(OnStream):
+    """A block of the authors' model in one pass: by itself, or the 2D block within a converted one."""
+
+    def __init__(self, reading: Reading, block: nn.Module, as_list: bool) -> None:
+        self.reading, self.block, self.as_list = reading, block, as_list
+
+    def why_called(self) -> None:
+        return None  # hooks on the 2D block make it run as a whole, `AuthorsBlock.whole`
+
+    def whole(self, tokens: Tensor, layer: Layer) -> Tensor:
+        if self.as_list:  # as the authors' model calls it: hooks see that
+            return self.block([tokens], [layer.sincos])[0]
+        return self.block(tokens, layer.sincos)
+
+
 class Method:
     """What the shadowing methods share: running the blocks on the residual stream."""
 
+    _read: Sequence[tuple[nn.Module, Reading]] = ()  # 2D blocks and what they consist of, kept between passes
+
     def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool) -> None:
         self.model, self.backend, self.attention, self.strict = model, backend, attention, strict
+
+    def __getstate__(self) -> dict[str, Any]:  # copies look for themselves
+        return {name: value for name, value in vars(self).items() if name != "_read"}
 
     def _prepare(
         self,
@@ -50,31 +71,7 @@ class Method:
             if not isinstance(masks, Tensor) or masks.dtype != torch.bool or tuple(masks.shape) != expected:
                 got = f"{masks.dtype} of {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
                 raise ValueError(f"masks must be a bool tensor of shape {expected}, got {got}")
-        check_strict(self.backend, self.attention, self.strict, self.plans, x.device)
         return sizes, start
-
-    def _enter(
-        self,
-        x: Tensor,  # (B, 3, D, height, width)
-        masks: Tensor | None,
-        sizes: Sizes,
-        start: Plane,
-        first: Plane,
-    ) -> Stream:
-        """The embedded volume in the order of the first block's plane."""
-        model, x = self.model, fix_shape(x)
-        images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        embedded = embed_parts(model, images) if masks is None else None
-        if embedded is not None:
-            return enter(*embedded, self._layer(HW, first, sizes, Transition(sizes[0], first.slices(sizes))))
-        tokens = model.prepare_tokens_with_masks(x if takes_volumes(model) else images, masks)[0]
-        g, m = model.n_storage_tokens + 1, Transition(start.slices(sizes), first.slices(sizes))  # globals are all alike
-        return enter(tokens[:, g:], tokens[:, :g], self._layer(start, first, sizes, m))
-
-    def _layer(self, old: Plane, new: Plane, sizes: Sizes, m: Transition, angles: PlaneAngles | None = None) -> Layer:
-        g = self.model.n_storage_tokens + 1
-        backend = resolve(self.backend, self.model.cls_token.device)
-        return Layer(old, new, sizes, g, m, angles, backend, self.attention, self.strict)
 
     def _run(
         self,
@@ -86,59 +83,88 @@ class Method:
     ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Sizes]:
         """Tokens after each layer wanted, in the order of the model's own; with a norm: and their norm. And sizes."""
         sizes, start = self._prepare(x, masks)
-        model, tables, outputs = self.model, _Tables(), []
-        plane = self._plane_of(0, start)
-        stream = self._enter(x, masks, sizes, start, plane)
-        shape = (x.shape[0], *sizes, stream.residual.shape[-1])
-        for i, block in enumerate(model.blocks):
-            if i > max(wanted):
-                break
-            old, plane = plane, self._plane_of(i, start)
-            plain = self._converted and _is_plain(block)
-            m = between(old, plane, sizes, _pool_method(block) if plain else "PCg")
-            if i == 0 or start == DHW:
-                m = Transition(plane.slices(sizes), plane.slices(sizes))
-            rope = block.rope_embed if plain else None if self._converted else model.rope_embed
-            sincos = tables.get(rope, plane, sizes)
-            layer = self._layer(old, plane, sizes, m, None if sincos is None else PlaneAngles(None, sincos=sincos))
-            if plain:
-                call = partial(_call, block.blk2d, sincos, False)
-                stream, _ = run_block(block_parts(block.blk2d), [stream], layer, call)
-            elif self._converted:
-                stream = Stream(block(layer.switch(stream), shape))
-            else:
-                stream, _ = run_block(block_parts(block), [stream], layer, partial(_call, block, sincos, as_list))
-            if i in wanted:
-                back = self._layer(plane, start, sizes, Transition(plane.slices(sizes), start.slices(sizes)))
-                outputs.append(back.switch(stream, norm))
-        return outputs, sizes
+        model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, _Tables()
+        choice = Choice.of(self.backend, self.attention, self.strict, x.device)
+        check_strict(choice, self.attention, self.descriptions)
+        converted, readings, blocks = self._converted, self._readings(), [*model.blocks]
+        inside = [converted and _need_not_be_called(block) for block in blocks]
+        planes = [plane_of(block) if plain else start for block, plain in zip(blocks, inside)]
+        patches, globals_, at = self._embed(x, masks, start)
+        choice = choice.for_rows(patches.shape[2])
+        count = planes[0].slices(sizes)  # globals are all alike
+        entering = Layer(at, planes[0], sizes, g, Transition(at.slices(sizes), count), choice)
+        held, shape = [enter(patches, globals_, entering)], (x.shape[0], *sizes, patches.shape[2])
+        del patches, globals_
+
+        def step(i: int) -> Step:
+            block, plane, old = blocks[i], planes[i], planes[max(i - 1, 0)]
+            rope = block.rope_embed if inside[i] else None if converted else model.rope_embed
+            pool_method = _pool_method(block) if inside[i] else "PCg"
+            key = (i == 0, old, plane, rope, pool_method)
+            if key not in layers or (rope is not None and rope.training):  # which may draw for each block
+                m = between(old, plane, sizes, pool_method)
+                if i == 0 or start == DHW:
+                    m = Transition(plane.slices(sizes), plane.slices(sizes))
+                sincos = tables.get(rope, plane, sizes)
+                angles = None if sincos is None else PlaneAngles(None, sincos=sincos)
+                layers[key] = Layer(old, plane, sizes, g, m, choice, angles)
+            if converted and not inside[i]:
+                return partial(_call_converted, block, shape), layers[key]
+            inner, reading = readings[i]
+            return AuthorsBlock(reading, inner, as_list and not converted), layers[key]
+
+        def leave(i: int) -> tuple[Norm | None, Layer]:
+            m = Transition(planes[i].slices(sizes), start.slices(sizes))
+            return norm, Layer(planes[i], start, sizes, g, m, choice)
+
+        # RoPE and drop path draw in the order of the blocks.
+        draws = model.training or (model.rope_embed is not None and model.rope_embed.training)
+        return run_pass(step, held, wanted, leave, lambda out, layer: out, draws), sizes
+
+    def _embed(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
+        start: Plane,
+    ) -> tuple[Tensor, Tensor, Plane]:
+        """Patches (N, L, C), globals (N, g, C) or (1, g, C), and the plane in whose order they are."""
+        model, x = self.model, fix_shape(x)
+        images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
+        embedded = embed_parts(model, images) if masks is None else None
+        if embedded is not None:
+            return *embedded, HW
+        tokens = model.prepare_tokens_with_masks(x if takes_volumes(model) else images, masks)[0]
+        g = model.n_storage_tokens + 1
+        return tokens[:, g:], tokens[:, :g], start
 
     @property
     def _converted(self) -> bool:
         return not takes_volumes(self.model) or self.model.block_type == "PlaneCycle"
 
-    def _plane_of(self, i: int, start: Plane) -> Plane:
-        """The order that block `i` runs in: its plane, or the model's own where the block must be called itself."""
-        block = self.model.blocks[i]
-        return plane_of(block) if self._converted and _is_plain(block) else start
+    def _readings(self) -> Sequence[tuple[nn.Module, Reading]]:
+        """The 2D block of each block, and what it consists of."""
+        inner = [block.blk2d for block in self.model.blocks] if self._converted else [*self.model.blocks]
+        if len(inner) != len(self._read) or not all([known is block for (known, _), block in zip(self._read, inner)]):
+            self._read = [(block, Reading(block_parts(block))) for block in inner]
+        return self._read
 
-    def plans(self) -> list[Plan]:
-        """Per block: the parts that the model's own code runs, and why."""
-        return [self._plan(block) for block in self.model.blocks]
+    def descriptions(self) -> list[BlockDescription]:
+        """Per block: its parts, and which of them the model's own code runs and why (`kept`)."""
+        called = "it, or its plane change, is watched or wrapped"
+        return [
+            describe(called) if self._converted and not _need_not_be_called(block) else reading.now()
+            for block, (_, reading) in zip(self.model.blocks, self._readings())
+        ]
 
-    def _plan(self, block: nn.Module) -> Plan:
-        if not self._converted:
-            return plan(block_parts(block))
-        return plan(block_parts(block.blk2d) if _is_plain(block) else "it, or its plane change, is watched or wrapped")
 
-
-def _call(
+def _call_converted(
     block: nn.Module,
-    sincos: SinCos | None,
-    as_list: bool,
-    tokens: Tensor,  # (B*P, g + L, C)
-) -> Tensor:  # (B*P, g + L, C)
-    return block([tokens], [sincos])[0] if as_list else block(tokens, sincos)
+    shape: tuple[int, ...],  # (B, D, H, W, C)
+    stream: Stream,
+    layer: Layer,
+) -> Stream:
+    """A converted block that somebody watches, as the authors' model calls it: in the model's own order."""
+    return Stream(block(layer.switch(stream), shape))
 
 
 class Features(Method):
@@ -257,8 +283,8 @@ class Report(Method):
 
     def __call__(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
-        device = self.model.cls_token.device
-        print(describe(self.plans(), self.backend, self.attention, self.strict, device))
+        choice = Choice.of(self.backend, self.attention, self.strict, self.model.cls_token.device)
+        print(table_of(self.descriptions(), choice))
 
 
 METHODS = {  # by the name that each shadows
@@ -297,13 +323,14 @@ def plane_of(block: nn.Module) -> Plane:
     return parse_plane(block.plane)
 
 
-def _is_plain(block: nn.Module) -> bool:
+def _need_not_be_called(block: nn.Module) -> bool:
     """Whether calling the 2D block inside cannot be told from calling this converted block."""
     if type(block).__name__ != BLOCK:
         return False
     if "_get_rope" in block.__dict__:  # the authors' block, patched
         return False
-    return not any([m is not None and watched(m) is not None for m in (block, getattr(block, "planecycleop", None))])
+    operator = getattr(block, "planecycleop", None)
+    return why_called(block) is None and (operator is None or why_called(operator) is None)
 
 
 def _pool_method(block: nn.Module) -> str:

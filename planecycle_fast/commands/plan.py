@@ -33,7 +33,7 @@ def run_plan(
     modes: Annotated[Optional[str], Option(help="slice2d,PCg,PCm,flatten3d. Default: all.")] = None,
     graph: Annotated[bool, Option("--graph", help="Replayed as a CUDA graph: the GPU waits for no host.")] = False,
     launch_us: Annotated[Optional[float], Option(help="Of the GPU's host: microseconds per launch.")] = None,
-    block_us: Annotated[Optional[float], Option(help="And per block: see README.")] = None,
+    block_us: Annotated[Optional[float], Option(help="And per block: docs/command-line.md.")] = None,
 ) -> int:
     """What a volume will cost before anything runs: FLOPs, traffic, time, memory, and the largest that fits."""
     from ..cost.modes import MODES, costs  # which takes time to import

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..engine.block import OPERATIONS
 from ..inputs import check_one_of
 from ..lifted import LiftedModel
 from ..lifting import lift
-from ..runtime.backends import choose, meta_stands_for_cuda
+from ..ops.choice import OPERATIONS, Choice
+from ..runtime.backends import meta_stands_for_cuda
 from ..weights.load import model_without_weights
 from .gpus import PASSES
 from .meter import Meter
@@ -202,8 +202,9 @@ def _shell(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _path(lifted: LiftedModel, device: torch.device) -> str:
     """Which backends the operations are planned on, and whether the model's own code runs as well."""
-    found = {choose(lifted.backend, device, op, lifted.strict) for op in OPERATIONS}
-    own = any([plan.reasons() for plan in lifted.plans()])
+    choice = Choice.of(lifted.backend, lifted.attention, lifted.strict, device)
+    found = {getattr(choice, op) for op in OPERATIONS}
+    own = any([block.kept for block in lifted.descriptions()])
     return " and ".join([*sorted(found), *(["the model's own code"] if own else [])])
 
 

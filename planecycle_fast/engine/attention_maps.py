@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..features import named_in_programs
 from ..geometry.planes import HW, Plane, Sizes, permutation
-from ..hosts.parts import BlockParts, Snapshot, plan_of
+from ..hosts.description import BlockDescription
 from .branches import queries_keys_values
 from .stream import Layer, Stream
 
@@ -57,20 +57,18 @@ def check_patch(patch: Sequence[int] | None, sizes: Sizes) -> tuple[int, int, in
 
 def attention_map(
     number: int,
-    parts: BlockParts | str,
+    block: BlockDescription,
     stream: Stream,  # that comes into the block
     layer: Layer,
     has_cls: bool,
     patch: tuple[int, int, int] | None,  # (d, h, w)
 ) -> AttentionMap:
     """The maps of one block. Raises ValueError where its attention cannot be taken apart."""
-    snapshot = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
-    todo = plan_of(snapshot)
-    if (reason := todo.block or todo.attention) is not None:
+    if (reason := block.why_not_attention) is not None:
         raise ValueError(f"layers must have attention that can be taken apart, got layer {number}: {reason}")
-    plain = replace(layer, backend="reference")
-    found, normed = snapshot.attention(), snapshot.norm(1)(plain.switch(Stream(*stream)))
-    q, k, _ = queries_keys_values(found, normed, plain)  # (B*P, g + L, heads, hd)
+    plain = replace(layer, choice=layer.choice.plain())
+    found, normed = block.attention, block.norm1.module(plain.switch(Stream(*stream)))
+    q, k, _ = queries_keys_values(block, normed, plain)  # (B*P, g + L, heads, hd)
     plane, sizes, g = layer.new, layer.sizes, layer.num_globals
     scale = q.shape[-1] ** -0.5 if found.scale is None else found.scale
     q, k = [t.unflatten(0, (-1, plane.slices(sizes))) for t in (q, k)]  # (B, P, g + L, heads, hd)

@@ -1,4 +1,4 @@
-"""The residual stream: what travels from block to block, in plane order, and how a block runs on it.
+"""How a block runs on the residual stream, which travels from block to block in plane order.
 
 Only attention sees planes. So a block does not return ``residual + scale * branch`` but hands the three on; the next
 block adds them, changes planes and normalises in one operation, `ops.plane_switch`, which reads the rows in the old
@@ -16,94 +16,63 @@ plane's order and writes them in the new one's. Everything else in a block is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..hosts.parts import WHOLE, BlockParts, Plan, Snapshot, plan_of
-from ..ops import add_norm
-from ..ops.residual.add_norm import add_ref
-from ..runtime.backends import asked_for, pick
-from .branches import attention_branch, autocast_dtype, mlp_branch
+from ..hosts.description import BlockDescription, NormPart
+from ..ops.choice import Choice
+from ..ops.residual.add_norm import add_norm_on, add_ref, check_stream
+from .branches import attention_branch, mlp_branch
 from .cpu_groups import Following, run_in_groups
 from .stream import Layer, Stream
 
-OPERATIONS = ("plane_switch", "add_norm", "rope", "gelu", "swiglu")  # of a block
-
 
 def run_block(
-    parts: BlockParts | str,
+    block: BlockDescription,
     held: list[Stream],
     layer: Layer,
     call: Callable[[Tensor], Tensor],
     following: Iterable[Following] = (),
 ) -> tuple[Stream | tuple[Tensor, Tensor], int]:
-    """A block on the stream: part by part, what `plan` allows by operations, the rest by the host.
+    """A block on the stream: part by part, what can be replaced by operations, the rest by the host.
 
     Args:
-        parts: the block taken apart, or the reason why it cannot be.
         held: the stream; taken out, so that its memory is free once the planes have changed, if nobody else holds it.
         call: the whole block as the host runs it, (B*P, g + L, C) to the same.
-        following: what may run in the same call, see `groups`.
+        following: what may run in the same call, see `cpu_groups`.
 
     Returns: the stream, or after a last norm the tokens and their norm; and how many steps that were.
     """
-    parts = parts if isinstance(parts, (str, Snapshot)) else Snapshot(parts)
-    todo = plan_of(parts)
-    if todo.block is not None:
+    if block.whole is not None:
         return Stream(call(layer.switch(held.pop()))), 1
-    if (done := run_in_groups(parts, todo, held, layer, following)) is not None:
+    if (done := run_in_groups(block, held, layer, following)) is not None:
         return done
-    linears = parts.attention().qkv if todo.attention is None else ()
-    x, normed = _normed(parts, 1, todo.norm1, linears, lambda *norm: layer.switch(held.pop(), *norm))
-    scale = parts.scale(1)
-    branch = attention_branch(parts, todo, normed, layer)
-    branch, gamma = (branch, scale.gamma) if todo.scale1 is None else (scale.own(branch), None)
+    choice = layer.choice
+    x, normed = _normed(block.norm1, choice, lambda *norm: layer.switch(held.pop(), *norm))
+    branch = attention_branch(block, normed, layer)
+    branch, gamma = (branch, block.scale1.gamma) if "scale1" not in block.kept else (block.scale1.own(branch), None)
 
     def add(*norm: Any) -> Tensor | tuple[Tensor, Tensor]:
-        if not norm:
-            return add_ref(x, branch, gamma)
-        return add_norm(x, branch, gamma, *norm, backend=layer.backend_for("add_norm", x))
+        check_stream(x, branch, gamma, *norm)  # the branch is the host's
+        return add_norm_on(choice.add_norm, x, branch, gamma, *norm) if norm else add_ref(x, branch, gamma)
 
-    x, normed = _normed(parts, 2, todo.norm2, parts.mlp().first if todo.mlp is None else (), add)
-    branch, scale = mlp_branch(parts, todo, normed, layer), parts.scale(2)
-    return (Stream(x, branch, scale.gamma) if todo.scale2 is None else Stream(x, scale.own(branch))), 1
+    x, normed = _normed(block.norm2, choice, add)
+    branch = mlp_branch(block, normed, layer)
+    return (
+        Stream(x, branch, block.scale2.gamma) if "scale2" not in block.kept else Stream(x, block.scale2.own(branch))
+    ), 1
 
 
 def _normed(
-    parts: Snapshot,
-    number: int,
-    own: str | None,
-    linears: Sequence[object],
-    add: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    norm: NormPart, choice: Choice, add: Callable[..., Tensor | tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their norm, for these linear layers: together, ``add(norm, dtype)``, or by the host's norm."""
-    if own is None:
-        dtype = autocast_dtype(parts.norm(number), linears) if torch._C._is_any_autocast_enabled() else None
-        return add(parts.known_norm(number), dtype)
-    x = add()
-    return x, parts.norm(number)(x)
-
-
-def check_strict(
-    backend: str, attention: str, strict: bool, plans: Callable[[], Sequence[Plan]], device: torch.device
-) -> None:
-    """Raises ValueError where a backend or attention asked for by name would have to leave parts to the host."""
-    backend = asked_for(backend)
-    if not strict or (backend == "auto" and attention == "auto"):
-        return
-    plans = plans()
-    for op in OPERATIONS if backend != "auto" and any([found.block is None for found in plans]) else ():
-        pick(backend, device, op)
-    named = {} if backend in ("auto", "reference") else {f"backend {backend!r}": None}  # the reference replaces nothing
-    named |= {} if attention == "auto" else {f"attention {attention!r}": ("block", "attention")}
-    for name, needed in named.items():
-        for i, found in enumerate(plans):
-            for part, reason in found.reasons().items():
-                if reason != WHOLE if needed is None else part in needed:  # plane changes go by backends anyway
-                    raise ValueError(
-                        f"{name} would leave block {i}'s {part} to the model's own code: {reason}; expected a model "
-                        "whose parts can be replaced (`report()` lists them), or strict=False"
-                    )
+    """Tokens and their norm: together, ``add(norm, dtype)``, or by the host's norm."""
+    if norm.known is None:
+        x = add()
+        return x, norm.module(x)
+    # What autocast would make of the norm in each of the next linear layers: it is written as that at once.
+    casts = norm.cast and choice.autocast is not None and norm.known.weight.dtype != torch.float64
+    return add(norm.known, choice.autocast if casts else None)

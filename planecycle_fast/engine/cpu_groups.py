@@ -8,71 +8,28 @@ one call. Where a linear layer is more than its weight and bias, and for trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
-from ..hosts.parts import Plan, Snapshot
-from ..ops.residual.add_norm import Norm
-from ..runtime.backends import choose
+from ..hosts.description import BlockDescription
+from ..hosts.packing import PLAIN
+from ..ops import Norm
 from ..runtime.repeats import most_rounds
-from ..runtime.tracing import may_write
-from .branches import is_plain
 from .stream import Layer, Own, Stream
 
 GROUP_BYTES = 26 * 2**20  # of the widest activations of a group: fewer matrix products, or less memory
 CALL = 2e11  # multiplications of a call, some seconds at most: signals have to wait for its end
-PLAIN = (Tensor, nn.Parameter, FakeTensor)  # other subclasses, quantised or sharded, have their own ways
-Following = tuple["Snapshot | str | Norm", Layer]  # a block's parts, or the last norm; and where it stands
-Linear = tuple[Tensor, "Tensor | None"]  # weight (out, in), bias (out,)
+Following = tuple["BlockDescription | Norm", Layer]  # a block, or the last norm; and where it stands
 _onednn: dict[torch.dtype, bool] = {}
 _loaded: list[Callable[..., Any]] = []  # `blocks_in_place`: an import costs time in every call
 
 
-class Settings(NamedTuple):
-    """What blocks have to agree in to run in one call."""
-
-    num_qkv: int  # one packed layer, or three
-    num_first: int  # one layer; gated two, or one that is twice as wide
-    norms: tuple[str, str]  # "layer" or "rms", norm1 and norm2
-    eps: tuple[float, float]
-    heads: int
-    scale: float | None  # of scores
-    in_table_dtype: bool  # see `ops.rope`
-    gated: bool  # SwiGLU instead of GELU
-
-
-class _Block(NamedTuple):
-    """What a block that runs in groups is made of."""
-
-    settings: Settings
-    linears: Sequence[Tensor | None]  # weights (out, in) and biases (out,): qkv, out, first, last
-    made: Sequence[tuple[int, Callable[[], Linear]]]  # of these, by position: weight and bias that are made when needed
-    vectors: Sequence[Tensor | None]  # (C,): norm1's weight and bias, gamma, norm2's weight and bias, gamma
-
-    def tensors(self, dtype: torch.dtype) -> list[Tensor | None] | None:
-        """All of them as they are now, or None where they are not of a stream's dtype.
-
-        A LayerScale may be of another that does not widen the sum.
-        """
-        linears = [*self.linears]
-        for position, make in self.made:
-            linears[position : position + 2] = make()
-        if not all([t is None or (t.dtype is dtype and type(t) in PLAIN) for t in linears]):
-            return None
-        for gamma in self.vectors[2::3]:
-            if gamma is not None and gamma.dtype is not dtype and torch.promote_types(dtype, gamma.dtype) != dtype:
-                return None
-        return [*linears, *self.vectors]
-
-
 def run_in_groups(
-    parts: Snapshot,
-    todo: Plan,
+    block: BlockDescription,
     held: list[Stream],
     layer: Layer,
     following: Iterable[Following] = (),
@@ -80,23 +37,16 @@ def run_in_groups(
     """This block and those of the following ones that are like it, as many sequences at a time as caches hold.
 
     Args:
-        parts, todo: of the block.
         held: the stream that comes in; taken out.
         following: what comes after it in the same pass, which nobody watches.
 
     Returns: the stream that goes out, or after a last norm the tokens and their norm, (B*P, g + L, C) each; and how
         many steps that were. None where this block has to run as a whole.
     """
-    if torch.is_grad_enabled() or not may_write():
+    choice, came = layer.choice, held[0].residual
+    if choice.grad or not choice.writes or choice.add_norm != "cpu" or came.device.type != "cpu":
         return None
-    if held[0].residual.device.type != "cpu":
-        return None
-    if layer.attention not in ("auto", "sdpa") or torch.is_autocast_enabled("cpu"):
-        return None
-    found, came = parts.once("groups", lambda: _read(parts, todo)), held[0].residual
-    if found is None or (
-        layer.backend != "cpu" and choose(layer.backend, came.device, "add_norm", layer.strict) != "cpu"
-    ):
+    if choice.attention != "sdpa" or choice.autocast is not None or (found := block.packed) is None:
         return None
     dtype = _dtype_of(*held[0])
     tensors = None if dtype is None or came.numel() == 0 else found.tensors(dtype)
@@ -110,7 +60,7 @@ def run_in_groups(
             break
         if (next_layer.angles is None) != (layer.angles is None):  # one call turns in all of its blocks, or in none
             break
-        more = None if isinstance(after, str) else after.once("groups", lambda of=after: _read(of, of.plan()))
+        more = after.packed
         if more is None or more.settings != found.settings or (tensors := more.tensors(dtype)) is None:
             break
         blocks.append(tensors)
@@ -120,7 +70,7 @@ def run_in_groups(
 
         _loaded.append(blocks_in_place)
     own = type(held[0]) is Own
-    x, normed = layer.switch(held.pop(), parts.known_norm(1))
+    x, normed = layer.switch(held.pop(), block.norm1.known)
     if x is came and not own:
         x = x.clone(memory_format=torch.contiguous_format)
     del came
@@ -131,48 +81,6 @@ def run_in_groups(
         x, normed, blocks, found.settings, _has_onednn(dtype), *where, last, angles, GROUP_BYTES, most_rounds()
     )
     return (Own(*made, blocks[-1][-1]) if last is None else made), len(layers)
-
-
-def _read(parts: Snapshot, todo: Plan) -> _Block | None:
-    """None where somebody could tell that a block runs in groups."""
-    if todo.reasons():
-        return None
-    attention, mlp, norms = parts.attention(), parts.mlp(), [parts.known_norm(1), parts.known_norm(2)]
-    layers = (*attention.qkv, attention.output, *mlp.first, mlp.last)
-    if not all([is_plain(linear) for linear in layers]):
-        return None
-    linears, made = [], []
-    for i, linear in enumerate(layers):
-        if type(linear) is nn.Linear:
-            linears += [linear.weight, linear.bias]
-        else:
-            linears += [None, None]
-            made.append((2 * i, weight_and_bias(linear)))
-    vectors = [t for i, norm in enumerate(norms, 1) for t in (norm.weight, norm.bias, parts.scale(i).gamma)]
-    if not all([t is None or type(t) in PLAIN for t in vectors]):
-        return None
-    settings = Settings(
-        len(attention.qkv),
-        len(mlp.first),
-        tuple(["rms" if norm.rms else "layer" for norm in norms]),
-        tuple([norm.eps for norm in norms]),
-        attention.heads,
-        attention.scale,
-        attention.in_table_dtype,
-        mlp.activation == "swiglu",
-    )
-    return _Block(settings, linears, made, vectors)
-
-
-def weight_and_bias(linear: Any) -> Callable[[], Linear]:
-    """Reads those of a plain linear layer; ``LinearKMaskedBias`` of dinov3 masks its bias."""
-    if hasattr(linear, "weight_and_bias"):
-        return linear.weight_and_bias
-    weight, bias = linear.weight, linear.bias
-    if type(linear) is nn.Linear or bias is None:
-        return lambda: (weight, bias)
-    mask = linear.bias_mask
-    return lambda: (weight, bias * (mask if mask.dtype is bias.dtype else mask.to(bias.dtype)))
 
 
 def _dtype_of(

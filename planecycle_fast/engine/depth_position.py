@@ -24,6 +24,7 @@ from ..geometry.planes import Plane, Sizes
 from ..geometry.rope import PlaneAngles, PlaneTables, coordinates, make_periods
 from ..hosts import Adapter
 from ..hosts.wrapped import read
+from ..ops.choice import Choice
 from .embedding import embed
 from .lifted_block import LiftedBlock
 
@@ -65,10 +66,10 @@ def embed_with_depth(
     depth: int,  # D
     adapter: Adapter,
     images: Tensor,  # (B*D, in_channels, height, width)
-    backend: str,
+    choice: Choice,
 ) -> tuple[Tensor, Tensor]:  # patches (B*D, L, C), any strides; globals (B*D, g, C), or (1, g, C)
     """`embed`, with the code of each slice on its patches for "sincos". Raises ValueError like `add_depth`."""
-    patches, globals_ = embed(adapter, images, backend)
+    patches, globals_ = embed(adapter, images, choice)
     return add_depth(patches, depth, adapter) if depth_position == "sincos" else patches, globals_
 
 
@@ -127,13 +128,12 @@ def tables_of(
     if depth_position != "rope1d":
         return PlaneTables(adapter.rope(volume.dtype), training, num_axes)
     for i, block in enumerate(blocks):
-        todo = block.plan()
-        if (reason := todo.block or todo.attention) is not None:
+        if (reason := block.description().why_not_attention) is not None:
             raise ValueError(
                 f"depth_position 'rope1d' needs attention that can be taken apart, got block {i}, whose own code runs: "
                 f"{reason}"
             )
-    attention = blocks[0].reading.now().attention()
+    attention = blocks[0].description().attention
     width = read(attention.output, "in_features", 0)
     if width == 0 or width % (2 * attention.heads):
         raise ValueError(f"depth_position 'rope1d' needs heads of even width, got {width} / {attention.heads}")

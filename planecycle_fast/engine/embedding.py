@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..hosts import Adapter
-from ..hosts.parts import watched
+from ..hosts.known import why_called
+from ..ops.choice import Choice
 from ..runtime.repeats import rounds
-from ..runtime.tracing import may_write
 
 ROWS = 1024  # patches at a time
 
@@ -21,14 +20,14 @@ ROWS = 1024  # patches at a time
 def embed(
     adapter: Adapter,
     images: Tensor,  # (N, in_channels, height, width)
-    backend: str,  # of the stream
+    choice: Choice,
 ) -> tuple[Tensor, Tensor]:  # patches (N, L, C), any strides; globals (N, g, C), or (1, g, C)
     """`Adapter.embed_parts` of all slices."""
-    if backend != "cpu" or not may_write():  # before sizes are looked at, which may be symbols
+    if choice.grad or not choice.writes or choice.plane_switch != "cpu":  # else sizes may be symbols
         return adapter.embed_parts(images)
     length = (images.shape[2] // adapter.patch_size[0]) * (images.shape[3] // adapter.patch_size[1])
     at_once = max(1, ROWS // length)
-    if len(images) <= at_once or not _in_groups(adapter, images):
+    if len(images) <= at_once or not _nobody_can_tell(adapter):
         return adapter.embed_parts(images)
     patches = globals_ = alike = None
     for start in rounds(range(0, len(images), at_once)):
@@ -44,12 +43,11 @@ def embed(
     return patches, globals_
 
 
-def _in_groups(adapter: Adapter, images: Tensor) -> bool:
-    if images.device.type != "cpu" or torch.is_grad_enabled():
-        return False
+def _nobody_can_tell(adapter: Adapter) -> bool:
     if adapter.model.training:  # what it draws depends on how many slices there are
         return False
-    return not any([watched(module) for module in _outside(adapter.model, {id(block) for block in adapter.blocks})])
+    outside = _outside(adapter.model, {id(block) for block in adapter.blocks})
+    return all([why_called(module) is None for module in outside])
 
 
 def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:

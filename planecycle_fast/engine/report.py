@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
-from ..hosts.parts import WHOLE, Plan
-from ..runtime.backends import choose
+from ..hosts.description import BlockDescription
+from ..hosts.parts import WHOLE
+from ..ops.choice import Choice
 
 PARTS = {  # of a block: the operation, and the parts that it replaces
     "plane_switch": ("scale2", "norm1"),
@@ -18,7 +17,7 @@ PARTS = {  # of a block: the operation, and the parts that it replaces
 }
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """One part of one or more blocks."""
 
     blocks: str
@@ -27,44 +26,39 @@ class Row(NamedTuple):
     why: str  # not otherwise; empty where all of it is replaced
 
 
-def rows(plans: Sequence[Plan], backend: str, attention: str, strict: bool, device: torch.device) -> list[Row]:
+def rows(blocks: Sequence[BlockDescription], choice: Choice) -> list[ReportRow]:
     """The report of a model's blocks, neighbours alike in one row."""
-    per_block = [_rows(plan, backend, attention, strict, device) for plan in plans]
+    per_block = [_rows(block.kept, choice) for block in blocks]
     found, start = [], 0
     for i, described in enumerate(per_block):
         if i + 1 < len(per_block) and per_block[i + 1] == described:
             continue
-        blocks = str(start) if start == i else f"{start}-{i}"
-        found += [Row(blocks, *row) for row in described]
+        numbers = str(start) if start == i else f"{start}-{i}"
+        found += [ReportRow(numbers, *row) for row in described]
         start = i + 1
     return found
 
 
-def _rows(plan: Plan, backend: str, attention: str, strict: bool, device: torch.device) -> list[tuple[str, str, str]]:
-    def chosen(op: str) -> str:
-        return choose(backend, device, op, strict)
-
-    if plan.block is not None:
-        why = plan.block if plan.block == WHOLE else f"block: {plan.block}"
-        return [("planes", chosen("plane_switch"), ""), ("block", "the model's own", why)]
-    reasons, described = plan.reasons(), []
+def _rows(kept: Mapping[str, str], choice: Choice) -> list[tuple[str, str, str]]:
+    if (reason := kept.get("block")) is not None:
+        why = reason if reason == WHOLE else f"block: {reason}"
+        return [("planes", choice.plane_switch, ""), ("block", "the model's own", why)]
+    described = []
     for op, names in PARTS.items():
-        kept = [name for name in names if name in reasons]
-        why = "; ".join([f"{name}: {reasons[name]}" for name in kept])
+        left = [name for name in names if name in kept]
+        why = "; ".join([f"{name}: {kept[name]}" for name in left])
         if op == "attention":
-            runs = "sdpa" if attention == "auto" else attention
-            runs = f"rope: {chosen('rope')}, attention: {runs}"
+            runs = f"rope: {choice.rope}, attention: {choice.attention}"
         else:
-            runs = chosen("gelu" if op == "mlp" else op)
-        whole = len(kept) == len(names) and op != "plane_switch"
+            runs = choice.swiglu if op == "mlp" else getattr(choice, op)
+        whole = len(left) == len(names) and op != "plane_switch"
         described.append((op, "the model's own" if whole else runs, why))
     return described
 
 
-def describe(plans: Sequence[Plan], backend: str, attention: str, strict: bool, device: torch.device) -> str:
+def table_of(blocks: Sequence[BlockDescription], choice: Choice) -> str:
     """The report as a table in plain text."""
-    table = rows(plans, backend, attention, strict, device)
-    lines = [Row("blocks", "part", "runs by", "left to the model, and why"), *table]
+    lines = [ReportRow("blocks", "part", "runs by", "left to the model, and why"), *rows(blocks, choice)]
     widths = [max([len(line[i]) for line in lines]) for i in range(3)]
     return "\n".join(
         ["  ".join([*[cell.ljust(width) for cell, width in zip(line, widths)], line[3]]).rstrip() for line in lines]

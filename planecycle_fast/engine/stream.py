@@ -13,11 +13,10 @@ from torch import Tensor
 from ..geometry.planes import Plane, Sizes
 from ..geometry.pooling import Transition
 from ..geometry.rope import PlaneAngles
-from ..ops import Norm, plane_switch
-from ..ops.plane_change.plane_switch import switch_unchecked
+from ..ops import Norm
+from ..ops.choice import Choice
+from ..ops.plane_change.plane_switch import check_switch, switch_on
 from ..ops.residual.add_norm import add_ref
-from ..runtime.backends import asked_for, choose
-from ..runtime.tracing import may_write
 
 SinCos = tuple[Tensor, Tensor]  # (L, hd) each
 
@@ -49,11 +48,8 @@ class Layer:
     sizes: Sizes  # (D, H, W) in tokens
     num_globals: int
     transition: Transition  # of the globals from old to new
+    choice: Choice  # what runs this pass
     angles: PlaneAngles | None = None  # RoPE of the new plane
-    backend: str = "auto"
-    attention: str = "auto"
-    strict: bool = True
-    named: str = ""  # the backend asked for, where `backend` is what it is on the device of the volume
     look: Callable[[Stream], None] | None = None  # is shown the stream that a block gets, within its call
 
     @property
@@ -78,18 +74,21 @@ class Layer:
         self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
-        args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm)
-        backend = self.backend_for("plane_switch", stream.residual)
-        switch = switch_unchecked if type(stream) is Own else plane_switch
-        return switch(stream.residual, *args, norm_dtype=norm_dtype, backend=backend)
+        args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm, None, norm_dtype)
+        if type(stream) is not Own:
+            check_switch(stream.residual, *args)
+        in_full = norm is not None or stream.branch is not None
+        chosen = self.choice.add_norm if in_full else self.choice.plane_switch
+        return switch_on(chosen, stream.residual, *args)
 
-    def on(self, device: torch.device) -> Layer:
-        """The same for a stream on this device: RoPE tables go there, and "auto" is another backend."""
-        backend = self.named or self.backend if device.type != "cpu" else self.backend
-        angles = None if self.angles is None else self.angles.on(device)
-        if angles is self.angles and backend == self.backend:
+    def here(self, stream: Stream) -> Layer:
+        """The same within a block's call: for a stream on its device, in the mode that is on now."""
+        residual = stream.residual
+        angles = None if self.angles is None else self.angles.on(residual.device)
+        choice = self.choice.on(residual.device, residual.shape[-1]).here()
+        if angles is self.angles and choice is self.choice:
             return self
-        return replace(self, angles=angles, backend=backend)
+        return replace(self, angles=angles, choice=choice)
 
     def one(self, stream: Stream, plane: Plane) -> Stream:
         """A stream in this plane's order as one tensor: nothing of it is a parameter, whose owner may free it."""
@@ -98,11 +97,6 @@ class Layer:
         count = plane.slices(self.sizes)
         return Stream(replace(self, old=plane, new=plane, transition=Transition(count, count)).switch(stream))
 
-    def backend_for(self, op: str, x: Tensor) -> str:
-        """What to ask an operation for, on tensors like x: what was asked for, or without `strict` what there is."""
-        named = asked_for(self.backend)
-        return named if named == "auto" or self.strict else choose(named, x.device, op, False)
-
 
 def enter(
     patches: Tensor,  # (B*D, L, C), canonical order, any strides
@@ -110,7 +104,7 @@ def enter(
     layer: Layer,  # from canonical order to the first block's plane
 ) -> Stream:
     """The stream of embedded slices, in the first block's plane order."""
-    backend = layer.backend_for("plane_switch", patches)
-    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
-    entered = plane_switch(patches, *args, globals_=globals_, backend=backend)
-    return Own(entered) if entered is not patches and may_write() else Stream(entered)
+    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition, None, None, None, globals_)
+    check_switch(patches, *args)
+    entered = switch_on(layer.choice.plane_switch, patches, *args)
+    return Own(entered) if entered is not patches and layer.choice.writes else Stream(entered)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.planes import HW, permutation
-from ..hosts.parts import watched
+from ..hosts.known import why_called
 from .stream import Layer, Stream
 
 
@@ -34,7 +34,7 @@ class Tap(nn.Module):
 
 def live(taps: dict[int, Tap]) -> dict[int, Tap]:
     """Those that somebody watches: the others cost nothing."""
-    return {i: tap for i, tap in taps.items() if watched(tap) is not None}
+    return {i: tap for i, tap in taps.items() if why_called(tap) is not None}
 
 
 def tapped(tap: Tap, run: Callable[[Stream, Layer], Stream], stream: Stream, layer: Layer) -> Stream:

@@ -13,18 +13,8 @@ from torch import Tensor, nn
 from ..geometry.rope import Rope, make_periods
 from .adapter import Adapter, SinCos
 from .buffers import Computed
-from .parts import (
-    Attention,
-    BlockParts,
-    Mlp,
-    Part,
-    Scale,
-    consists_of,
-    contents,
-    is_identity,
-    kind_of,
-    known_activation,
-)
+from .known import consists_of, contents, is_identity, kind_of, known_activation
+from .parts import Attention, BlockParts, Mlp, Part, Scale
 from .wrapped import read, unwrapped
 
 CLASS = "DinoVisionTransformer"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..runtime.tracing import recorder
 from .adapter import Adapter, SinCos, is_instance_of, pair
 from .huggingface_parts import block_parts, made_of
-from .parts import BlockParts, Contents, Part, contents, watched
+from .known import Contents, contents, why_called
+from .parts import BlockParts, Part
 from .wrapped import read
 
 _PROJECTS = contents("projection")  # a module that holds the convolution, in most families
@@ -153,7 +154,7 @@ class LearnedPositions(HuggingFace):
         if not made_of(found, self.known) or Part([found], [getattr(found, "dropout", None)]).why_not() is not None:
             return False
         holder = getattr(found, self.projection.split(".")[0])
-        return "." not in self.projection or (made_of(holder, _PROJECTS) and watched(holder) is None)
+        return "." not in self.projection or (made_of(holder, _PROJECTS) and why_called(holder) is None)
 
     def _positions(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .buffers import Computed
 from .huggingface import LearnedPositions
-from .parts import contents, watched
+from .known import contents, why_called
 
 
 class HuggingFaceSiglip(LearnedPositions):
@@ -54,7 +54,7 @@ class HuggingFaceCLIP(HuggingFaceSiglip):
         return self.core.pre_layrnorm(tokens)
 
     def _is_known(self, found: nn.Module) -> bool:
-        return super()._is_known(found) and watched(self.core.pre_layrnorm) is None
+        return super()._is_known(found) and why_called(self.core.pre_layrnorm) is None
 
     def norm(self, tokens: Tensor) -> Tensor:
         return tokens

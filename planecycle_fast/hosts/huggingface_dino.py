@@ -10,7 +10,7 @@ from .adapter import SinCos
 from .buffers import Computed
 from .huggingface import HuggingFace, LearnedPositions
 from .huggingface_parts import made_of
-from .parts import contents, watched
+from .known import contents, why_called
 
 _DINOV3_EMBEDDINGS = contents("cls_token patch_embeddings register_tokens", "mask_token")
 
@@ -42,7 +42,7 @@ class HuggingFaceDINOv3(HuggingFace):
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         found = self.model.embeddings
-        if not made_of(found, _DINOV3_EMBEDDINGS) or watched(found) is not None:
+        if not made_of(found, _DINOV3_EMBEDDINGS) or why_called(found) is not None:
             return super().embed_parts(images)
         patches = found.patch_embeddings(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
         return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)

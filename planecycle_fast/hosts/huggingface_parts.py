@@ -11,19 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import SinCos
-from .parts import (
-    Attention,
-    BlockParts,
-    Contents,
-    Mlp,
-    Part,
-    Scale,
-    comes_from,
-    consists_of,
-    contents,
-    kind_of,
-    known_activation,
-)
+from .known import Contents, comes_from, consists_of, contents, kind_of, known_activation
+from .parts import Attention, BlockParts, Mlp, Part, Scale
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_mae", "ijepa", "clip", "siglip")
 _OWN = tuple(f"transformers.models.{family}." for family in FAMILIES)

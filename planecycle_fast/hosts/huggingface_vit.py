@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .huggingface import LearnedPositions
-from .parts import contents
+from .known import contents
 
 
 class HuggingFaceViT(LearnedPositions):

@@ -11,20 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapter import Adapter, SinCos, is_exactly, pair
-from .parts import (
-    Attention,
-    BlockParts,
-    Mlp,
-    Part,
-    Scale,
-    comes_from,
-    consists_of,
-    contents,
-    is_identity,
-    kind_of,
-    known_activation,
-    watched,
-)
+from .known import comes_from, consists_of, contents, is_identity, kind_of, known_activation, known_norm, why_called
+from .parts import Attention, BlockParts, Mlp, Part, Scale
 from .wrapped import own_class, read, unwrapped
 
 _CONTENTS = {  # of timm's modules; they alone do not tell a GluMlp from an Mlp
@@ -68,14 +56,17 @@ class TimmParts(BlockParts):
         found = self.block.attn
         if not is_timms(found, kind):
             return Attention(found, Part(unknown=f"{kind_of(found)} is of an unknown kind"))
-        between = (found.q_norm, found.k_norm, found.norm)
-        if not is_identity(*between) or getattr(found, "gate", None) is not None:
-            return Attention(found, Part(unknown="it has norms or a gate of its own"))
+        if not is_identity(found.norm) or getattr(found, "gate", None) is not None:
+            return Attention(found, Part(unknown="it has a norm of its output or a gate of its own"))
+        qk_norm = () if is_identity(found.q_norm, found.k_norm) else (found.q_norm, found.k_norm)
+        for norm in qk_norm:
+            if (reason := known_norm(norm)[1]) is not None:
+                return Attention(found, Part(unknown=f"norm of queries or keys: {reason}"))
         if not found.fused_attn:
             return Attention(found, Part(unknown="timm's fused attention is off"))
-        part = Part([found, *between], [found.attn_drop, found.proj_drop])
+        part = Part([found, found.norm], [found.attn_drop, found.proj_drop])
         linears = (found.qkv,) if found.qkv is not None else (found.q_proj, found.k_proj, found.v_proj)
-        return Attention(found, part, linears, found.num_heads, output=found.proj)
+        return Attention(found, part, linears, found.num_heads, output=found.proj, qk_norm=qk_norm)
 
 
 class TimmBlock(TimmParts):
@@ -132,7 +123,7 @@ class Timm(Adapter):
         images: Tensor,  # (N, in_channels, height, width)
     ) -> Tensor:  # (N, h*w, C), any strides
         embed = self.model.patch_embed
-        if not is_timms(embed, "PatchEmbed") or watched(embed) is not None or embed.dynamic_img_pad:
+        if not is_timms(embed, "PatchEmbed") or why_called(embed) is not None or embed.dynamic_img_pad:
             return embed(images).flatten(1, -2)  # from NHWC with dynamic sizes
         # Past its forward, which formats sizes into messages: torch.compile would take them for constants.
         return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
@@ -235,9 +226,4 @@ def call_with_qkv(
 def _ignores_qkv_module(module: nn.Module) -> bool:
     if vars(module).get("qkv_bias_separate", True) or module.q_bias is None:  # True: of another kind, or around one
         return False
-    return is_more_than_linear(module.qkv)
-
-
-def is_more_than_linear(module: nn.Module) -> bool:
-    """Whether calling a module may be something else than multiplying by its weight and adding its bias."""
-    return type(module) is not nn.Linear or watched(module) is not None
+    return why_called(module.qkv, nn.Linear) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,8 +15,9 @@ from ..geometry.rope import Augmentation, Rope, make_periods, section_sizes
 from ..runtime.tracing import recorder
 from .adapter import SinCos, is_exactly
 from .buffers import Computed
-from .parts import Attention, BlockParts, Part, Scale, kind_of
-from .timm import Timm, TimmParts, call_with_qkv, has_plain_patches, is_more_than_linear, is_timms
+from .known import kind_of, why_called
+from .parts import Attention, BlockParts, Part, Scale
+from .timm import Timm, TimmParts, call_with_qkv, has_plain_patches, is_timms
 from .wrapped import own_class, unwrapped
 
 MIXED = "RotaryEmbeddingMixed"  # of learned frequencies, each head's and each block's own
@@ -39,7 +41,7 @@ class TimmEvaBlock(TimmParts):
             return Attention(found.module, Part(unknown=reason))
         if found.module.q_bias is None:
             return found
-        return Attention(found.module, found.part, (_BiasedQkv(found.module),), found.heads, output=found.output)
+        return replace(found, qkv=(_BiasedQkv(found.module),))
 
     def scale(self, number: int) -> Scale:
         gamma, drop = getattr(self.block, f"gamma_{number}"), getattr(self.block, f"drop_path{number}")
@@ -53,15 +55,15 @@ class _BiasedQkv:
         self.attention = attention
 
     @property
-    def fresh(self) -> bool:
-        """Whether what it returns is nobody else's."""
-        return not is_more_than_linear(self.attention.qkv)
+    def is_plain(self) -> bool:
+        """See `description.is_plain`."""
+        return why_called(self.attention.qkv, nn.Linear) is None
 
     def __call__(
         self,
         x: Tensor,  # (N, rows, C)
     ) -> Tensor:  # (N, rows, 3*heads*hd)
-        return F.linear(x, *self.weight_and_bias()) if self.fresh else self.attention.qkv(x) + self._bias()
+        return F.linear(x, *self.weight_and_bias()) if self.is_plain else self.attention.qkv(x) + self._bias()
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:  # (3*heads*hd, C), (3*heads*hd,)
         return self.attention.qkv.weight, self._bias()

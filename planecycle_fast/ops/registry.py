@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..runtime.backends import asked_for, pick
 from ..runtime.tracing import transforms_active
 
 
@@ -38,14 +37,6 @@ class CustomOp:
 
     def __call__(self, *args: Any) -> Any:
         return self.definition(*args)
-
-
-def resolve(backend: str, device: torch.device) -> str:
-    """For many operations on tensors of a device: the name that "auto" stands for where that can be told beforehand."""
-    named = asked_for(backend)
-    if named != "auto" or device.type != "cpu":
-        return named
-    return pick(named, device, "add_norm")
 
 
 def refuse_transforms(name: str, backend: str = "triton") -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.authors import accelerated
+from planecycle_fast.ops.choice import Choice
 
 from .. import standins
 
@@ -231,8 +231,8 @@ def test_tables_are_made_once_per_plane_but_for_every_block_that_may_draw(build)
 
 
 def test_the_backend_is_passed_on(build, monkeypatch):
-    seen, resolve = [], accelerated.resolve
-    monkeypatch.setattr(accelerated, "resolve", lambda *a: (seen.append(a[0]), resolve(*a))[1])
+    seen, of = [], Choice.of
+    monkeypatch.setattr(Choice, "of", lambda *a: (seen.append(a[0]), of(*a))[1])
     model = pcf.accelerate(build(), backend="reference")
     outputs(model, torch.randn(VOLUME))
     assert set(seen) == {"reference"}

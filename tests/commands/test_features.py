@@ -1,9 +1,7 @@
 """`planecycle-fast features`: from scans to files of features, and where each feature lies."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from planecycle_fast.scans.files import load_scan
 from planecycle_fast.scans.preprocess import parse_window, prepare
 from planecycle_fast.weights.load import load_model
 
+from ..pages import block_with
 from ..scan_writers import turned_affine, write_dicom, write_nifti, write_nrrd
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -241,9 +240,8 @@ def test_random_weights_if_one_insists(tmp_path):
     assert metadata["weights"].startswith("RANDOM weights") and metadata["mean"] == [0.485, 0.456, 0.406]
 
 
-def test_the_readmes_way_to_read_features(run, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_features" in block)
+def test_the_way_to_read_features_in_docs(run, tmp_path):
+    code = block_with("load_features")
     write_nifti(
         tmp_path / "scan.nii", NOISE, np.diag([3.0, 3.0, 20.0, 1.0]) + np.array([[0, 0, 0, -50]] * 3 + [[0] * 4])
     )

@@ -49,9 +49,9 @@ def test_a_fault_of_one_block(model, monkeypatch):
     monkeypatch.setattr("planecycle_fast.engine.cpu_groups.CALL", 0)  # blocks one by one
     real = stream.run_in_groups
 
-    def faulty(parts, *rest):
-        done = real(parts, *rest)
-        if done is None or not hasattr(parts.block, "is_faulty"):
+    def faulty(block, *rest):
+        done = real(block, *rest)
+        if done is None or not hasattr(block.parts.block, "is_faulty"):
             return done
         return done[0]._replace(branch=done[0].branch * 0.999), done[1]
 

@@ -27,7 +27,7 @@ families = pytest.mark.parametrize("host", [BY_NAME[name] for name in NAMES], id
 @pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
 def test_every_part_of_every_host_is_replaced(host):
     lifted = pcf.lift(host.make())
-    assert [plan.reasons() for plan in lifted.plans()] == [{}] * len(lifted.blocks)
+    assert [block.kept for block in lifted.descriptions()] == [{}] * len(lifted.blocks)
 
 
 def modules(block, *names):
@@ -108,7 +108,7 @@ def test_a_part_that_cannot_be_replaced_is_the_hosts(host, change):
         expected = host_features(host, model, volume)
         assert not torch.allclose(expected, plain, atol=1e-3)
         assert torch.equal(all_tokens(lifted(volume)), expected)
-    assert [list(plan.reasons()) for plan in lifted.plans()] == [[], [part], [], [], []]
+    assert [list(block.kept) for block in lifted.descriptions()] == [[], [part], [], [], []]
 
 
 @families
@@ -121,7 +121,7 @@ def test_hooks_on_linear_layers_see_what_they_return(host):
         linear.register_forward_hook(lambda m, args, out: seen.append((m, args[0].clone(), out)))
     with torch.no_grad():
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
-        assert lifted.plans()[0].reasons() == {}
+        assert lifted.descriptions()[0].kept == {}
         ours = seen[: len(linears)] if "qkvb" not in host.name else [s for s in seen if s[0] in linears][: len(linears)]
         assert {id(m) for m, *_ in ours} == {id(m) for m in linears}
         for linear, x, out in ours:
@@ -135,9 +135,9 @@ def test_hooks_on_linear_layers_see_what_they_return(host):
 def test_dropout_that_is_active_runs_the_hosts_part(drop):
     host = BY_NAME["timm-dinov2-s"]
     lifted = pcf.lift(host.make(**{drop: 0.3}))
-    assert all(plan.reasons() == {} for plan in lifted.eval().plans())
+    assert all(block.kept == {} for block in lifted.eval().descriptions())
     parts = {"proj_drop_rate": {"attention", "mlp"}, "attn_drop_rate": {"attention"}}.get(drop, {"scale1", "scale2"})
-    found = lifted.train().plans()[-1].reasons()
+    found = lifted.train().descriptions()[-1].kept
     assert set(found) == parts and all("it drops 0.3 in training" in reason for reason in found.values())
 
 
@@ -146,8 +146,8 @@ def test_other_attentions_of_hugging_face_are_kept():
     model, volume = host.make(), host.volume()
     model.set_attn_implementation("eager")
     lifted = pcf.lift(model, mode="slice2d")
-    assert {tuple(plan.reasons()) for plan in lifted.plans()} == {("attention",)}
-    assert "the model's attention is 'eager'; only 'sdpa' is replaced" in lifted.plans()[0].attention
+    assert {tuple(block.kept) for block in lifted.descriptions()} == {("attention",)}
+    assert "the model's attention is 'eager'; only 'sdpa' is replaced" in lifted.descriptions()[0].kept["attention"]
     with torch.no_grad():
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
 
@@ -333,5 +333,5 @@ def test_a_subclass_of_a_familys_adapter_is_obeyed(method):
         if method == "norm":
             torch.testing.assert_close(got.patches, 2 * plain.patches)
         assert not torch.allclose(got.patches, plain.patches, atol=1e-3)
-    blocks = pcf.lift(model, adapter=own).plans()
-    assert all((plan.block is not None) == (method == "call_block") for plan in blocks)
+    blocks = pcf.lift(model, adapter=own).descriptions()
+    assert all((block.whole is not None) == (method == "call_block") for block in blocks)

@@ -68,9 +68,9 @@ def test_a_stream_that_was_read_is_free(monkeypatch, calls):
     """Its memory is there for what the block makes."""
     host, came, alive, [operation] = BY_NAME["timm-dinov3-s"], [], [], groups._loaded
 
-    def watching(parts, todo, held, layer, following):
+    def watching(block, held, layer, following):
         came[:] = [weakref.ref(t) for t in held[0][:2] if t is not None]
-        return groups.run_in_groups(parts, todo, held, layer, following)
+        return groups.run_in_groups(block, held, layer, following)
 
     def watched(*arguments):
         alive.append([t() is not None for t in came])

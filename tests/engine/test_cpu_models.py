@@ -76,16 +76,16 @@ def test_inference_is_within_the_budget(monkeypatch, host, settings, dtype, shap
     runs = in_groups(monkeypatch)
     got, exact, largest = _patches(host, settings, dtype, torch.inference_mode, "cpu")
     check("patches", got, exact, largest)
-    assert runs == [not plan.reasons() for plan in pcf.lift(host.make(), backend="cpu", strict=False).plans()]
+    assert runs == [not block.kept for block in pcf.lift(host.make(), backend="cpu", strict=False).descriptions()]
 
 
 def in_groups(monkeypatch):
     """Of each block that runs from now on, whether it ran in groups. On backend "cpu" alone."""
     runs = []
 
-    def counted(parts, todo, held, layer, following):
-        done = groups.run_in_groups(parts, todo, held, layer, following)
-        if layer.backend == "cpu":
+    def counted(block, held, layer, following):
+        done = groups.run_in_groups(block, held, layer, following)
+        if layer.choice.add_norm == "cpu":
             norm = done is not None and not isinstance(done[0], pcf.Stream)  # the last step is no block
             runs.extend([False] if done is None else [True] * (done[1] - norm))
         return done

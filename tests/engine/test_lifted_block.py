@@ -173,7 +173,7 @@ def test_fully_sharded_blocks(host, mesh):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name].full_tensor(), value, rtol=0, atol=1e-6, msg=name)
-    assert all(plan.reasons() == {} for plan in lifted.plans())  # sharded, and still in parts
+    assert all(block.kept == {} for block in lifted.descriptions())  # sharded, and still in parts
     optimizer = torch.optim.SGD(lifted.parameters(), 0.1)
     optimizer.step()
     after = gradients(lifted, volume)
@@ -241,7 +241,7 @@ def test_lora_on_every_linear_layer_of_the_blocks(host):
         got, expected = all_tokens(lifted(volume)), host_features(host, model, volume)
         assert not torch.allclose(lifted(volume).patches, plain, atol=1e-2)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    assert all(plan.reasons() == {} for plan in lifted.plans())
+    assert all(block.kept == {} for block in lifted.descriptions())
     lifted(volume).patches.square().mean().backward()
     lora = {name: p for name, p in model.named_parameters() if "lora" in name}
     assert len(lora) == 2 * 5 * len(linears) and all(p.grad is not None and p.grad.any() for p in lora.values())

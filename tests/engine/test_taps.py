@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.engine import lifted_block as blocks
+from planecycle_fast.engine import passes
 
 from ..host_models import BY_NAME, GRID
 
@@ -97,13 +97,13 @@ def test_nothing_runs_without_hooks(monkeypatch):
     plain = lifted(volume)
     forward = type(tap).forward
     monkeypatch.setattr(type(tap), "forward", lambda self, maps: calls.append(self.layer) or forward(self, maps))
-    called, run = [], blocks.run_lifted
+    called, run = [], passes._run_next
 
     def counted(steps, held):
         called.append(len(steps))
         return run(steps, held)
 
-    monkeypatch.setattr("planecycle_fast.lifted.run_lifted", counted)
+    monkeypatch.setattr("planecycle_fast.engine.passes._run_next", counted)
     again, number = lifted(volume), len(called)
     assert calls == [] and all([torch.equal(a, b) for a, b in zip(again, plain)])
     handle = tap.register_forward_hook(lambda *_: None)

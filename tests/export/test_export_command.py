@@ -17,12 +17,12 @@ from planecycle_fast.export import formats as export_formats
 from planecycle_fast.runtime.compiling import compiler
 
 from ..host_models import BY_NAME
+from ..pages import python
 from ..saved_models import with_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TWO = dict(cycle_order=("HW", "DW"))
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
-DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_the_documentations_ways_to_run_them(tmp_path, to):
     if to == "onnx":
         for other in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(other, reason="needs onnx, onnxscript and onnxruntime")
-    code = next(block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if file in block)
+    code = next(block.code for block in python("docs/export.md") if file in block.code and block.language == "python")
     assert f"import {package}\n" in code
     lifted, dynamic = pcf.lift(BY_NAME["hf-clip"].make(num_hidden_layers=1)), None if to == "jit" else "D"
     pcf.export_model(lifted, torch.zeros(1, 3, 4, 32, 32), tmp_path / file, to, dynamic)

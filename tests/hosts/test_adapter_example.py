@@ -1,18 +1,15 @@
-"""The examples of adapting a model of one's own, in `Adapter`'s docstring and in the README, run as they stand."""
+"""The examples of adapting a model of one's own, in `Adapter`'s docstring and in docs/lifting.md, run as they stand."""
 
 import inspect
-import re
 import textwrap
-from pathlib import Path
 
 import timm
 import torch
 
 import planecycle_fast as pcf
 
+from ..pages import block_with
 from ..toy import ToyAdapter, ToyViT
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_the_docstrings_adapter_lifts_a_model():
@@ -27,8 +24,8 @@ def test_the_docstrings_adapter_lifts_a_model():
     assert torch.equal(got.patches, expected.patches) and torch.equal(got.cls, expected.cls)
 
 
-def test_the_readmes_adapter_works(monkeypatch):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "pcf.Adapter" in block)
+def test_the_adapter_in_docs_works(monkeypatch):
+    code = block_with("pcf.Adapter")
     assert len(code.splitlines()) < 40
     create = timm.create_model
 

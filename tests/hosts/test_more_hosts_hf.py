@@ -111,7 +111,7 @@ def test_the_naive_transcription_holds(host, mode):
 def test_what_is_taken_apart_and_what_it_computes(host):
     model, volume = host.make(), host.volume()
     lifted = pcf.lift(model)
-    reasons = [plan.reasons() for plan in lifted.plans()]
+    reasons = [block.kept for block in lifted.descriptions()]
     if host.name in ACTIVATION:
         assert all(set(found) == {"mlp"} and ACTIVATION[host.name] in found["mlp"] for found in reasons)
     else:
@@ -121,14 +121,14 @@ def test_what_is_taken_apart_and_what_it_computes(host):
         with use_backend("reference"):
             by_reference = lifted(volume)
         handles = [block.register_forward_hook(lambda *_: None) for block in lifted.adapter.blocks]
-        assert all(plan.block == "it has hooks" for plan in lifted.plans())
+        assert all(block.whole == "it has hooks" for block in lifted.descriptions())
         as_a_whole = lifted(volume)
     for handle in handles:
         handle.remove()
     for got in (in_parts, by_reference):
         torch.testing.assert_close(got.patches, as_a_whole.patches, rtol=0, atol=1e-5)
         torch.testing.assert_close(got.pooled(), as_a_whole.pooled(), rtol=0, atol=1e-5)
-    assert [plan.reasons() for plan in lifted.plans()] == reasons
+    assert [block.kept for block in lifted.descriptions()] == reasons
 
 
 @every_host
@@ -172,7 +172,7 @@ def test_training_draws_as_the_host_does(host, on_reference):
         assert model.config.mask_ratio == 0.75
     assert torch.equal(draw(lambda: all_tokens(lifted(volume))), expected)
     assert not torch.equal(all_tokens(lifted(volume)), expected)
-    assert all(plan.reasons() for plan in lifted.plans())
+    assert all(block.kept for block in lifted.descriptions())
 
 
 @pytest.mark.parametrize("name", ["hf-vit", "hf-clip-gelu"])
@@ -250,7 +250,7 @@ def test_maps_of_a_backbone(name, layernorm, on_reference):
         got = [*lifted.intermediate(volume, [1, 3], norm=layernorm), lifted(volume)]
     for features, expected in zip(got, stages, strict=True):
         assert torch.equal(features.patches[0], expected)
-    assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5  # for all that transformers leaves behind
+    assert [block.kept for block in lifted.descriptions()] == [{}] * 5  # for all that transformers leaves behind
 
 
 def test_what_transformers_hooks_for_outputs_is_no_reason_but_a_users_hook_is():
@@ -260,14 +260,14 @@ def test_what_transformers_hooks_for_outputs_is_no_reason_but_a_users_hook_is():
     with torch.no_grad():
         assert len(model(volume[:, :, 0], interpolate_pos_encoding=True, output_hidden_states=True).hidden_states) == 6
         expected = lifted(volume)
-        assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5
+        assert [block.kept for block in lifted.descriptions()] == [{}] * 5
         calls = []
         handle = lifted.adapter.blocks[2].register_forward_hook(lambda *_: calls.append(1))
         again = lifted(volume)
-        assert [set(plan.reasons()) for plan in lifted.plans()] == [set(), set(), {"block"}, set(), set()]
+        assert [set(block.kept) for block in lifted.descriptions()] == [set(), set(), {"block"}, set(), set()]
         handle.remove()
         lifted(volume)
-    assert calls == [1] and [plan.reasons() for plan in lifted.plans()] == [{}] * 5
+    assert calls == [1] and [block.kept for block in lifted.descriptions()] == [{}] * 5
     torch.testing.assert_close(again.patches, expected.patches, rtol=0, atol=1e-5)
 
 
@@ -275,11 +275,11 @@ def test_a_forward_that_was_put_back_is_not_patched():
     model = BY_NAME["hf-vit"].make()
     lifted, blocks = pcf.lift(model), pcf.lift(model).adapter.blocks
     blocks[1].attention.forward = blocks[1].attention.forward
-    assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5
+    assert [block.kept for block in lifted.descriptions()] == [{}] * 5
     blocks[1].attention.forward = blocks[2].attention.forward  # another's
     blocks[3].attention.forward = lambda x: x
     patched = {"attention": f"{type(blocks[1].attention).__name__}: its forward is patched"}
-    assert [plan.reasons() for plan in lifted.plans()] == [{}, patched, {}, patched, {}]
+    assert [block.kept for block in lifted.descriptions()] == [{}, patched, {}, patched, {}]
 
 
 def test_slice_sizes():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import planecycle_fast as pcf
-from planecycle_fast.hosts.parts import known_activation, known_dropout, known_norm
+from planecycle_fast.hosts.known import known_activation, known_dropout, known_norm
 
 from ..host_models import BY_NAME
 from .test_hosts import all_tokens, host_features
@@ -98,8 +98,8 @@ def test_what_is_not_known_is_the_hosts(name, change):
         lifted = pcf.lift(model, mode="slice2d")
         for one in (lifted, early):  # whether it has seen the block before or not
             assert torch.equal(all_tokens(one(volume)), expected)
-    assert [set(plan.reasons()) for plan in lifted.plans()] == [set(), parts, set(), set(), set()]
-    assert all("is of an unknown kind" in reason for reason in lifted.plans()[1].reasons().values())
+    assert [set(block.kept) for block in lifted.descriptions()] == [set(), parts, set(), set(), set()]
+    assert all("is of an unknown kind" in reason for reason in lifted.descriptions()[1].kept.values())
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("facebook")])
@@ -113,7 +113,7 @@ def test_a_class_whose_forward_was_replaced(name, monkeypatch):
         monkeypatch.setattr(kind, "forward", doubled(kind.forward))
         for one in (lifted, pcf.lift(model, mode="slice2d")):
             assert torch.equal(all_tokens(one(volume)), host_features(host, model, volume))
-            assert [set(plan.reasons()) for plan in one.plans()] == [{"mlp"}] * 5
+            assert [set(block.kept) for block in one.descriptions()] == [{"mlp"}] * 5
 
 
 def test_norms_and_activations_whose_forward_was_replaced(monkeypatch):
@@ -138,7 +138,7 @@ def test_attention_with_a_mask_is_the_hosts(name):
     lifted, volume = pcf.lift(model, mode="slice2d"), host.volume()
     with torch.no_grad():
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
-    assert [plan.reasons() for plan in lifted.plans()] == [{}, {}, {"attention": "it is causal"}, {}, {}]
+    assert [block.kept for block in lifted.descriptions()] == [{}, {}, {"attention": "it is causal"}, {}, {}]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("hf")])
@@ -152,7 +152,7 @@ def test_a_scale_of_its_own_is_read(name):
     lifted, volume = pcf.lift(model, mode="slice2d"), host.volume()
     with torch.no_grad():
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
-    assert [plan.reasons() for plan in lifted.plans()] == [{}] * 5
+    assert [block.kept for block in lifted.descriptions()] == [{}] * 5
 
 
 @pytest.mark.parametrize("change", ["another forward", "another token"])
@@ -229,11 +229,11 @@ def test_names_of_another_version(theirs, monkeypatch):
     lifted = pcf.lift(model, mode="slice2d")
     with torch.no_grad():
         assert torch.equal(all_tokens(lifted(volume)), host_features(host, model, volume))
-    assert [set(plan.reasons()) for plan in lifted.plans()] == [set() if theirs else {"attention", "mlp"}] * 5
+    assert [set(block.kept) for block in lifted.descriptions()] == [set() if theirs else {"attention", "mlp"}] * 5
     if not theirs:
         return
     for change in ("dropout", "weights"):
         dropout, within = model.encoder.layer[3].attention.output.dropout, model.encoder.layer[3].attention.attention
         dropout.p, within.dropout_prob = (0.2, 0.0) if change == "dropout" else (0.0, 0.2)
-        assert set(lifted.eval().plans()[3].reasons()) == set()
-        assert "it drops 0.2" in lifted.train().plans()[3].attention
+        assert set(lifted.eval().descriptions()[3].kept) == set()
+        assert "it drops 0.2" in lifted.train().descriptions()[3].kept["attention"]

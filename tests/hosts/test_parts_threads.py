@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import planecycle_fast as pcf
-from planecycle_fast.engine import lifted_block as blocks
-from planecycle_fast.hosts.parts import Snapshot
+from planecycle_fast.engine import passes
+from planecycle_fast.hosts import description
 
 from ..host_models import BY_NAME
 
@@ -37,7 +37,7 @@ def test_a_change_while_a_block_runs(change, grad, monkeypatch):
     """After the block's plan has been made and it has run, perhaps with the last norm; before it returns."""
     host = BY_NAME["timm-dinov3-s"]
     lifted, volume, todo = pcf.lift(host.make()), host.volume(), []
-    run_block = blocks.run_block
+    run_block = passes.run_block
 
     def interleaved(*args):
         out = run_block(*args)
@@ -47,7 +47,7 @@ def test_a_change_while_a_block_runs(change, grad, monkeypatch):
 
     with torch.set_grad_enabled(grad):
         expected = lifted(volume).patches
-        monkeypatch.setattr(blocks, "run_block", interleaved)
+        monkeypatch.setattr(passes, "run_block", interleaved)
         todo.append(CHANGES[change])
         for _ in range(2):  # the pass that it falls into, and the next one
             torch.testing.assert_close(lifted(volume).patches, expected, rtol=0, atol=1e-5)
@@ -55,24 +55,24 @@ def test_a_change_while_a_block_runs(change, grad, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov2", "facebook-stand-in"])
-def test_a_change_between_plan_and_parts(name, monkeypatch):
+def test_a_change_while_a_block_is_read(name, monkeypatch):
     host = BY_NAME[name]
     lifted, volume, done = pcf.lift(host.make()), host.volume(), []
-    expected, plan = lifted(volume).patches, Snapshot.plan
+    expected, describe = lifted(volume).patches, description.describe
 
-    def interleaved(self):
-        found = plan(self)
-        if not done and self.block is lifted.lifted_blocks[1].host:
+    def interleaved(parts):
+        found = describe(parts)
+        if not done and parts.block is lifted.lifted_blocks[1].host:
             done.append(1)
-            in_a_thread(lambda: self.norm(1).register_forward_hook(nothing))
+            in_a_thread(lambda: parts.norm(1).register_forward_hook(nothing))
         return found
 
     lifted.lifted_blocks[1].host.mlp.register_forward_hook(nothing).remove()
-    monkeypatch.setattr(Snapshot, "plan", interleaved)
+    monkeypatch.setattr(description, "describe", interleaved)
     lifted.lifted_blocks[1].host.note = "read again"
     for _ in range(2):
         torch.testing.assert_close(lifted(volume).patches, expected, rtol=0, atol=1e-5)
-    assert done and lifted.plans()[1].norm1 is not None
+    assert done and "norm1" in lifted.descriptions()[1].kept
 
 
 def test_readings_are_exchanged_as_one():

@@ -19,6 +19,7 @@ from planecycle_fast.engine.stream import Layer, Stream
 from planecycle_fast.geometry.planes import parse_plane
 from planecycle_fast.geometry.pooling import between
 from planecycle_fast.ops import Norm, native_ops  # noqa: F401  (registers the operations)
+from planecycle_fast.ops.choice import Choice
 
 from ..engine.test_lifted_block import gradients
 from ..host_models import BY_NAME, EVERY_HOST
@@ -209,7 +210,8 @@ def test_where_summing_first_is_exact(backend, dtype):
     sizes, g, channels = (4, 3, 5), 5, 64
     for old, new, method in (("HW", "DW", "PCg"), ("DW", "DH", "PCm"), ("DH", "HW", "PCg")):
         old, new = parse_plane(old), parse_plane(new)
-        layer = Layer(old, new, sizes, g, between(old, new, sizes, method, "depth"), backend=backend)
+        choice = Choice.of(backend, "auto", True, torch.device("cpu"))
+        layer = Layer(old, new, sizes, g, between(old, new, sizes, method, "depth"), choice)
         residual = torch.randn(2 * old.slices(sizes), g + old.length(sizes), channels, dtype=dtype)
         stream = Stream(residual, torch.randn_like(residual), torch.randn(channels, dtype=dtype))
         norm = Norm(torch.randn(channels, dtype=dtype), torch.randn(channels, dtype=dtype), 1e-6)

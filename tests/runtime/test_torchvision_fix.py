@@ -2,19 +2,15 @@
 
 import importlib
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from planecycle_fast.commands import info
 
 from ..host_models import BY_NAME
-
-ROOT = Path(__file__).parents[2]
-
+from ..pages import ROOT, python
 
 # transformers imports torchao where it is, which logs what it cannot load on a CPU.
 QUIET = (
@@ -32,7 +28,7 @@ def run(code, path=None):
 
 def test_the_quick_start_of_the_readme(tmp_path):
     """In a process of its own, as it stands but for the names of weights that would be downloaded."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[:2]
+    blocks = [block.code for block in python("README.md")[:2]]
     BY_NAME["hf-dinov3"].make(num_hidden_layers=2).save_pretrained(tmp_path / "m")
     code = "\n".join(blocks).replace('"facebook/dinov3-vits16-pretrain-lvd1689m"', repr(str(tmp_path / "m")))
     code = code.replace("pretrained=True", "pretrained=False, depth=1")
@@ -93,7 +89,7 @@ def test_what_is_mended_and_what_info_says(tmp_path, kind):
     (tmp_path / "torchvision" / "__init__.py").write_text(text)
     (tmp_path / "torchvision" / "extension.py").write_text(EXTENSION.format(has_ops))
     done = run(
-        "from planecycle_fast import info\n"
+        "from planecycle_fast.commands import info\n"
         "try:\n"
         "    import torchvision\n"
         "    print('imported', torchvision.__file__)\n"

@@ -43,8 +43,17 @@ def swiglu(
             needs a gradient or on gate and value in one, or a backend that is unknown or not usable.
         NotImplementedError: on "triton" and "cpu", forward mode, torch.func's transforms or a second derivative.
     """
-    _check(gate, value, inplace)
-    chosen = pick(backend, gate.device, op="swiglu")
+    check_swiglu(gate, value, inplace)
+    return swiglu_on(pick(backend, gate.device, op="swiglu"), gate, value, inplace)
+
+
+def swiglu_on(
+    chosen: str,  # a backend that can be used
+    gate: Tensor,  # (..., hidden), or without a value (..., 2*hidden)
+    value: Tensor | None,  # (..., hidden)
+    inplace: bool,
+) -> Tensor:  # (..., hidden)
+    """`swiglu` of what is known to belong together."""
     if chosen == "reference":
         return swiglu_ref(gate, value, inplace)
     if chosen == "cpu":
@@ -55,7 +64,12 @@ def swiglu(
     return activate(gate, value, inplace)
 
 
-def _check(gate: Tensor, value: Tensor | None, inplace: bool) -> None:
+def check_swiglu(
+    gate: Tensor,  # as of `swiglu`
+    value: Tensor | None,
+    inplace: bool = False,
+) -> None:
+    """Raises TypeError or ValueError for arguments of `swiglu` that do not belong together."""
     check_inplace(gate, inplace, "gate")
     if gate.ndim == 0:
         raise ValueError("gate must have shape (..., hidden), got ()")

@@ -124,13 +124,14 @@ def plane_switch(
             usable, or more than 8,192 channels with a branch or a norm on backend "triton".
     """
     old, new = parse_plane(old, "old"), parse_plane(new, "new")
-    check_stream(x, branch, scale, norm, norm_dtype)
-    _check(x, old, new, sizes, num_globals, transition, globals_)
-    more = (branch, scale, norm, globals_, norm_dtype)
-    return switch_unchecked(x, old, new, sizes, num_globals, transition, *more, backend)
+    check_switch(x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_, norm_dtype)
+    in_full = branch is not None or norm is not None
+    chosen = pick_rows(backend, x) if in_full else pick(backend, x.device, op="plane_switch")
+    return switch_on(chosen, x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_, norm_dtype)
 
 
-def switch_unchecked(
+def switch_on(
+    chosen: str,  # a backend that can be used
     x: Tensor,  # (B*P1, g + L1, C), plane order of `old`; (B*P1, L1, C) where globals come in `globals_`
     old: Plane,
     new: Plane,
@@ -142,11 +143,9 @@ def switch_unchecked(
     norm: Norm | None = None,
     globals_: Tensor | None = None,  # (B*P1, g, C), or (1, g, C): the same in all slices
     norm_dtype: torch.dtype | None = None,
-    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # (B*P2, g + L2, C), plane order of `new`; with a norm: and its norm
     """`plane_switch` of what is known to belong together."""
     in_full = branch is not None or norm is not None
-    chosen = pick_rows(backend, x) if in_full else pick(backend, x.device, op="plane_switch")
     if chosen == "reference":
         more = (branch, scale, norm, globals_, norm_dtype)
         return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
@@ -183,9 +182,21 @@ def _load(backend: str) -> tuple[Callable[..., Any], ...]:
     return switch, boundary, add_rows
 
 
-def _check(
-    x: Tensor, old: Plane, new: Plane, sizes: Sizes, num_globals: int, transition: Transition, globals_: Tensor | None
+def check_switch(
+    x: Tensor,  # as of `plane_switch`
+    old: Plane,
+    new: Plane,
+    sizes: Sizes,
+    num_globals: int,
+    transition: Transition,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm: Norm | None = None,
+    globals_: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> None:
+    """Raises TypeError or ValueError for arguments of `plane_switch` that do not belong together."""
+    check_stream(x, branch, scale, norm, norm_dtype)
     if len(sizes) != 3 or any([n < 1 for n in sizes]):
         raise ValueError(f"sizes must be (D, H, W), at least 1 each, got {tuple(sizes)}")
     if num_globals < 0:

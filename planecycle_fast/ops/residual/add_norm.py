@@ -89,7 +89,18 @@ def add_norm(
         raise TypeError("norm must be an ops.Norm, got NoneType")
     if x.ndim != 3:
         raise ValueError(f"x must have shape (N, rows, C), got {tuple(x.shape)}")
-    chosen = pick_rows(backend, x)
+    return add_norm_on(pick_rows(backend, x), x, branch, scale, norm, norm_dtype)
+
+
+def add_norm_on(
+    chosen: str,  # a backend that can be used
+    x: Tensor,  # (N, rows, C)
+    branch: Tensor | None,  # (N, rows, C)
+    scale: Tensor | None,  # (C,)
+    norm: Norm,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (N, rows, C) each
+    """`add_norm` of what is known to belong together."""
     if chosen == "reference":
         return add_norm_ref(x, branch, scale, norm, norm_dtype)
     if chosen == "cpu":
@@ -102,18 +113,26 @@ def add_norm(
 
 def pick_rows(backend: str, x: Tensor) -> str:
     """The backend for x (N, rows, C). Raises ValueError for "triton" by name where its kernels cannot hold a row."""
-    chosen = pick(backend, x.device, op="add_norm")
-    if chosen == "triton" and x.shape[-1] > LARGEST_ROW:
-        if asked_for(backend) == "triton":
-            raise ValueError(
-                f"x has {x.shape[-1]} channels, backend 'triton' holds whole rows of at most {LARGEST_ROW}; use 'auto'"
-            )
-        return "reference"
-    return chosen
+    return backend_of_rows(pick(backend, x.device, op="add_norm"), asked_for(backend), x.shape[-1])
+
+
+def backend_of_rows(chosen: str, asked: str, channels: int) -> str:
+    """The backend chosen; for rows that Triton's kernels cannot hold the reference, unless "triton" was asked for."""
+    if chosen != "triton" or channels <= LARGEST_ROW:
+        return chosen
+    if asked == "triton":
+        raise ValueError(
+            f"x has {channels} channels, backend 'triton' holds whole rows of at most {LARGEST_ROW}; use 'auto'"
+        )
+    return "reference"
 
 
 def check_stream(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: Norm | None, norm_dtype: torch.dtype | None = None
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    norm: Norm | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises TypeError or ValueError for what cannot be added to x or normalise it. (x's own shape is the caller's.)"""
     if norm_dtype is not None and not (isinstance(norm_dtype, torch.dtype) and norm_dtype.is_floating_point):

@@ -113,8 +113,20 @@ def rope(
             elements share memory, or a backend that is unknown or not usable. On "triton" and "cpu" also angles that
             need a gradient, on "triton" heads of more than 1024 channels and more than 2**30 rows or heads.
     """
-    _check(x, angles, num_globals, turned, inplace)
-    chosen = pick(backend, x.device, op="rope")
+    check_rope(x, angles, num_globals, turned, inplace)
+    return rope_on(pick(backend, x.device, op="rope"), x, angles, num_globals, turned, inplace, in_table_dtype)
+
+
+def rope_on(
+    chosen: str,  # a backend that can be used
+    x: Tensor,  # (N, g + L, heads, hd)
+    angles: Tables | Axial,
+    num_globals: int,
+    turned: int | None = None,
+    inplace: bool = False,
+    in_table_dtype: bool = False,
+) -> Tensor:  # like x
+    """`rope` of what is known to belong together."""
     if chosen == "reference":
         return rope_ref(x, angles, num_globals, turned, inplace, in_table_dtype)
     if chosen == "cpu":
@@ -125,7 +137,14 @@ def rope(
     return turn(x, angles, num_globals, turned, inplace, in_table_dtype)
 
 
-def _check(x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, inplace: bool) -> None:
+def check_rope(
+    x: Tensor,  # as of `rope`
+    angles: Tables | Axial,
+    num_globals: int,
+    turned: int | None = None,
+    inplace: bool = False,
+) -> None:
+    """Raises TypeError or ValueError for arguments of `rope` that do not belong together."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim != 4 or x.shape[3] % 2:

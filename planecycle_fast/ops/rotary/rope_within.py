@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.tracing import may_write
 from ..registry import check_fixed
 from .rope import Axial, Tables
 
@@ -44,11 +43,6 @@ def _operations(backend: str) -> tuple[Any, Any]:
     else:
         from .rope_autograd import IN_PLACE, OP
     return OP, IN_PLACE
-
-
-def turns_within(backend: str) -> bool:
-    """Whether `rope_within` is for this backend, now."""
-    return backend != "reference" and may_write()
 
 
 def rope_within(

@@ -58,16 +58,31 @@ def attention(
     reason = why_not_for(attention, q, k, v)
     if reason is not None:
         raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
-    if attention == "reference" or (attention == "auto" and _torch_lacks_rules(q)):
+    return attention_on(resolve_attention(attention, q.device), q, k, v, scale)
+
+
+def resolve_attention(attention: str, device: torch.device) -> str:
+    """What "auto" is for tensors on a device, now: torch's own but where that has no rules for derivatives."""
+    if attention != "auto":
+        return attention
+    lacks_rules = forward_ad._current_level >= 0 or (device.type == "cpu" and transforms_active())
+    return "reference" if lacks_rules else "sdpa"
+
+
+def attention_on(
+    chosen: str,  # "sdpa", "reference", or a FlashAttention that takes these tensors
+    q: Tensor,  # (N, rows, heads, hd), channels next to each other
+    k: Tensor,  # like q
+    v: Tensor,  # like q
+    scale: float | None,
+) -> Tensor:  # (N, rows, heads, hd), contiguous
+    """`attention` of what is known to belong together."""
+    if chosen == "reference":
         return attention_ref(q, k, v, scale)
-    if attention in ("auto", "sdpa"):
+    if chosen == "sdpa":
         return _sdpa(q, k, v, scale)
-    out = flash_function(attention)(q, k, v, softmax_scale=scale)
+    out = flash_function(chosen)(q, k, v, softmax_scale=scale)
     return out[0] if isinstance(out, tuple) else out  # some versions return the logarithms of sums as well
-
-
-def _torch_lacks_rules(q: Tensor) -> bool:  # (N, rows, heads, hd)
-    return forward_ad._current_level >= 0 or (q.device.type == "cpu" and transforms_active())
 
 
 def _sdpa(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import planecycle_fast as pcf
-from planecycle_fast.hosts.parts_cache import Reading
+from planecycle_fast.hosts.description import Reading
 
 from ..host_models import BY_NAME
 
@@ -89,8 +89,12 @@ def test_changed_blocks_are_read_again(change):
         next(steps, None)
     else:
         done(block.host)
-    assert block.reading.now() is not before
-    assert block.reading.now() is block.reading.now()
+    if change == "an attribute goes":
+        with pytest.raises(AttributeError, match="fused_attn"):
+            block.reading.now()
+    else:
+        assert block.reading.now() is not before
+        assert block.reading.now() is block.reading.now()
     assert all(b.reading.now() is other for b, other in zip([b for b in found.lifted_blocks if b is not block], others))
 
 
@@ -99,21 +103,21 @@ def test_hooks_of_all_modules():
     before = reading.now()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert reading.now() is not before and "all modules have hooks" in reading.now().plan().block
+        assert reading.now() is not before and "all modules have hooks" in reading.now().whole
     finally:
         handle.remove()
-    assert reading.now().plan().block is None
+    assert reading.now().whole is None
 
 
 def test_the_attention_that_a_configuration_names():
     host = BY_NAME["hf-dinov3"]
     model = host.make()
     found = pcf.lift(model)
-    assert found.plans()[0].attention is None
+    assert found.descriptions()[0].kept.get("attention") is None
     model.set_attn_implementation("eager")
-    assert "eager" in found.plans()[0].attention
+    assert "eager" in found.descriptions()[0].kept["attention"]
     model.set_attn_implementation("sdpa")
-    assert found.plans()[0].attention is None
+    assert found.descriptions()[0].kept.get("attention") is None
 
 
 def test_copies_read_themselves():
@@ -124,7 +128,7 @@ def test_copies_read_themselves():
     assert reading.now() is not before and reading.now() is reading.now()
     assert reading.parts.block is other.lifted_blocks[0].host
     other.lifted_blocks[0].host.mlp.register_forward_hook(lambda *_: None)
-    assert reading.now().plan().mlp is not None
+    assert "mlp" in reading.now().kept
     assert found.lifted_blocks[0].reading.now() is before
 
 
@@ -133,7 +137,7 @@ def test_pickled_readings_read_themselves():
     reading = Reading(pcf.lift(BY_NAME["timm-dinov3-s"].make()).adapter.parts(block))
     reading.now()
     again = pickle.loads(pickle.dumps(reading))
-    assert again.now().plan().reasons() == {} and again.parts.block is not block
+    assert again.now().kept == {} and again.parts.block is not block
 
 
 @pytest.mark.parametrize("change", ["weight", "layer", "LayerScale"])

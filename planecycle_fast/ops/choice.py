@@ -1,0 +1,83 @@
+"""Which implementations a pass runs, and in which mode: decided once, and carried along by `engine.stream.Layer`.
+
+Operations that are called directly decide for themselves, by the same rules (`runtime.backends`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..runtime.backends import HAS, asked_for, choose
+from ..runtime.tracing import may_write
+from .residual.add_norm import backend_of_rows
+from .self_attention.attention import resolve_attention
+
+OPERATIONS = ("plane_switch", "add_norm", "rope", "swiglu")  # gelu is torch's own, whatever the backend
+MODE = ("grad", "writes", "autocast")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of one pass on one device."""
+
+    asked: str  # the backend, or "auto"
+    strict: bool
+    device: torch.device
+    plane_switch: str  # backends: of a change of planes alone,
+    add_norm: str  # of one in full, and of the sum and its norm,
+    rope: str
+    swiglu: str
+    attention: str  # "sdpa", "reference", or the one asked for by name
+    grad: bool  # whether gradients are recorded
+    writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
+    autocast: torch.dtype | None  # what linear layers cast to
+
+    @staticmethod
+    def of(backend: str, attention: str, strict: bool, device: torch.device) -> Choice:
+        """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
+        asked = asked_for(backend)
+        first = choose(asked, device, OPERATIONS[0], strict)
+        alike = all([op in HAS.get(first, OPERATIONS) for op in OPERATIONS])
+        chosen = [first if alike else choose(asked, device, op, strict) for op in OPERATIONS]
+        return Choice(asked, strict, device, *chosen, resolve_attention(attention, device), *_mode(device))
+
+    def for_rows(self, channels: int) -> Choice:
+        """The same for rows of so many channels. Raises ValueError as `backend_of_rows` does."""
+        chosen = backend_of_rows(self.add_norm, self.asked, channels)
+        return self if chosen == self.add_norm else replace(self, add_norm=chosen)
+
+    def on(self, device: torch.device, channels: int) -> Choice:
+        """The same for rows of so many channels on this device."""
+        if device == self.device:
+            return self
+        return Choice.of(self.asked, self.attention, self.strict, device).for_rows(channels)
+
+    def here(self) -> Choice:
+        """The same within what somebody has put around a block, which may have changed the mode."""
+        mode = _mode(self.device)
+        return self if mode == (self.grad, self.writes, self.autocast) else replace(self, **dict(zip(MODE, mode)))
+
+    def plain(self) -> Choice:
+        """The same by references, nothing in place."""
+        return replace(self, writes=False, attention="reference", **dict.fromkeys(OPERATIONS, "reference"))
+
+    def may_overwrite(
+        self,
+        t: Tensor,  # any shape
+        new: bool,  # whether it has just been made, and nobody else holds it
+    ) -> bool:
+        """The one rule for what is written in place."""
+        return new and self.writes and not t.requires_grad
+
+
+def _mode(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
+    """`MODE` as it is now."""
+    autocast, kind = None, device.type
+    if torch._C._is_any_autocast_enabled():
+        # torch 2.11 cannot trace is_autocast_available.
+        available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+        autocast = torch.get_autocast_dtype(kind) if available and torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), may_write(), autocast
