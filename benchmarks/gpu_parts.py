@@ -123,9 +123,9 @@ def ops(folder: Path, part: Part) -> int:
 
 def sweep(folder: Path, part: Part) -> int:
     """`planecycle-fast bench`; its report names what did not fit. Returns 1 if a contender failed or was wrong."""
-    from planecycle_fast.commands.bench import run_bench
+    from planecycle_fast.bench.command import run_suite
 
-    return run_bench(device="cuda", out=folder, seconds=part.left(), command="python -m benchmarks.gpu --only sweep")
+    return run_suite(device="cuda", out=folder, seconds=part.left(), command="python -m benchmarks.gpu --only sweep")
 
 
 RUN = {

@@ -19,9 +19,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 def dtype_of(name: str, names: Iterable[str] = tuple(DTYPES)) -> torch.dtype:
     """torch's dtype by its short name. Raises ValueError unless it is one of `names`."""
-    if name not in names:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {name!r}")
+    check_one_of(name, names, "dtype")
     return DTYPES[name]
+
+
+def check_one_of(value: Any, names: Iterable[str], argument: str) -> None:
+    """Raises ValueError for an argument that is not one of these names."""
+    if value not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(names)}, got {value!r}")
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int, int]:

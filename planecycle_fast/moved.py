@@ -24,11 +24,11 @@ _MOVED = {
     "engine": "attention_maps blocks:lifted_block depth_position finite framework_class graphs:cuda_graphs "
     "layer:stream module_tree report shared_module taps",
     "authors": "accelerated converter",
-    "scans": "feature_files grids monai_transforms preprocess scan_checks:checks scan_files:files sliding viz "
-    "volume_lists volume_sets volumes:scan windows",
+    "scans": "extract:extraction feature_files grids monai_transforms preprocess progress scan_checks:checks "
+    "scan_files:files scan_options:checks sliding viz volume_lists volume_sets volumes:scan windows",
     "scans.formats": "dicom_series",
     "cost": "gpus meter planning traffic",
-    "commands": "cli demo extract:features plan_table:plan verify",
+    "commands": "cli demo info plan_table:plan verify",
 }
 MOVED = {
     old: f"{package}.{new or old}".strip(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import textwrap
 from types import ModuleType
 
 
@@ -35,3 +36,8 @@ def reason(error: Exception) -> str:
     # SimpleITK begins with where it was compiled, and names objects by their address.
     line = lines[-1] if "SimpleITK" in lines[0] else lines[0]
     return one_line(re.sub(r" ?\(0x[0-9a-f]+\)", "", line), 200)
+
+
+def shortened(error: BaseException, width: int = 400) -> str:
+    """An error of a library in one line, of all that it says as much as fits; the name of its class if it is mute."""
+    return textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__

@@ -102,7 +102,7 @@ FAULTS = {
 @pytest.mark.parametrize("line", FAULTS)
 def test_what_is_not_there_is_noticed(line):
     import planecycle_fast as pcf
-    from planecycle_fast.commands import features as extract
+    from planecycle_fast.scans import extraction as extract
 
     from .specs.plane_switch import SPEC
 

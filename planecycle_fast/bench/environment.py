@@ -15,17 +15,15 @@ import torch
 
 from ..runtime.native import csrc
 from ..runtime.versions import versions
-from ..version import __version__
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
-SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "commands/bench.py",
+SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/command.py",
            "bench/estimate.py")  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """All that decides a time besides the cell itself. A result of another environment is another result."""
-    known = {"planecycle-fast": __version__} | versions()
-    found = {f"{name} version": version for name, version in known.items() if name in PACKAGES}
+    found = {f"{name} version": version for name, version in versions().items() if name in PACKAGES}
     return found | {
         "device": device_name(device),
         "kind": device.type,

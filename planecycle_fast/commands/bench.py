@@ -1,77 +1,24 @@
-"""`planecycle-fast bench`: the sweep, then its report and pictures."""
+"""`planecycle-fast bench`: the suite of `planecycle_fast.bench`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Optional
 
-from ..bench import cells as which
-from ..bench.measure import FULL, QUICK
-from ..bench.report import report
-from ..bench.rows import FAILED, REFUSED
-from ..bench.sweep import sweep
-from ..inputs import usable_device
-from ..optional import MissingPackageError
-from ..scans.feature_files import check_folder
-
-QUICK_SECONDS = 150  # of the sweep: with imports, report and pictures under three minutes
+from .options import DEVICE, Context, Option
 
 
 def run_bench(
-    full: bool = False,
-    device: str = "auto",
-    models: str | None = None,
-    volumes: str | None = None,
-    dtype: str | None = None,
-    steps: str | None = None,
-    out: Path = Path("bench"),
-    command: str = "planecycle-fast bench",
-    seconds: float | None = None,
+    context: Context,
+    full: Annotated[bool, Option("--full/--quick", help="Every combination, or a few: minutes on a laptop.")] = False,
+    device: Annotated[str, Option(help=DEVICE)] = "auto",
+    models: Annotated[Optional[str], Option(help="ViT-S, ViT-B, ViT-L, ViT-7B, and peers: docs/benchmarks.md.")] = None,
+    volumes: Annotated[Optional[str], Option(help="Batch x slices x pixels: 1x32x256,4x64x64.")] = None,
+    dtype: Annotated[Optional[str], Option(help="fp32, bf16, fp16. Default: bf16 on CUDA, fp32 elsewhere.")] = None,
+    steps: Annotated[Optional[str], Option(help="inference, probe, finetune. Default: all.")] = None,
+    out: Annotated[Path, Option(help="A folder: rows.jsonl, report.md and pictures.")] = Path("bench"),
 ) -> int:
-    """Measures, and writes rows.jsonl, report.md and PNGs to `out`. Returns 1 where a contender failed or was wrong.
+    """2D, 3D and PlaneCycle side by side on this machine: a table and plots. Run it again to finish one."""
+    from ..bench.command import run_suite
 
-    Args:
-        full: all combinations; otherwise a few that show each mode and implementation.
-        device: "auto" (CUDA where there is one), or torch's name for one.
-        models, volumes, dtype, steps: names separated by commas, of `cells.VITS` and `PEERS`, like "1x32x256", of
-            `cells.DTYPES`, of `cells.STEPS`. None takes the sweep's own.
-        out: a folder; rows of an earlier run in it are kept where nothing has changed.
-        command: how this was asked for, to be written down.
-        seconds: leave out groups of cells that would probably end later; default: no limit, or QUICK_SECONDS.
-
-    Raises ValueError, naming the argument, before anything is measured.
-    """
-    chosen = {
-        "models": which.choices(models, (*which.VITS, *which.PEERS), "models"),
-        "volumes": None if volumes is None else [str(which.parse_volume(one.strip())) for one in volumes.split(",")],
-        "dtypes": which.choices(dtype, tuple(which.DTYPES), "dtype"),
-        "steps": which.choices(steps, which.STEPS, "steps"),
-    }
-    on = usable_device(device)
-    out = Path(out)
-    check_folder(out)
-    cells = (which.full if full else which.quick)(on, **chosen)
-    limit = QUICK_SECONDS if seconds is None and not full else seconds
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        rows = sweep(cells, on, out, FULL if full else QUICK, command, limit)
-    except KeyboardInterrupt:
-        print(f"\nwhat was measured is in {out / 'rows.jsonl'}; the same command goes on from there", file=sys.stderr)
-        raise
-    pictures, missing = _pictures(rows, out)
-    (out / "report.md").write_text(report(rows, pictures, missing), encoding="utf-8")
-    for path in (out / "report.md", *[picture.path for picture in pictures]):
-        print(path)
-    return int(any([row["status"] in (FAILED, REFUSED) for row in rows]))
-
-
-def _pictures(rows: Sequence[dict], out: Path) -> tuple[list, list[str]]:
-    """The pictures, and why there are none."""
-    from ..bench.plots import draw
-
-    try:
-        return draw(rows, out), []
-    except MissingPackageError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-        return [], [f"No pictures: {error}."]
+    return run_suite(full, device, models, volumes, dtype, steps, out, context.obj)

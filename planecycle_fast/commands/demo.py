@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Optional
 
 import torch
 from torch import Tensor
@@ -21,20 +22,20 @@ from ..optional import MissingPackageError, require
 from ..runtime.backends import pick
 from ..scans.checks import warnings_printed
 from ..scans.files import load_scan
-from ..scans.options import PLAIN, ScanOptions
-from ..scans.preprocess import PERCENTILES
 from ..scans.progress import following
 from ..scans.scan import model_input
 from ..scans.viz import adjacent_cosine, foreground, pca_colours, three_views
+from ..scans.windows import PERCENTILES
 from ..weights.load import DEMO_MODEL, load_model
-from ..weights.normalisation import normalisation
+from ..weights.normalisation import normalisation_by_name
+from .options import MODEL, FillNan, Index, Option, Series
 
 MODES = ("slice2d", "planecycle")
 CUT_AT = (0.5, 0.5, 0.43)  # of D, H, W; a little beside the midline, where a brain shows more
 
 
 @dataclass(frozen=True)
-class Row:
+class ModeRun:
     """One line of the demo's table."""
 
     mode: str
@@ -55,23 +56,16 @@ def mni152() -> Path:
 
 
 def run_demo(
-    model: str = DEMO_MODEL,
-    volume: Path | None = None,
-    out: Path = Path("demo.png"),
-    size: int = 448,
-    reading: ScanOptions = PLAIN,
-) -> list[Row]:
-    """Runs the demo, prints its table and writes its picture.
-
-    Args:
-        model: a name for `models.load_model`.
-        volume: a scan's file; default MNI152.
-        out: the picture, PNG.
-        size: pixels of the longest side of a slice.
-        reading: how the scan is read, but for `regrid`: all scans are resampled here, so these are as well.
-
-    Raises whatever `load_scan`, `load_model` and `lift` raise; OSError if `out` cannot be written.
-    """
+    model: Annotated[str, Option(help=f"{MODEL} Random weights without a hub.")] = DEMO_MODEL,
+    volume: Annotated[Optional[Path], Option(help="A scan, as for features. Default: MNI152.")] = None,
+    out: Annotated[Path, Option(help="The picture.")] = Path("demo.png"),
+    size: Annotated[int, Option(help="Pixels of the longest side of a slice.")] = 448,
+    fill_nan: FillNan = None,
+    index: Index = None,
+    array: Annotated[Optional[str], Option(help="Which array of an .npz.")] = None,
+    series: Series = None,
+) -> list[ModeRun]:
+    """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
     console = require("rich.console", "demo").Console()
     for package in ("matplotlib", "psutil"):  # before minutes of work, not after
         require(package, "demo")
@@ -82,10 +76,11 @@ def run_demo(
     host, note = load_model(model)
     host.float()  # whatever its checkpoint's dtype
     lifted = {mode: lift(host, mode=mode) for mode in MODES}
-    mean, std = normalisation(host, model, lifted["slice2d"].adapter.in_channels)
+    mean, std = normalisation_by_name(host, model, lifted["slice2d"].adapter.in_channels)
     volume_path = volume or mni152()
     with warnings_printed(volume_path):
-        scan = load_scan(volume_path, **vars(replace(reading, regrid=True)))
+        reading = dict(fill_nan=fill_nan, index=index, array=array, series=series)
+        scan = load_scan(volume_path, **reading, regrid=True)  # all scans are resampled here
         image = PERCENTILES.apply(scan.voxels)
     patch = lifted["slice2d"].adapter.patch_size
     pixels = model_input(image, scan.spacing, patch, size, mean, std)
@@ -105,7 +100,7 @@ def run_demo(
         with _progress(console, lifted[mode], mode):
             features[mode], seconds, peak = _measure(lifted[mode], pixels)
         check_features(lifted[mode], pixels, {f"the patches of {mode}": features[mode]})
-        rows.append(Row(mode, seconds, peak, adjacent_cosine(features[mode], mask)))
+        rows.append(ModeRun(mode, seconds, peak, adjacent_cosine(features[mode], mask)))
     console.print(_table(rows))
     title = f"Patch features as colours: three principal components, one scale for both modes\n{note}"
     three_views(image, pca_colours(features, mask), out, title, CUT_AT)
@@ -158,7 +153,7 @@ def _progress(console, model: LiftedModel, mode: str) -> Iterator[None]:
         yield
 
 
-def _table(rows: list[Row]):
+def _table(rows: list[ModeRun]):
     table = require("rich.table", "demo").Table("mode", title="one volume, one run")
     for heading in ("seconds", "volumes/s", "peak memory", "cosine between adjacent slices"):
         table.add_column(heading, justify="right")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import textwrap
 from pathlib import Path
 
 import torch
 
-from ..optional import require
+from ..optional import require, shortened
 from ..runtime import native
 from ..runtime.attentions import attentions
 from ..runtime.backends import backends
 from ..runtime.versions import versions
-from ..version import __version__
 
 
 def devices() -> dict[str, str]:
@@ -64,7 +62,7 @@ def imports() -> dict[str, str]:
                 getattr(importlib.import_module(package), model)
                 found[package] = "usable"
             except Exception as error:  # whatever is wrong with an installation
-                found[package] = f"cannot be imported: {_line(error.__cause__ or error)}"
+                found[package] = f"cannot be imported: {shortened(error.__cause__ or error, 300)}"
     return found
 
 
@@ -78,22 +76,18 @@ def why_not_torchvision() -> str | None:
         if importlib.import_module("torchvision.extension")._has_ops():
             return None
     except Exception as error:  # whatever is wrong with an installation
-        return f"cannot be imported: {_line(error)}; {help_}"
+        return f"cannot be imported: {shortened(error, 300)}; {help_}"
     return (
         "its compiled operations do not load beside this torch. Nothing here needs them, and it can be imported after "
         f"planecycle_fast, but not before; {help_}"
     )
 
 
-def _line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-
-
 def run_info() -> None:
-    """Prints all of it. Raises MissingPackageError without rich."""
+    """Versions, devices, what runs here and what does not and why, and where caches are."""
     console = require("rich.console", "scans").Console(soft_wrap=True, highlight=False, markup=False)
     sections = {
-        "version": {"planecycle-fast": __version__} | versions(),
+        "version": versions(),
         "device": devices(),
         "backend": {name: reason or "usable" for name, reason in backends().items()},
         "library": {"cpu": library()},

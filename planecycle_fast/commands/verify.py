@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..cost.gpus import KNOWN_DTYPES
 from ..engine.stream import Layer, Stream
+from ..inputs import dtype_of, parse_shape, usable_device, with_channels
 from ..lifted import LiftedModel
 from ..lifting import lift
+from ..optional import require
+from ..pretrained import settings_of
+from ..runtime.backends import pick
+from ..weights.load import load_model
+from . import options
+from .options import Argument, Option
 
 FACTOR = 2.0  # times the reference's largest error
 Groups = dict[str, dict[str, Tensor]]  # what is compared: tensors by name, in groups by name
 
 
-class Row(NamedTuple):
+class Comparison(NamedTuple):
     """One comparison."""
 
     what: str  # "block 3", "features", "gradients of block 3", "gradient of the volume", ...
@@ -37,7 +45,7 @@ class Row(NamedTuple):
         return self.share <= 1.0
 
 
-def verify(
+def compare(
     model: nn.Module,
     shape: tuple[int, ...],
     *,
@@ -46,7 +54,7 @@ def verify(
     backend: str = "auto",
     seeds: int = 8,
     **settings: Any,
-) -> list[Row]:
+) -> list[Comparison]:
     """Compares one volume's features, every block's output, and all gradients.
 
     Args:
@@ -75,7 +83,7 @@ def verify(
         for key, error in _reference_errors(found["plain"], found["exact"]).items():
             largest[key] = max(error, largest.get(key, 0.0))
         first = first or found
-    return [_row(what, first, largest) for what in first["exact"]]
+    return [_comparison(what, first, largest) for what in first["exact"]]
 
 
 def _reference_errors(plain: Groups, exact: Groups) -> dict[tuple[str, str], float]:
@@ -90,15 +98,21 @@ def _reference_errors(plain: Groups, exact: Groups) -> dict[tuple[str, str], flo
     return found
 
 
-def _row(what: str, first: dict[str, Groups], largest: dict[tuple[str, str], float]) -> Row:
+def _comparison(what: str, first: dict[str, Groups], largest: dict[tuple[str, str], float]) -> Comparison:
     got, plain, exact = [first[name].get(what, {}) for name in ("fast", "plain", "exact")]
     errors, shares = [], []
     for name in plain.keys() | got.keys():
         a, b = got.get(name), plain.get(name)
         comparable = a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
-        errors.append(_error(a, exact[name]) if comparable else math.inf)
-        shares.append(_share(a, exact[name], largest[what, name]) if comparable else math.inf)
-    return Row(what, max(errors), max([largest[what, name] for name in plain]), max(shares))
+        if not comparable:
+            errors.append(math.inf)
+            shares.append(math.inf)
+            continue
+        kind, right = torch.finfo(a.dtype), exact[name]
+        allowed = FACTOR * largest[what, name] + right.double().abs() * kind.eps / 2 + kind.smallest_normal
+        errors.append(_error(a, right))
+        shares.append(_error(a, right, allowed))
+    return Comparison(what, max(errors), max([largest[what, name] for name in plain]), max(shares))
 
 
 def _watched(
@@ -165,55 +179,42 @@ def _gradients(
     return dict(sorted(found.items(), key=lambda item: item[0] in ("gradient of the volume", "gradients of the rest")))
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
-    """The largest distance; infinite where either is not finite."""
+def _error(got: Tensor, exact: Tensor, allowed: Tensor | float = 1.0) -> float:
+    """The largest distance, as a share of what each element is allowed; infinite where either is not finite."""
     if exact.numel() == 0:
         return 0.0
-    distance = (got.double() - exact.double()).abs().max().item()
-    return math.inf if math.isnan(distance) else distance
-
-
-def _share(got: Tensor, exact: Tensor, largest: float) -> float:
-    """Of its allowance, what the worst element takes."""
-    if exact.numel() == 0:
-        return 0.0
-    eps = torch.finfo(got.dtype).eps
-    allowed = FACTOR * largest + exact.double().abs() * eps / 2 + torch.finfo(got.dtype).smallest_normal
     share = ((got.double() - exact.double()).abs() / allowed).max().item()
     return math.inf if math.isnan(share) else share
 
 
-def run_verify(model: str, volume: str, dtype: str, device: str, backend: str, **settings: Any) -> int:
-    """Prints a table; returns 1 where something is out of its budget.
-
-    Args:
-        model: a name, as `models.load_model` takes it; weights that are random are made to show every part.
-        volume: as `inputs.parse_shape` takes it.
-        dtype: one of `plan_table.DTYPES`.
-        device: "auto" (CUDA where there is one), or torch's name for one.
-        backend: as `lift` takes it.
-        settings: of `pretrained.DEFAULTS`; None: what the model's folder records, or else the default of `lift`.
-
-    Raises ValueError, naming the argument.
-    """
+def run_verify(
+    model: Annotated[
+        str, Argument(help="A timm or Hugging Face name, or a folder; without a hub a name's weights are random.")
+    ],
+    volume: Annotated[str, Option(help=options.VOLUME)] = "1x8x64",
+    dtype: Annotated[str, Option(help="fp32, bf16, fp16.")] = "fp32",
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")] = "auto",
+    backend: Annotated[str, Option(help="auto, triton, cpu.")] = "auto",
+    mode: options.Mode = None,
+    cycle_order: options.CycleOrder = None,
+    pool_method: options.PoolMethod = None,
+    globals_at: options.GlobalsAt = None,
+    depth_position: options.DepthPosition = None,
+) -> int:
+    """The fast path against the reference on this machine: outputs and gradients, block by block."""
     from ..bench.contenders import randomise
-    from ..inputs import dtype_of, parse_shape, usable_device, with_channels
-    from ..optional import require
-    from ..pretrained import settings_of
-    from ..runtime.backends import pick
-    from ..weights.load import load_model
-    from .plan import DTYPES
 
+    given = dict(mode=mode, cycle_order=cycle_order, pool_method=pool_method, globals_at=globals_at)
     shape = parse_shape(volume)
-    number = dtype_of(dtype, DTYPES)
+    number = dtype_of(dtype, KNOWN_DTYPES)
     on = usable_device(device)
     named = pick(backend, on, "add_norm")
     table = require("rich.table", "bench").Table(box=None, padding=(0, 1, 0, 0))
     loaded, source = load_model(model)
     if source.startswith("RANDOM"):
         loaded, source = randomise(loaded), "random weights that show every part"
-    shape, settings = with_channels(shape, loaded), settings_of(model, **settings)
-    rows = verify(loaded, shape, dtype=number, device=on, backend=backend, **settings)
+    shape, settings = with_channels(shape, loaded), settings_of(model, **given, depth_position=depth_position)
+    rows = compare(loaded, shape, dtype=number, device=on, backend=backend, **settings)
     print(f"{model}, {source}\nvolume {volume}, {dtype}, {settings['mode']}, backend {named} on {on}")
     for name in ("", "error", "reference's", "of its budget", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)

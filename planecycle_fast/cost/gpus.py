@@ -10,6 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+# Of the ceilings at worst: matrix products, then bandwidth, with a wait for each launch, while the host is as slow as
+# it was at times. Between this and all at once, as fast as any was measured, lies the time.
+PRODUCTS, BANDWIDTH, HOST = 0.33, 0.6, 0.6
+USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between allocations
+PASSES = {"inference": 1, "probe": 1, "finetune": 3}  # of the host through a block: its backward takes it twice as long
+KNOWN_DTYPES = ("fp32", "bf16", "fp16")  # of `inputs.DTYPES`: what ceilings are known for
+
 
 class Host(NamedTuple):
     """The CPU beside a GPU, busy with eager PyTorch: where that takes longer than the GPU's work, the GPU waits."""

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..inputs import check_one_of
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..ops.choice import OPERATIONS, Choice
 from ..runtime.backends import meta_stands_for_cuda
 from ..weights.load import model_without_weights
+from .gpus import PASSES
 from .meter import Meter
 
-PASSES = {"inference": 1, "probe": 1, "finetune": 3}  # of the host through a block: its backward takes it twice as long
 CLASSES = 11  # of the head that is trained: the most of the 3D data sets in the paper
 DEVICES = ("cpu", "cuda")
 
@@ -82,8 +83,7 @@ def plan(
         TypeError: model is neither a module nor a name, or an argument of a wrong type.
         ValueError: an unknown name, a shape that the model does not take, or what `lift` refuses.
     """
-    if step not in PASSES:
-        raise ValueError(f"step must be one of {', '.join(PASSES)}, got {step!r}")
+    check_one_of(step, PASSES, "step")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if isinstance(shape, str) or len(shape) != 5 or not all([isinstance(n, int) and n > 0 for n in shape]):

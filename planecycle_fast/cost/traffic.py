@@ -31,7 +31,7 @@ PICKS = {"index", "index_select", "gather", "embedding"}  # read of their input 
 
 
 @dataclass
-class Row:
+class Moved:
     """What all calls of one operation moved."""
 
     calls: int = 0
@@ -58,7 +58,7 @@ class Traffic(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.smallest, self.ops, self.namespace, self.weights = smallest, ops, namespace, weights
-        self.rows = defaultdict(Row)
+        self.rows = defaultdict(Moved)
         self.inside = ""  # of which custom operation's body
 
     @property
@@ -81,15 +81,18 @@ class Traffic(TorchDispatchMode):
     @staticmethod
     def tensors(values: Any) -> list[Tensor]:
         """All tensors in nested containers."""
-        return _tensors(values)
+        return [v for v in tree_leaves(values) if isinstance(v, Tensor)]
 
     def add(self, name: str, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
-        """Counts one call of an operation that was not looked into: one launch, tensors read and tensors written."""
+        """Counts one call of an operation: one launch, tensors read and tensors written."""
+        self._add(name, sum(map(self._bytes, read)), sum(map(self._bytes, written)))
+
+    def _add(self, name: str, read: int, written: int, launches: int = 1) -> None:
         row = self.rows[name]
         row.calls += 1
-        row.launches += 1
-        row.read += sum(self._bytes(t) for t in read)
-        row.written += sum(self._bytes(t) for t in written)
+        row.launches += launches
+        row.read += read
+        row.written += written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -107,41 +110,26 @@ class Traffic(TorchDispatchMode):
         arguments = func._schema.arguments
         bound = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
         mutated = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
-        storages = {t.untyped_storage()._cdata for t in _tensors(list(bound.values()))}
-        written = [t for n in mutated for t in _tensors(bound.get(n))]
-        written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
-        if not written and (_tensors(out) or not storages):  # a view, or an input as it came; dtypes and sizes
+        storages = {t.untyped_storage()._cdata for t in self.tensors(list(bound.values()))}
+        written = [t for n in mutated for t in self.tensors(bound.get(n))]
+        written += [t for t in self.tensors(out) if t.untyped_storage()._cdata not in storages]
+        if not written and (self.tensors(out) or not storages):  # a view, or an input as it came; dtypes and sizes
             return
         if self.weights and name == "_to_copy" and args[0].ndim == 2 and args[0].numel() < self.smallest:
-            self._count_weight(args[0], out)
+            self._add("weight casts", args[0].nbytes, out.nbytes)
             return
         overwritten = [a.name for a in arguments if a.is_out] or (mutated if name in OVERWRITES else [])
         if name.endswith("_like") or name.startswith("new_"):
             overwritten = list(bound)  # only their shape is read
-        row = self.rows[f"{name} in {self.inside}" if self.inside else name]
-        row.calls += 1
-        row.launches += 1
-        reads = [t for n, v in bound.items() if n not in overwritten for t in _tensors(v)]
+        reads = [t for n, v in bound.items() if n not in overwritten for t in self.tensors(v)]
         if name in PICKS:
             reads = [*written, *reads[1:]]
-        row.read += sum(self._bytes(t) for t in reads)
-        row.written += sum(self._bytes(t) for t in written)
-
-    def _count_weight(self, weight: Tensor, cast: Tensor) -> None:
-        row = self.rows["weight casts"]
-        row.calls += 1
-        row.launches += 1
-        row.read += weight.numel() * weight.element_size()
-        row.written += cast.numel() * cast.element_size()
+        self.add(f"{name} in {self.inside}" if self.inside else name, reads, written)
 
     def _custom(self, op: Any, func: Any, args: tuple, kwargs: dict) -> Any:
         cost = op.cost(*args, **kwargs)
-        row = self.rows[op.name]
-        row.calls += 1
-        row.launches += cost.launches
-        row.read += cost.read
-        row.written += cost.written
-        if any(t.device.type == "meta" for t in _tensors([args, kwargs])):
+        self._add(op.name, cost.read, cost.written, cost.launches)
+        if any(t.device.type == "meta" for t in self.tensors([args, kwargs])):
             return func(*args, **kwargs)  # no kernel runs there; the body was looked into elsewhere
         before, self.inside = self.inside, op.name
         try:
@@ -153,10 +141,6 @@ class Traffic(TorchDispatchMode):
     def _bytes(self, t: Tensor) -> int:
         elements = math.prod([n for n, stride in zip(t.shape, t.stride()) if stride or n == 0])
         return elements * t.element_size() if elements >= self.smallest else 0
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [v for v in tree_leaves(values) if isinstance(v, Tensor)]
 
 
 def _registered() -> dict[str, Any]:

@@ -1,14 +1,11 @@
-"""`export_model` and `planecycle-fast export`: a lifted model in a file that runs without this package, checked."""
+"""`export_model`: a lifted model in a file that runs without this package, checked."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
-import textwrap
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..engine.finite import check_features
+from ..inputs import check_one_of
 from ..lifted import LiftedModel
-from ..optional import MissingPackageError
-from ..pretrained import settings_of
+from ..optional import MissingPackageError, shortened
 from ..runtime.backends import asked_for
 from ..version import __version__
 from ..weights.saving import DEFAULTS
@@ -117,8 +114,7 @@ def export_model(
 
 def parse_dynamic(dynamic: str | Sequence[str] | None, to: str) -> tuple[str, ...]:
     """Names of AXES, in their order. Raises ValueError for others, and for any where a format takes none."""
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    check_one_of(to, FORMATS, "to")
     if dynamic is None:
         return ("D",) if FORMATS[to].dynamic else ()
     names = {"all": tuple(AXES), "none": ()}.get(dynamic) if isinstance(dynamic, str) else tuple(dynamic)
@@ -245,69 +241,5 @@ def _in_words(to: str, axes: tuple[str, ...], dtype: torch.dtype) -> Iterator[No
     except Exception as error:
         which = f" with dynamic {','.join(axes)}" if axes else ""
         raise ValueError(
-            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: "
-            f"{textwrap.shorten(str(error), 400, placeholder=' ...') or type(error).__name__}"
+            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: {shortened(error)}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn of their own work."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def run_export(
-    model: str,
-    to: str,
-    volume: str,
-    out: Path | None,
-    dynamic: str | None,
-    dtype: str,
-    device: str,
-    overwrite: bool,
-    random_weights: bool,
-    **settings: Any,
-) -> None:
-    """Exports a model by name, and prints what was checked.
-
-    Args:
-        model: as `models.load_model` takes it.
-        volume: as `inputs.parse_shape` takes it.
-        out: None: the model's name, in the working directory.
-        dtype: one of `inputs.DTYPES`.
-        device: "auto" (CUDA where there is one), or torch's name for one.
-        random_weights: export a model whose weights could not be found, with random ones.
-        settings: of `pretrained.DEFAULTS`; None: what the model's folder records, or else the default of `lift`.
-        to, dynamic, overwrite: as `export_model` takes them.
-
-    Raises whatever `export_model` does, naming the argument.
-    """
-    from ..inputs import dtype_of, parse_shape, usable_device, with_channels
-    from ..lifting import lift
-    from ..weights.load import check_found, load_model
-    from ..weights.normalisation import normalisation
-
-    axes, shape, number = parse_dynamic(dynamic, to), parse_shape(volume), dtype_of(dtype)
-    check_tools(to)
-    path = check_path(out or Path(f"{Path(os.path.abspath(model)).name}{FORMATS[to].suffix}"), to, overwrite)
-    on = usable_device(device)
-    host, note = load_model(model)
-    check_found(model, note, random_weights)
-    lifted = lift(host, **settings_of(model, **settings)).to(on, number)
-    mean, std = normalisation(host, model, lifted.adapter.in_channels)
-    pixels = torch.zeros(with_channels(shape, host), dtype=number, device=on)
-    about = {"model": model, "weights": note, "mean": list(mean), "std": list(std)}
-    with _quiet():
-        done = export_model(lifted, pixels, path, to, axes, about, overwrite)
-    print(f"{model}, {note}\n{lifted.extra_repr()}, {dtype}, dynamic {','.join(axes) or 'none'}")
-    print(f"checked on a volume {' x '.join(map(str, done.checked))}:")
-    for name, size, error in done.outputs:
-        print(f"{name:<10} {' x '.join(map(str, size)):<22} largest error {error:.1e}")
-    print(f"written: {', '.join(map(str, done.files))}")

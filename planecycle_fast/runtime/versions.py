@@ -1,4 +1,4 @@
-"""Versions of what this package runs with."""
+"""Versions of this package, and of every package that it can use."""
 
 from __future__ import annotations
 
@@ -7,29 +7,17 @@ from importlib import metadata
 
 import torch
 
+from ..version import __version__
+
 PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "timm",
-    "transformers",
-    "peft",
-    "torchvision",
-    "flash-attn",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "safetensors",
-    "matplotlib",
+    *("torch", "triton", "numpy", "timm", "transformers", "peft", "torchvision", "flash-attn"),
+    *("nibabel", "SimpleITK", "pydicom", "onnx", "onnxscript", "onnxruntime", "safetensors", "matplotlib"),
 )
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of every package that it can use; "not installed" otherwise."""
-    found = {"python": platform.python_version()}
+    """Version of this package, of Python and of every package that it can use; "not installed" otherwise."""
+    found = {"planecycle-fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = torch.__version__ if package == "torch" else metadata.version(package)  # with its build

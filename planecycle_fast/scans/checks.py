@@ -1,8 +1,9 @@
-"""What every reader of scans checks before it reads voxels, and how it refuses."""
+"""What may be asked of readers of scans, what each checks before it reads voxels, and how it refuses."""
 
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import re
 import sys
@@ -10,19 +11,52 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from ..optional import one_line, require
-from .options import ScanOptions
+from ..optional import one_line, reason, require
+from .orientation import check_axes
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ITK_DTYPES = {f"{bits}-bit signed integer": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
 ITK_DTYPES |= {f"{bits}-bit unsigned integer": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
 ITK_DTYPES |= {"32-bit float": "f4", "64-bit float": "f8"}
+
+
+LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How a scan is to be read, where its file leaves a choice or would be refused: `load_scan` says what they do."""
+
+    axes: str | None = None  # the directions in which D, H, W increase; None: SPR for scans that have an orientation
+    fill_nan: float | None = None  # what takes the place of NaN voxels; None: they are refused
+    index: int | None = None  # of a volume, from 0, in a file that holds several
+    array: str | None = None  # of an .npz, by name
+    series: str | None = None  # which one of a DICOM folder; None: the only one
+    allow_shear: bool = False  # axes that are not at right angles stay as they are, in the affine too
+    regrid: bool = False  # sheared and unevenly spaced scans are resampled to a right, even grid
+
+    def __post_init__(self) -> None:
+        if self.axes is not None:
+            object.__setattr__(self, "axes", check_axes(self.axes))  # in capitals
+        if self.fill_nan is not None and not (isinstance(self.fill_nan, Real) and abs(self.fill_nan) <= LARGEST):
+            raise ValueError(f"fill_nan must be a finite number within float32, got {self.fill_nan!r}")
+        whole = isinstance(self.index, Integral) and not isinstance(self.index, bool)
+        if self.index is not None and not (whole and self.index >= 0):
+            raise ValueError(f"index must be that of a volume, 0 or more, got {self.index!r}")
+        for name in ("array", "series"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be text, got {value!r}")
+
+
+PLAIN = ScanOptions()
 
 
 class Refused(Exception):
@@ -36,7 +70,7 @@ class ScanWarning(UserWarning):
 def warn(message: str) -> None:
     """Emits a ScanWarning, one line, at the line outside of this package that asked for the scan."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == __package__.split(".")[0]:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ScanWarning, stacklevel=level)
 
@@ -172,3 +206,35 @@ def quiet_itk() -> Iterator[ModuleType]:
         yield sitk
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+
+
+@contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """Within the block it says nothing."""
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Within the block what libraries raise, which of a damaged file can be anything, is Refused; OSError stays."""
+    try:
+        yield
+    except (OSError, Refused):
+        raise
+    except Exception as error:
+        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Within the block what the system or Refused says is a ValueError that begins with the scan's name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"volume {path} cannot be read: {error.strerror or error}") from error
+    except Refused as error:
+        raise ValueError(f"volume {path} {one_line(str(error))}") from error

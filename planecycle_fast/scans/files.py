@@ -6,6 +6,7 @@ left to right, so that each slice is an axial picture with the face up, unless o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,15 @@ import torch
 
 from ..optional import MissingPackageError, one_line, reason
 from .affines import regridded, shear_of
-from .checks import DAMAGED, LPS_TO_RAS, Refused, warn
+from .checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, unreadable, warn
 from .formats import metaimage, nrrd
 from .formats.arrays import read_npy, read_npz
 from .formats.dicom import read_dicom
+from .formats.dicom_series import files_of
 from .formats.metaimage import read_metaimage
 from .formats.nifti import pair, read_freesurfer, read_nifti
 from .formats.nrrd import read_nrrd
-from .options import ScanOptions
-from .orientation import AXIAL, check_axes, spans_space, turned
+from .orientation import AXIAL, spans_space, turned
 from .scan import MAX_BYTES, Scan
 
 
@@ -65,7 +66,7 @@ def load_scan(
 
     Returns a Scan: float32 voxels, float64 affine.
 
-    Warns (`scan_checks.ScanWarning`) where something was resampled or taken among several.
+    Warns (`checks.ScanWarning`) where something was resampled or taken among several.
 
     Raises:
         MissingPackageError: NIfTI, Analyze and MGH without nibabel; NRRD and DICOM without SimpleITK.
@@ -73,15 +74,8 @@ def load_scan(
             not 3D, has sheared axes or uneven slices, needs more than max_bytes, or holds NaN or infinite voxels, or
             only one value.
     """
-    options = ScanOptions(
-        axes=None if axes is None else check_axes(axes),
-        fill_nan=fill_nan,
-        index=index,
-        array=array,
-        series=str(series) if isinstance(series, int) else series,
-        allow_shear=allow_shear,
-        regrid=regrid,
-    )
+    series = str(series) if isinstance(series, int) else series
+    options = ScanOptions(axes, fill_nan, index, array, series, allow_shear, regrid)
     with complaints(path):
         return checked(_read(Path(path), options, max_bytes))
 
@@ -135,6 +129,23 @@ def other_file(path: Path) -> Path | None:
         return None if find is None else find(path)
     except (Refused, OSError):  # of which `load_scan` says more
         return None
+
+
+def digest_of_scan(scan: Path, series: str | None = None) -> str:
+    """SHA-256 of a scan's file, with the other one where header and voxels are two, one after another.
+
+    Of a folder those of its only DICOM series, or of the one that is picked.
+
+    Raises ValueError for a path that cannot be read.
+    """
+    digest = hashlib.sha256()
+    with unreadable(scan):
+        beside = other_file(scan)
+        for file in files_of(scan, series) if scan.is_dir() else [scan] if beside is None else [scan, beside]:
+            with file.open("rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def _suffix(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..inputs import check_one_of
 from .affines import SAME
 from .checks import gib
 from .scan import MAX_BYTES, Scan
@@ -28,12 +29,6 @@ def shifted(start: Sequence[int]) -> np.ndarray:  # (4, 4)
     matrix = np.eye(4)
     matrix[:3, 3] = start
     return matrix
-
-
-def check_mode(mode: str) -> None:
-    """Raises ValueError unless it is one of MODES."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 def to_scan(
@@ -66,7 +61,7 @@ def to_scan(
         TypeError: values are no tensor, or integers are to be interpolated.
         ValueError: another mode or shape, an affine of which axes are not along the scan's, or beyond max_bytes.
     """
-    check_mode(mode)
+    check_one_of(mode, MODES, "mode")
     if not isinstance(values, Tensor) or (mode == "linear" and not values.is_floating_point()):
         raise TypeError(
             f"values must be a floating-point tensor (of any dtype with mode='nearest'), got "

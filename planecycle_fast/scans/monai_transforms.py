@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..inputs import check_one_of
 from ..lifting import lifted_in
 from ..optional import require
 from ..weights.normalisation import normalisation_of
@@ -40,7 +41,17 @@ UNKNOWN = "unknown"  # meta["axes"] of a scan whose file gives no orientation
 _OURS = ("feature_affine", "padding", "axes", MetaKeys.AFFINE)  # of the meta, what a volume's differ in
 
 
-class LoadScand(MapTransform):
+class _Eachd(MapTransform):
+    """What becomes of each key's value is what `_made` makes of it."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self._made(d[key], key)
+        return d
+
+
+class LoadScand(_Eachd):
     """Reads scans by `load_scan`, whatever it reads and refuses: a path becomes a MetaTensor (1, D, H, W), float32.
 
     Its affine takes (d, h, w, 1) to millimetres, RAS+; meta["axes"] says where D, H, W point, "SPR" by default, or
@@ -56,16 +67,13 @@ class LoadScand(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.reading = reading
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            scan = load_scan(d[key], **self.reading)
-            meta = {"filename_or_obj": str(d[key]), "axes": scan.axes or UNKNOWN, MetaKeys.SPACE: SpaceKeys.RAS}
-            d[key] = MetaTensor(scan.voxels[None], affine=torch.from_numpy(scan.affine), meta=meta)
-        return d
+    def _made(self, path: Any, key: Hashable) -> MetaTensor:  # (1, D, H, W)
+        scan = load_scan(path, **self.reading)
+        meta = {"filename_or_obj": str(path), "axes": scan.axes or UNKNOWN, MetaKeys.SPACE: SpaceKeys.RAS}
+        return MetaTensor(scan.voxels[None], affine=torch.from_numpy(scan.affine), meta=meta)
 
 
-class Windowd(MapTransform):
+class Windowd(_Eachd):
     """Intensities of (1, ...) tensors cut to a window, which becomes [0, 1]: `transforms.window` of any rank.
 
     Args:
@@ -83,16 +91,13 @@ class Windowd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.window = as_window(window)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            image = _meta_tensor(d[key], key)
-            cut = self.window.apply(image.as_tensor()[0].float())[None]
-            d[key] = MetaTensor(cut, meta=image.meta, applied_operations=image.applied_operations)
-        return d
+    def _made(self, image: Any, key: Hashable) -> MetaTensor:  # (1, ...)
+        image = _meta_tensor(image, key)
+        cut = self.window.apply(image.as_tensor()[0].float())[None]
+        return MetaTensor(cut, meta=image.meta, applied_operations=image.applied_operations)
 
 
-class ToModelVolumed(MapTransform, InvertibleTransform):
+class ToModelVolumed(_Eachd, InvertibleTransform):
     """A scan, MetaTensor (1, X, Y, Z), as the volume that a lifted model takes, MetaTensor (C, D, height, width).
 
     What `prepare` does, after turning axes: the same voxels give the same pixels, to the bit. Batched by a DataLoader
@@ -128,8 +133,7 @@ class ToModelVolumed(MapTransform, InvertibleTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
-        if fit not in FITS:
-            raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+        check_one_of(fit, FITS, "fit")
         self.patch_size, self.dtype = model, torch.float32
         if not isinstance(model, (tuple, list)):
             lifted = lifted_in(model)
@@ -142,14 +146,9 @@ class ToModelVolumed(MapTransform, InvertibleTransform):
         self.axes = None if axes is None else check_axes(axes)
         self.fit, self.mean, self.std = fit, mean, std
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self._volume(_meta_tensor(d[key], key))
-        return d
-
-    def _volume(self, image: MetaTensor) -> MetaTensor:
+    def _made(self, image: Any, key: Hashable) -> MetaTensor:
         """Of (1, X, Y, Z): (C, D, height, width)."""
+        image = _meta_tensor(image, key)
         affine, axes = _ras(image), self.axes
         voxels = image.as_tensor()[0].detach().float()
         if axes is None or image.meta.get("axes") == UNKNOWN:

@@ -10,15 +10,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..hosts.placement import running_place
+from ..inputs import check_one_of
 from ..lifting import lifted_in
 from ..weights.normalisation import normalisation_of
 from .grids import scaled
 from .scan import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan
 from .transforms import Array, as_scan, channels, pad, resize, size_at
 from .transforms import window as windowed
-from .windows import PERCENTILES, Window, as_spacing, as_window, parse_spacing, parse_window
+from .windows import PERCENTILES, Window, as_spacing, as_window, parse_window
 
-__all__ = ["FITS", "PERCENTILES", "ModelInput", "Window", "parse_spacing", "parse_window", "prepare"]
+__all__ = ["FITS", "PERCENTILES", "ModelInput", "Window", "parse_window", "prepare"]
 FITS = ("pad", "resize")
 BEYOND = 0.1  # of [0, 1], which interpolation by splines may reach
 
@@ -72,8 +73,7 @@ def prepare(
         ValueError: an unknown fit, a volume beyond max_bytes, a window beside the scan's intensities, or a model that
             does not say what its mean and std are.
     """
-    if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    check_one_of(fit, FITS, "fit")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must both be given, or neither, got {mean} and {std}")
     scan, window = as_scan(scan), None if window is None else as_window(window)

@@ -47,11 +47,8 @@ def progress_of(model: LiftedModel, scans: int, tiled: bool = False) -> Iterator
 
     Raises MissingPackageError without rich.
     """
-    console = require("rich.console", "scans").Console(stderr=True)
     terminal = sys.stdout is not None and sys.stdout.isatty()  # what goes into a pipe must not pass through the bars
-    bars = require("rich.progress", "scans").Progress(
-        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=terminal
-    )
+    bars = _bars(redirect_stdout=terminal)
     progress = Progress(bars, scans, len(model.blocks) + 1)  # the last norm is a step as well
     with following(model, None if tiled else progress.advance), bars:
         yield progress
@@ -76,10 +73,14 @@ def window_bar(wanted: bool | Callable[[int, int], Any] | None) -> Iterator[Call
     if callable(wanted) or not wanted:
         yield wanted or (lambda done, total: None)
         return
-    console = require("rich.console", "scans").Console(stderr=True)
-    bars = require("rich.progress", "scans").Progress(
-        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
-    )
+    bars = _bars(redirect_stdout=False)
     task = bars.add_task("windows", total=None)
     with bars:
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _bars(redirect_stdout: bool) -> Any:
+    console = require("rich.console", "scans").Console(stderr=True)
+    return require("rich.progress", "scans").Progress(
+        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=redirect_stdout
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..features import VolumeFeatures
 from ..geometry.planes import HW, Plane, Sizes
 from ..hosts.placement import running_place
-from ..inputs import check_volume, plain, usable_device, wanted_layers
+from ..inputs import check_one_of, check_volume, plain, usable_device, wanted_layers
 from ..lifted import LiftedModel
 from ..lifting import lifted_in
 from .progress import window_bar
@@ -79,8 +79,7 @@ def sliding_window(
     check_volume(one, inside.adapter.in_channels, inside)
     if volume.requires_grad and torch.is_grad_enabled():
         raise ValueError("volume must need no gradient, as none is recorded; detach it, or call the model")
-    if blend not in BLENDS:
-        raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
+    check_one_of(blend, BLENDS, "blend")
     _check_count(batch, "batch")
     accumulate_on = usable_device(accumulate_on, "accumulate_on")
     wanted = sorted(wanted_layers(1 if layers is None else layers, len(inside.blocks), "layers"))
@@ -112,34 +111,20 @@ def sliding_window(
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
             begins = [[starts[i] for i, (starts, _) in zip(place, axes)] for place in some]
-            features = _pass(lifted, inside, volume, device, begins, of, patch, None if layers is None else wanted)
+            cuts = [[slice(b * p, (b + n) * p) for b, n, p in zip(begin, of, patch)] for begin in begins]
+            pixels = torch.cat([volume[(..., *cut)] for cut in cuts]) if len(cuts) > 1 else volume[(..., *cuts[0])]
+            pixels = pixels.to(device)
+            features = [lifted(pixels)] if layers is None else inside.intermediate(pixels, wanted)
+            del pixels  # they need not be there while the next ones are made
             for number, (place, begin) in enumerate(zip(some, begins)):
                 weights = [each[i] for i, (_, each) in zip(place, axes)]
                 rows = slice(number * len(volume), (number + 1) * len(volume))
                 for layer, each, total in zip(wanted, features, sums):
                     part = VolumeFeatures(*[None if tensor is None else tensor[rows] for tensor in each])
-                    _add(total, part, weights, begin, sizes, _plane_after(inside, layer), accumulate_on)
+                    _add(total, part, weights, begin, sizes, plane_after(inside, layer), accumulate_on)
             done(first + len(some), len(places))
     results = [VolumeFeatures(*total) for total in sums]
     return results[0] if layers is None else results
-
-
-def _pass(
-    lifted: nn.Module,
-    inside: LiftedModel,
-    volume: Tensor,  # (B, C, D, height, width)
-    device: torch.device | None,  # the model's; None: the volume's
-    begins: list[list[int]],  # in patches, of each window
-    of: Sizes,  # in patches
-    patch: tuple[int, int, int],
-    layers: list[int] | None,
-) -> list[VolumeFeatures]:  # of (windows * B) volumes, per layer
-    windows = []
-    for begin in begins:
-        cut = [slice(b * p, (b + n) * p) for b, n, p in zip(begin, of, patch)]
-        windows.append(volume[(..., *cut)])
-    pixels = (windows[0] if len(windows) == 1 else torch.cat(windows)).to(device)
-    return [lifted(pixels)] if layers is None else inside.intermediate(pixels, layers)
 
 
 def _add(
@@ -170,7 +155,7 @@ def _add(
         total[i][(slice(None), *places)] += tensor.to(total[i]) * share
 
 
-def _plane_after(lifted: LiftedModel, layer: int) -> Plane:
+def plane_after(lifted: LiftedModel, layer: int) -> Plane:
     """The plane whose slices have a set of globals each, in the features after a layer."""
     return HW if lifted.globals_at == "depth" else lifted.planes[layer % len(lifted.planes)]
 

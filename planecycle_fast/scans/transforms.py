@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..inputs import check_one_of
 from . import scan as volumes
-from .grids import check_mode, scaled, shifted
+from .grids import MODES, scaled, shifted
 from .orientation import check_axes, spans_space
 from .scan import Scan
 from .windows import PERCENTILES, Window, as_spacing, as_window
@@ -109,7 +110,7 @@ def resize(
 
     "linear" smooths an axis that shrinks by as much as it shrinks; "nearest", for masks, takes the nearest voxel.
     """
-    check_mode(mode)
+    check_one_of(mode, MODES, "mode")
     scan, size = as_scan(scan), _sizes(size, "size")
     if size == list(scan.voxels.shape):
         return scan
@@ -215,6 +216,5 @@ def _wanted(scan: Scan, size: Sizes | None, multiple: Sizes | None, up: bool) ->
 
 
 def _centred(where: str) -> bool:
-    if where not in WHERE:
-        raise ValueError(f"where must be one of {', '.join(WHERE)}, got {where!r}")
+    check_one_of(where, WHERE, "where")
     return where == "centre"

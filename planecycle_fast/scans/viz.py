@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..engine.attention_maps import AttentionMap
 from ..optional import require
+from .feature_files import whole
 
 FOREGROUND = 0.1  # mean intensity of a token, of 1, above which it is shown and counted
 _ACROSS = {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal", "R": "sagittal", "L": "sagittal"}
@@ -131,7 +131,6 @@ def three_views(
     Raises MissingPackageError without matplotlib, OSError if the file cannot be written.
     """
     figure_module = require("matplotlib.figure", "demo")
-    path = Path(path)
     columns = {"volume": image[..., None].expand(-1, -1, -1, 3), **colours}
     depth, rows, width = (n * s for n, s in zip(next(iter(colours.values())).shape[:3], spacing))
     # Rows are as high as their pictures: all views have one scale, up to the width of a column.
@@ -151,14 +150,9 @@ def three_views(
                 ax.set_ylabel(_ACROSS[axes[row]] if axes else f"across {axis}", fontsize=17)
     title = title.encode(errors="replace").decode()  # of file names that are no text
     figure.suptitle(title, fontsize=13, parse_math=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # characters that the font lacks become boxes
-            figure.savefig(temporary, dpi=100, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(Path(path)) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font lacks become boxes
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def cut(

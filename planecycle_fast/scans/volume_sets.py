@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import Refused, ScanWarning, gib, warn
+from .checks import Refused, ScanOptions, ScanWarning, gib, warn
 from .files import check_no_series, checked, complaints, filled, in_place
 from .formats.arrays import read_volumes
-from .options import ScanOptions
 from .preprocess import ModelInput
 from .scan import MAX_BYTES, Scan
 from .volume_lists import PIXELS

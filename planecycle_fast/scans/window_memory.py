@@ -7,11 +7,12 @@ import math
 
 import torch
 
-from ..cost.planning import Planned, plan
-from ..geometry.planes import HW, Sizes
+from ..cost.planning import plan
+from ..geometry.planes import Sizes
 from ..hosts.placement import running_place
 from ..lifted import LiftedModel
 from .checks import gib
+from .sliding import plane_after
 
 SLICES = 8  # of a window, before it is cut within slices: examples/sliding_window.py shows what either costs
 
@@ -44,11 +45,25 @@ def fitting_window(
     wide = torch.promote_types(dtype, torch.float32).itemsize / dtype.itemsize
     together = device.type == accumulate_on.type
     globals_ = lifted.adapter.num_globals
-    plane = HW if lifted.globals_at == "depth" else lifted.planes[(len(lifted.blocks) - 1) % len(lifted.planes)]
+    plane = plane_after(lifted, len(lifted.blocks) - 1)
 
     @functools.cache
     def needed(of: Sizes) -> int:
-        planned = planned_pass(lifted, (volumes * batch, *of), patch, dtype, device)
+        planned = plan(
+            lifted.adapter.model,
+            (volumes * batch, lifted.adapter.in_channels, *[n * p for n, p in zip(of, patch)]),
+            mode=lifted.mode,
+            pool_method=lifted.pool_method if lifted.mode == "planecycle" else "PCg",
+            dtype=dtype,
+            device=device.type,
+            backend=lifted.backend,
+            cycle_order=lifted.planes,
+            globals_at=lifted.globals_at,
+            attention=lifted.attention,
+            strict=lifted.strict,
+            adapter=type(lifted.adapter),
+            depth_position=lifted.depth_position,
+        )
         row = planned.output_bytes / (volumes * batch * (math.prod(of) + globals_ * plane.slices(of)))  # of a token
         passing = planned.peak_bytes + planned.volume_bytes + (layers - 1) * planned.output_bytes
         whole, part = [volumes * (math.prod(n) + globals_ * max(n)) * row * wide for n in (sizes, of)]
@@ -69,29 +84,3 @@ def fitting_window(
         axis = 0 if of[0] > slices else max(range(3), key=lambda a: of[a])
         of = tuple([-(-n // 2) if a == axis else n for a, n in enumerate(of)])
     return of
-
-
-def planned_pass(
-    lifted: LiftedModel,
-    tokens: tuple[int, int, int, int],  # B, D, H, W
-    patch: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Planned:
-    """What a pass over such volumes takes on the lifted model's device."""
-    shape = (tokens[0], lifted.adapter.in_channels, *[n * p for n, p in zip(tokens[1:], patch)])
-    return plan(
-        lifted.adapter.model,
-        shape,
-        mode=lifted.mode,
-        pool_method=lifted.pool_method if lifted.mode == "planecycle" else "PCg",
-        dtype=dtype,
-        device=device.type,
-        backend=lifted.backend,
-        cycle_order=lifted.planes,
-        globals_at=lifted.globals_at,
-        attention=lifted.attention,
-        strict=lifted.strict,
-        adapter=type(lifted.adapter),
-        depth_position=lifted.depth_position,
-    )

@@ -107,17 +107,6 @@ def parse_window(text: str) -> Window:
     return Window(float(match[1]), float(match[3]), percent=bool(match[2]))
 
 
-def parse_spacing(text: str) -> tuple[float, float, float]:
-    """Millimetres along D, H, W of "S" or "S,S,S". Raises ValueError unless they are positive numbers."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 3) or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"spacing must be millimetres, one number or three for D, H, W, got {text!r}")
-    return tuple(values * 3 if len(values) == 1 else values)
-
-
 def as_window(window: Window | str | Sequence[float]) -> Window:
     """A window of any of its forms: itself, text as for `parse_window`, or (LOW, HIGH), two intensities."""
     if isinstance(window, str):
@@ -130,10 +119,16 @@ def as_window(window: Window | str | Sequence[float]) -> Window:
 
 
 def as_spacing(spacing: str | float | Sequence[float]) -> tuple[float, float, float]:
-    """Millimetres along D, H, W: of three numbers, one for all, or text as for `parse_spacing`."""
-    if isinstance(spacing, str):
-        return parse_spacing(spacing)
+    """Millimetres along D, H, W: of three numbers or one for all, as such or as text, "S" or "S,S,S".
+
+    Raises ValueError unless they are positive.
+    """
     values = [spacing] if isinstance(spacing, Real) else spacing
+    if isinstance(spacing, str):
+        try:
+            values = [float(part) for part in spacing.split(",")]
+        except ValueError:
+            values = []
     numbers = isinstance(values, Sequence) and all([isinstance(value, Real) for value in values])
     if not numbers or len(values) not in (1, 3) or not all([0 < value < math.inf for value in values]):
         raise ValueError(f"spacing must be millimetres, one number or three for D, H, W, got {spacing!r}")

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..inputs import check_one_of
 from .checkpoint_keys import (
     KEPT_BLOCKS,
     PERIODS,
@@ -61,8 +62,7 @@ def convert_state_dict(
         TypeError: state_dict is no mapping of names to tensors, model no nn.Module, or prefix no string.
         ValueError: an unknown `to`, weights of no DINOv3, or weights that the target cannot hold or lacks.
     """
-    if to not in TARGETS:
-        raise ValueError(f"to must be one of {', '.join(TARGETS)}, got {to!r}")
+    check_one_of(to, TARGETS, "to")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
     if not isinstance(prefix, str):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..optional import MissingPackageError, require
+from .known_models import known_config
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -59,11 +60,8 @@ def dinov2_small(path: str | Path | None = None) -> Dinov2Model:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(f"weights {path} must have sha256 {SHA256}, got {digest}")
-    config = transformers.Dinov2Config(
-        hidden_size=384, num_attention_heads=6, num_hidden_layers=12, patch_size=14, image_size=518
-    )
     with torch.device("meta"):  # no random weights to throw away
-        model = transformers.Dinov2Model(config)
+        model = transformers.Dinov2Model(known_config(transformers, "dinov2-small"))
     state = _state_dict(onnx, path)
     if not state.keys() <= set(model.state_dict()):
         for old, new in _RENAMED:

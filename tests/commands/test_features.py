@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import planecycle_fast as pcf
-from planecycle_fast.commands import features as extract
+from planecycle_fast.scans import extraction as extract
 from planecycle_fast.scans.feature_files import load_features
 from planecycle_fast.scans.files import load_scan
 from planecycle_fast.scans.preprocess import parse_window, prepare

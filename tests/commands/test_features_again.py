@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from planecycle_fast.commands import features as extract
+from planecycle_fast.scans import extraction as extract
 from planecycle_fast.scans import feature_files
 from planecycle_fast.scans.feature_files import load_features
 from planecycle_fast.scans.viz import foreground, pca_colours
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(extract.os, "access", lambda path, mode: path != tmp_path)
     for out in (tmp_path / "f.npz", tmp_path / "deep" / "er"):
         with pytest.raises(ValueError, match=f"^out must be in a folder that can be written to, got {out}$"):
-            extract.plan([tmp_path / "a.nii"], out)
+            extract.jobs_for([tmp_path / "a.nii"], out)
 
 
 # Pictures

@@ -1,13 +1,15 @@
 """`planecycle-fast info` says what is here, and why something is not."""
 
+from importlib import metadata
+
 import torch
 
 import planecycle_fast as pcf
 from planecycle_fast.commands import info
 from planecycle_fast.commands.cli import main
-from planecycle_fast.runtime import versions
 from planecycle_fast.runtime.attentions import ATTENTIONS, attentions
 from planecycle_fast.runtime.backends import backends
+from planecycle_fast.runtime.versions import versions
 
 
 def test_everything_is_listed(capsys, monkeypatch, tmp_path):
@@ -26,15 +28,15 @@ def test_everything_is_listed(capsys, monkeypatch, tmp_path):
 
 
 def test_packages_that_are_missing(monkeypatch):
-    found = versions.metadata.version
+    found = metadata.version
 
     def version(package):
         if package == "timm":
-            raise versions.metadata.PackageNotFoundError(package)
+            raise metadata.PackageNotFoundError(package)
         return found(package)
 
-    monkeypatch.setattr(versions.metadata, "version", version)
-    assert versions.versions()["timm"] == "not installed" and versions.versions()["numpy"] == found("numpy")
+    monkeypatch.setattr(metadata, "version", version)
+    assert versions()["timm"] == "not installed" and versions()["numpy"] == found("numpy")
 
 
 def test_attentions_have_reasons():

@@ -5,7 +5,7 @@ import torch
 
 from planecycle_fast.commands import verify as module
 from planecycle_fast.commands.cli import main
-from planecycle_fast.commands.verify import verify
+from planecycle_fast.commands.verify import compare
 from planecycle_fast.engine import block as stream
 from planecycle_fast.runtime import native
 from planecycle_fast.weights.load import random_note
@@ -35,7 +35,7 @@ def wrong(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"mode": "slice2d"}, {"pool_method": "PCm"}], ids=str)
 def test_the_fast_path_is_within_the_budget(model, settings, dtype):
-    rows = verify(model, shape(), dtype=dtype, backend="cpu", seeds=3, **settings)
+    rows = compare(model, shape(), dtype=dtype, backend="cpu", seeds=3, **settings)
     assert wrong(rows) == []
     blocks = len(model.blocks)
     expected = ["features", *[f"block {i}" for i in range(blocks)], *[f"gradients of block {i}" for i in range(blocks)],
@@ -56,7 +56,7 @@ def test_a_fault_of_one_block(model, monkeypatch):
         return done[0]._replace(branch=done[0].branch * 0.999), done[1]
 
     monkeypatch.setattr(stream, "run_in_groups", faulty)
-    assert wrong(verify(model, shape(), backend="cpu", seeds=2)) == ["features", f"block {FAULTY}"]
+    assert wrong(compare(model, shape(), backend="cpu", seeds=2)) == ["features", f"block {FAULTY}"]
 
 
 def test_a_fault_of_gradients_alone(model, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_fault_of_gradients_alone(model, monkeypatch):
         return Fault.apply(out) if layer.backend == "cpu" and hasattr(parts.block, "is_faulty") else out
 
     monkeypatch.setattr(stream, "mlp_branch", faulty)
-    found = wrong(verify(model, shape(), backend="cpu", seeds=2))
+    found = wrong(compare(model, shape(), backend="cpu", seeds=2))
     assert f"gradients of block {FAULTY}" in found and "gradient of the volume" in found
     assert not any(what == "features" or what.startswith("block") for what in found)
     assert not any(f"gradients of block {i}" in found for i in range(FAULTY + 1, len(model.blocks)))
@@ -94,7 +94,7 @@ def test_what_is_not_finite_is_found(model, monkeypatch):
         return done
 
     monkeypatch.setattr(stream, "run_in_groups", faulty)
-    assert f"block {FAULTY}" in wrong(verify(model, shape(), backend="cpu", seeds=1))
+    assert f"block {FAULTY}" in wrong(compare(model, shape(), backend="cpu", seeds=1))
 
 
 @pytest.mark.parametrize("lost", ["a group", "the last", "the volume's"])
@@ -115,7 +115,7 @@ def test_gradients_that_are_lost(model, monkeypatch, lost):
 
     monkeypatch.setattr(module, "_gradients", losing)
     expected = "gradient of the volume" if lost == "the volume's" else group
-    assert wrong(verify(model, shape(), backend="cpu", seeds=2)) == [expected]
+    assert wrong(compare(model, shape(), backend="cpu", seeds=2)) == [expected]
 
 
 def test_another_shape_or_dtype(model, monkeypatch):
@@ -131,7 +131,7 @@ def test_another_shape_or_dtype(model, monkeypatch):
             return found
 
         monkeypatch.setattr(module, "_everything", faulty)
-        assert "features" in wrong(verify(model, shape(), backend="cpu", seeds=1))
+        assert "features" in wrong(compare(model, shape(), backend="cpu", seeds=1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -139,29 +139,25 @@ def test_a_reference_that_is_not_finite_measures_nothing(model, value):
     with torch.no_grad():
         model.blocks[1].mlp.fc2.bias[3] = value
     with pytest.raises(ValueError, match="the reference is not finite in"):
-        verify(model, shape(), backend="cpu", seeds=1)
+        compare(model, shape(), backend="cpu", seeds=1)
 
 
 def test_weights_of_ones_own_are_not_replaced(capsys, monkeypatch, tmp_path):
     """Whatever the folder is called."""
     seen, folder = [], str(tmp_path / "random_crops")
-    monkeypatch.setattr("planecycle_fast.weights.load.load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), name))
+    monkeypatch.setattr(module, "load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), name))
     monkeypatch.setattr("planecycle_fast.bench.contenders.randomise", lambda model: seen.append(model) or model)
     command = ["--volume", "1x2x32", "--device", "cpu"]
     assert main(["verify", folder, *command]) == 0
     assert not seen and folder in capsys.readouterr().out.replace("\n", "")
-    monkeypatch.setattr(
-        "planecycle_fast.weights.load.load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), random_note(name))
-    )
+    monkeypatch.setattr(module, "load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), random_note(name)))
     assert main(["verify", "a-model", *command]) == 0
     assert len(seen) == 1
 
 
 def test_the_command(capsys, monkeypatch):
     command = ["verify", "vit_small_patch16_dinov3", "--volume", "1x2x32", "--device", "cpu", "--backend", "cpu"]
-    monkeypatch.setattr(
-        "planecycle_fast.weights.load.load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), "random")
-    )
+    monkeypatch.setattr(module, "load_model", lambda name: (BY_NAME["timm-dinov3-s"].make(), "random"))
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "within the budget" in text and "gradients of block 4" in text and "TOO LARGE" not in text
@@ -197,4 +193,4 @@ def test_bad_arguments(capsys, change, message):
 
 def test_no_seeds(model):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        verify(model, shape(), seeds=0)
+        compare(model, shape(), seeds=0)

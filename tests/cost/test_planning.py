@@ -10,10 +10,11 @@ import planecycle_fast as pcf
 from planecycle_fast.bench import rows
 from planecycle_fast.bench.cells import DTYPES, FAST, GRAPH, parse_volume
 from planecycle_fast.bench.costs import peak_bytes
-from planecycle_fast.commands import plan as plan_table
 from planecycle_fast.commands.cli import main
-from planecycle_fast.commands.plan import MODES, chosen_machine, deepest, seconds
+from planecycle_fast.commands.plan import chosen_machine
+from planecycle_fast.cost import gpus, modes
 from planecycle_fast.cost.gpus import GPUS, MEASURED_HOST, Host, Machine, gpu
+from planecycle_fast.cost.modes import MODES, deepest, seconds
 from planecycle_fast.cost.planning import Planned, make_head, plan, take_step
 from planecycle_fast.inputs import parse_shape
 from planecycle_fast.runtime import native
@@ -230,7 +231,7 @@ def test_the_table(capsys, monkeypatch):
         assert part in text
     assert "slice2d" not in text
     tiny = GPUS["h100"]._replace(memory=1e6)
-    monkeypatch.setitem(plan_table.__dict__, "gpu", lambda name: tiny)
+    monkeypatch.setattr(gpus, "gpu", lambda name: tiny)
     assert main(command) == 1
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("PCg"))
     assert row.split()[-1] == "0"
@@ -238,14 +239,14 @@ def test_the_table(capsys, monkeypatch):
 
 def test_rows_appear_as_they_are_known(capsys, monkeypatch):
     """The first mode's is there before the second one is planned, and columns stand below their names."""
-    seen, real = [], plan_table.plan
+    seen, real = [], modes.plan
 
     def planned(*args, **settings):
         seen.append((settings, capsys.readouterr().out))
         return real(*args, **settings)
 
-    monkeypatch.setattr(plan_table, "plan", planned)
-    monkeypatch.setattr(plan_table, "deepest", lambda *_: 123456)
+    monkeypatch.setattr(modes, "plan", planned)
+    monkeypatch.setattr(modes, "deepest", lambda *_: 123456)
     assert main(["plan", "vit_small_patch16_dinov3", "--volume", "1x2x32", "--modes", "PCg,PCm"]) == 0
     assert [settings["pool_method"] for settings, _ in seen] == ["PCg", "PCm"] and seen[0][1] == ""
     _, head, row = seen[1][1].splitlines()
@@ -255,7 +256,7 @@ def test_rows_appear_as_they_are_known(capsys, monkeypatch):
 
 def test_modes_that_a_model_cannot_be_lifted_in_are_named(capsys, monkeypatch):
     """BEiT knows no third axis: flatten3d is a line of its own, or if it was asked for by name an error."""
-    monkeypatch.setattr(plan_table, "deepest", lambda *_: 1)
+    monkeypatch.setattr(modes, "deepest", lambda *_: 1)
     command = ["plan", "beit_base_patch16_224", "--volume", "1x2x224"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -267,7 +268,7 @@ def test_modes_that_a_model_cannot_be_lifted_in_are_named(capsys, monkeypatch):
 
 def test_the_table_says_what_limits_and_for_which_host(capsys, monkeypatch):
     pytest.importorskip("triton", reason="plans Triton kernels")
-    monkeypatch.setattr(plan_table, "deepest", lambda *_: 1)
+    monkeypatch.setattr(modes, "deepest", lambda *_: 1)
     command = ["plan", "vit_small_patch16_dinov3", "--volume", "1x4x64", "--gpu", "h100", "--modes", "PCg"]
     for more, limit, about in (
         ([], "host", "1250 us per block"),

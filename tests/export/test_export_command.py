@@ -164,7 +164,7 @@ def test_random_weights_are_asked_for(export, tmp_path, monkeypatch):
     from planecycle_fast.weights.load import random_note
 
     small = BY_NAME["timm-dinov3-s"].make(depth=2)
-    monkeypatch.setattr("planecycle_fast.weights.load.load_model", lambda name: (small, random_note(name)))
+    monkeypatch.setattr("planecycle_fast.commands.export.load_model", lambda name: (small, random_note(name)))
     status, out, err = export("--to", "jit", model="a-model")
     assert status == 1 and out == [] and err[0].endswith("; --random-weights takes them anyway") and len(err) == 1
     assert [*tmp_path.iterdir()] == []

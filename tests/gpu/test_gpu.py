@@ -7,7 +7,7 @@ pytest.importorskip("timm", reason="needs timm and transformers, whose models it
 pytest.importorskip("transformers", reason="needs timm and transformers, whose models it compares with")
 
 import planecycle_fast as pcf
-from planecycle_fast.commands import features as extract
+from planecycle_fast.scans import extraction as extract
 
 from ..host_models import BY_NAME, HOSTS
 from ..toy import PATCH, ToyViT, toy_lift

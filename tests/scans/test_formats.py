@@ -8,8 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from planecycle_fast.scans.digests import digest_of_scan
-from planecycle_fast.scans.files import load_scan, other_file
+from planecycle_fast.scans.files import digest_of_scan, load_scan, other_file
 from planecycle_fast.scans.orientation import spans_space
 
 from ..scan_writers import COUNTS, NOISE, SPACED, WRITERS, itk_image, write_analyze, write_mgh, write_nifti, write_nrrd

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from planecycle_fast.scans.checks import ScanWarning
-from planecycle_fast.scans.preprocess import FITS, Window, parse_spacing, parse_window, prepare
+from planecycle_fast.scans.preprocess import FITS, Window, parse_window, prepare
 from planecycle_fast.scans.scan import Scan
+from planecycle_fast.scans.windows import as_spacing
 
 ALL = Window(0, 1)
 AFFINE = np.array([[0, 0.3, 1.5, -20], [0.2, -2.0, 0.1, 30], [3.0, 0, 0, 5], [0, 0, 0, 1]])
@@ -51,10 +52,10 @@ def test_windows_of_intensities_and_percentiles():
 
 
 def test_spacings():
-    assert parse_spacing("2") == (2, 2, 2) and parse_spacing("3,1.5, .5") == (3, 1.5, 0.5)
+    assert as_spacing("2") == (2, 2, 2) and as_spacing("3,1.5, .5") == (3, 1.5, 0.5)
     for text in ("", "1,2", "0", "1,2,-3", "inf", "nan", "a", "1,2,3,4"):
         with pytest.raises(ValueError, match="spacing must be millimetres, one number or three for D, H, W, got"):
-            parse_spacing(text)
+            as_spacing(text)
 
 
 def test_one_channel_three_times_with_the_models_statistics():

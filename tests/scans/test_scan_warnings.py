@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from planecycle_fast.commands import features as extract
+from planecycle_fast.scans import extraction as extract
 from planecycle_fast.scans.checks import ScanWarning, warn, warnings_printed
 from planecycle_fast.scans.files import load_scan
 

@@ -299,6 +299,6 @@ def test_features_that_are_not_finite_are_found_in_tiles(run, model, tmp_path, m
         norm.register_forward_hook(lambda module, args, out: out * float("inf"))
         return host, note
 
-    monkeypatch.setattr("planecycle_fast.commands.features.load_model", broken)
+    monkeypatch.setattr("planecycle_fast.scans.extraction.load_model", broken)
     status, out, err = run("scan.nii", "--out", "f.npz", "--tile", "4x32x48")
     assert (status, out) == (1, []) and "they begin in layer 2 of 0 to 3" in err[0]

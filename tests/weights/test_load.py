@@ -15,7 +15,7 @@ from planecycle_fast.scans.scan import IMAGENET_MEAN, IMAGENET_STD
 from planecycle_fast.weights.hub import hub_reachable
 from planecycle_fast.weights.known_models import known_config
 from planecycle_fast.weights.load import load_model
-from planecycle_fast.weights.normalisation import SATELLITE, normalisation
+from planecycle_fast.weights.normalisation import SATELLITE, normalisation_by_name
 
 from ..host_models import BY_NAME
 
@@ -129,13 +129,13 @@ def test_unknown_names():
 )
 def test_normalisation_of_timm(name, expected):
     model = timm.create_model(name, pretrained=False, depth=1, num_classes=0)
-    assert normalisation(model, name) == expected
+    assert normalisation_by_name(model, name) == expected
 
 
 def test_normalisation_of_others(tmp_path):
     model = torch.nn.Linear(1, 1)
-    assert normalisation(model, "facebook/dinov2-small") == (IMAGENET_MEAN, IMAGENET_STD)
-    assert normalisation(model, "facebook/dinov3-vitl16-pretrain-sat493m") == SATELLITE
-    assert normalisation(model, str(tmp_path)) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert normalisation_by_name(model, "facebook/dinov2-small") == (IMAGENET_MEAN, IMAGENET_STD)
+    assert normalisation_by_name(model, "facebook/dinov3-vitl16-pretrain-sat493m") == SATELLITE
+    assert normalisation_by_name(model, str(tmp_path)) == (IMAGENET_MEAN, IMAGENET_STD)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}')
-    assert normalisation(model, str(tmp_path)) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    assert normalisation_by_name(model, str(tmp_path)) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))

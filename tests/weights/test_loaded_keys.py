@@ -12,7 +12,7 @@ import transformers as tr
 import planecycle_fast as pcf
 from planecycle_fast.commands.cli import main
 from planecycle_fast.cost.planning import plan
-from planecycle_fast.scans.digests import digest_of_model
+from planecycle_fast.scans.extraction import digest_of_model
 from planecycle_fast.weights.load import load_model, model_without_weights
 from planecycle_fast.weights.loaded_keys import (
     BY_DESIGN,

@@ -15,7 +15,7 @@ from planecycle_fast.commands.cli import main
 from planecycle_fast.optional import MissingPackageError
 from planecycle_fast.scans.feature_files import load_features
 from planecycle_fast.weights.load import load_model, model_without_weights
-from planecycle_fast.weights.normalisation import normalisation
+from planecycle_fast.weights.normalisation import normalisation_by_name
 
 from ..host_models import BY_NAME
 from ..saved_models import timms
@@ -158,7 +158,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert model_without_weights("adapter").config.num_hidden_layers == 2
     (tmp_path / "adapter" / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.25}')
-    assert normalisation(load_model("adapter")[0], "adapter") == ((0.5,) * 3, (0.25,) * 3)
+    assert normalisation_by_name(load_model("adapter")[0], "adapter") == ((0.5,) * 3, (0.25,) * 3)
 
 
 def test_a_folder_that_was_moved_with_its_base(tmp_path):

@@ -14,7 +14,7 @@ from planecycle_fast.scans.feature_files import load_metadata
 from planecycle_fast.scans.preprocess import Window, prepare
 from planecycle_fast.scans.scan import IMAGENET_MEAN, IMAGENET_STD, Scan, in_channels
 from planecycle_fast.weights.load import load_model
-from planecycle_fast.weights.normalisation import normalisation
+from planecycle_fast.weights.normalisation import normalisation_by_name
 
 from ..host_models import BY_NAME
 from ..scan_writers import write_nifti
@@ -27,7 +27,7 @@ STATISTICS = {"image_mean": [0.1, 0.1, 0.1], "image_std": [0.2, 0.2, 0.2]}
 def pixels(folder, settings, channels=3, file="preprocessor_config.json"):
     """Black, and white, in each channel."""
     (folder / file).write_text(settings if isinstance(settings, str) else json.dumps(settings))
-    mean, std = normalisation(MODEL, str(folder), channels)
+    mean, std = normalisation_by_name(MODEL, str(folder), channels)
     found = in_channels(torch.tensor([0.0, 1.0]).view(1, 1, 2), mean, std)
     assert found.shape == (1, channels, 1, 1, 2) and found.dtype == torch.float32
     return found[0, :, 0, 0].T.tolist()  # [black, white], per channel
@@ -123,7 +123,7 @@ def test_a_file_for_several_processors(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_other_channels(tmp_path, channels):
-    mean, std = normalisation(MODEL, str(tmp_path), channels)  # nothing is known: ImageNet's grey
+    mean, std = normalisation_by_name(MODEL, str(tmp_path), channels)  # nothing is known: ImageNet's grey
     assert mean == (pytest.approx(sum(IMAGENET_MEAN) / 3),) * channels
     assert std == (pytest.approx(sum(IMAGENET_STD) / 3),) * channels
     assert pixels(tmp_path, {"image_mean": 0.5, "image_std": [0.25]}, channels) == [[-2] * channels, [2] * channels]
@@ -141,18 +141,18 @@ def timms(channels, **config):
 
 
 def test_timms_statistics():
-    assert normalisation(timms(3, mean=(0.1,), std=0.5), "x") == ((0.1,) * 3, (0.5,) * 3)
+    assert normalisation_by_name(timms(3, mean=(0.1,), std=0.5), "x") == ((0.1,) * 3, (0.5,) * 3)
     of_three = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 224, 224))
-    mean, std = normalisation(timms(1, **of_three), "x", 1)  # of the architecture
+    mean, std = normalisation_by_name(timms(1, **of_three), "x", 1)  # of the architecture
     assert (mean, std) == ((pytest.approx(0.2),), (pytest.approx(0.5),))
-    assert normalisation(timms(2, mean=(0.1, 0.2), std=(0.5, 0.6)), "x", 2) == ((0.1, 0.2), (0.5, 0.6))
+    assert normalisation_by_name(timms(2, mean=(0.1, 0.2), std=(0.5, 0.6)), "x", 2) == ((0.1, 0.2), (0.5, 0.6))
     for change, message in (
         (dict(std=(0.5, 0.0, 0.5)), "pretrained_cfg of model x: std must be a finite number above 0"),
         (dict(mean=(0.1, 0.2)), "pretrained_cfg of model x: the mean must have one value or one for each of .* 3"),
         (dict(mean=(float("nan"),) * 3), "mean must be a finite number, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            normalisation(timms(3, **change), "x")
+            normalisation_by_name(timms(3, **change), "x")
 
 
 def test_mean_and_deviation_given_in_python():
@@ -197,7 +197,7 @@ def test_the_commands_refuse_in_one_line(folder, capsys, monkeypatch, command, k
     settings = REFUSED[kind][0]
     text = settings if isinstance(settings, str) else json.dumps(settings)
     (folder / "m" / "preprocessor_config.json").write_text(text)
-    monkeypatch.setattr("planecycle_fast.commands.features.load_scan", lambda *_: pytest.fail("a scan was read"))
+    monkeypatch.setattr("planecycle_fast.scans.extraction.load_scan", lambda *_: pytest.fail("a scan was read"))
     rest = {"features": ["a.nii", "--out", "f.npz"], "demo": ["--volume", "a.nii", "--out", "p.png", "--size", "32"]}
     assert main([command, "--model", "m", *rest[command]]) == 1
     out, err = capsys.readouterr()

@@ -12,8 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...optional import one_line
-from ..checks import Refused, check_header, one_volume
-from ..options import ScanOptions
+from ..checks import Refused, ScanOptions, check_header, one_volume
 
 HEADER_BYTES = 2**14  # of an array; numpy itself refuses more than 10000
 IMAGES, LABELS = "_images", "_labels"  # MedMNIST's names for arrays: train_images, train_labels, val_images, ...

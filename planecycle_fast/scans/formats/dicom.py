@@ -9,10 +9,9 @@ import numpy as np
 
 from ...optional import require
 from ..affines import ROUNDING, SLOPE, regridded, rounding
-from ..checks import Refused, check_header, warn
-from ..options import ScanOptions
+from ..checks import Refused, ScanOptions, check_header, warn
 from .dicom_pixels import decoded
-from .dicom_series import files_of, headers_of
+from .dicom_series import files_of, header_of
 from .dicom_units import Place, check_pixels, check_same, is_turned, rescales_of, units_of
 from .dicom_values import described_frames, frames_of, integer, numbers, part_of, refusal, silent_pydicom
 
@@ -31,7 +30,7 @@ def read_dicom(folder: Path, options: ScanOptions, max_bytes: int) -> tuple[np.n
     require("SimpleITK", "scans")  # of packed pixels, which show only later
     notes = []
     with silent_pydicom():
-        images = headers_of(files_of(folder, options.series))
+        images = [header_of(path) for path in files_of(folder, options.series)]
         sizes = [check_pixels(image) for image in images]
         frames = [frames_of(image) for image in images]
         if len(images) > 1 and max(frames) > 1:

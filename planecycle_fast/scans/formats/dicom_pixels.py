@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ...optional import reason, require
-from ..checks import DAMAGED, Refused
+from ..checks import DAMAGED, Refused, damaged
 
 PROCESS_BYTES = 8 * 2**30  # addresses, most of them never used, of a process that has loaded SimpleITK
 ONE_THREAD = dict.fromkeys(
@@ -60,12 +60,8 @@ def decoded(
 def _by_pydicom(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """Stored numbers (frames, rows, columns) of a plain file."""
     pydicom = require("pydicom", "scans")
-    try:
+    with damaged(path):
         return pydicom.dcmread(path).pixel_array.reshape(shape)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
 
 
 def _by_gdcm(paths: list[Path], shape: tuple[int, int, int], dtype: np.dtype, memory: int) -> Iterator[np.ndarray]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...optional import one_line, reason, require
-from ..checks import DAMAGED, Refused
+from ...optional import one_line, require
+from ..checks import Refused, damaged, unreadable
 from .dicom_values import integer, silent_pydicom, text, value_of
 
 if TYPE_CHECKING:
@@ -57,12 +57,8 @@ def list_series(folder: str | Path) -> list[Series]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"volume {folder} must be a folder of DICOM files, got none there")
-    try:
+    with unreadable(folder):
         return _found(folder)[0]
-    except OSError as error:
-        raise ValueError(f"volume {folder} cannot be read: {error.strerror or error}") from error
-    except Refused as error:
-        raise ValueError(f"volume {folder} {one_line(str(error))}") from error
 
 
 def files_of(folder: Path, wanted: str | None = None) -> tuple[Path, ...]:
@@ -79,11 +75,6 @@ def files_of(folder: Path, wanted: str | None = None) -> tuple[Path, ...]:
         if path.parent in folders:
             raise problem
     return picked.paths
-
-
-def headers_of(paths: Sequence[Path]) -> list[Dataset]:
-    """The whole headers of images. Raises Refused, OSError."""
-    return [_header(path) for path in paths]
 
 
 def _picked(series: list[Series], wanted: str | None) -> Series:
@@ -125,7 +116,7 @@ def _found(folder: Path) -> tuple[list[Series], dict[Path, Refused]]:
 
 
 def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused]]:
-    groups: dict[str, list[_Image]] = {}
+    groups: dict[str, list[Series]] = {}  # of one file each
     others, problems = [], {}
     for path in files:
         if path.is_symlink() and not path.exists():
@@ -140,10 +131,10 @@ def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused
             continue
         try:
             if found := _image(path):
-                groups.setdefault(found[0], []).append(found[1])
+                groups.setdefault(found.uid, []).append(found)
         except Refused as problem:
             problems[path] = problem
-    named = {_pattern(image.path) for images in groups.values() for image in images}
+    named = {_pattern(path) for files in groups.values() for each in files for path in each.paths}
     for path in others:  # a damaged slice at an end of the series would leave no gap
         if path.suffix.lower() in SUFFIXES or _pattern(path) in named:
             problems[path] = Refused(
@@ -152,33 +143,17 @@ def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused
     return _by_number(groups), problems
 
 
-@dataclass(frozen=True)
-class _Image:
-    """What a list of series needs of each file."""
-
-    path: Path
-    number: int | None
-    description: str
-    modality: str
-    frames: int
-    size: tuple[int, int]
-
-
-def _image(path: Path) -> tuple[str, _Image] | None:
-    """A file's series and image; None of a report, or a DICOMDIR. Raises OSError, Refused."""
-    header = _header(path, specific_tags=TAGS)
-    try:
+def _image(path: Path) -> Series | None:
+    """What a series would be of this file alone; None of a report, or a DICOMDIR. Raises OSError, Refused."""
+    header = header_of(path, specific_tags=TAGS)
+    with damaged(path):
         kind = header.file_meta.get("MediaStorageSOPClassUID")
         if "Rows" not in header and kind is not None and "Image Storage" not in kind.name:
             return None
         words = [(value_of(header, name, str) or "").strip(" \0") for name in ("SeriesDescription", "Modality")]
         size = integer(header, "Rows", 0), integer(header, "Columns", 0)
         frames = max(1, integer(header, "NumberOfFrames", 1))
-        return text(header, "SeriesInstanceUID"), _Image(path, _number(header), *words, frames, size)
-    except Refused:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
+        return Series(_number(header), text(header, "SeriesInstanceUID"), *words, frames, size, (path,))
 
 
 def _number(header: Dataset) -> int | None:
@@ -188,14 +163,12 @@ def _number(header: Dataset) -> int | None:
         return None
 
 
-def _by_number(groups: dict[str, list[_Image]]) -> list[Series]:
-    ordered = sorted(groups.items(), key=lambda item: (item[1][0].number is None, item[1][0].number or 0))
+def _by_number(groups: dict[str, list[Series]]) -> list[Series]:
     found = []
-    for uid, images in ordered:
-        first, count = images[0], sum(image.frames for image in images)
-        paths = tuple(image.path for image in images)
-        found.append(Series(first.number, uid, first.description, first.modality, count, first.size, paths))
-    return found
+    for files in groups.values():
+        paths = tuple([path for each in files for path in each.paths])
+        found.append(replace(files[0], images=sum([each.images for each in files]), paths=paths))
+    return sorted(found, key=lambda each: (each.number is None, each.number or 0))
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -210,17 +183,13 @@ def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield from _files(path, seen)
 
 
-def _header(path: Path, **settings: Any) -> Dataset:
+def header_of(path: Path, **settings: Any) -> Dataset:
     """A header, as far as the pixels. Raises OSError, Refused."""
     pydicom = require("pydicom", "scans")
-    try:
+    with damaged(path):
         if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED:  # of any size
             raise Refused(f"must not be deflated as a whole (file {path.name})")
         return pydicom.dcmread(path, stop_before_pixels=True, **settings)
-    except (OSError, Refused):
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise Refused(f"{DAMAGED}: {reason(error)} (file {path.name})") from error
 
 
 def _pattern(path: Path) -> tuple[Path, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...optional import one_line
-from ..checks import Refused
+from ..checks import Refused, silent
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -116,11 +116,6 @@ def _group(item: Dataset, name: str) -> Dataset | None:
 @contextmanager
 def silent_pydicom() -> Iterator[None]:
     """pydicom says what it thinks of odd values, as warnings and in its log; what matters is refused here."""
-    logger = logging.getLogger("pydicom")
-    was, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was
+    with silent(logging.getLogger("pydicom")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...optional import one_line
-from ..checks import DAMAGED, LPS_TO_RAS, Refused, check_header, check_size, one_volume, sibling, unpacked
-from ..options import ScanOptions
+from ..checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, check_header, check_size, one_volume, sibling, unpacked
 
 HEADER_BYTES = 2**16
 DTYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import logging
 import math
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...optional import reason, require
-from ..checks import Refused, check_gzip, check_header, one_volume, warn
-from ..options import ScanOptions
+from ..checks import Refused, ScanOptions, check_gzip, check_header, one_volume, silent, warn
 
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
@@ -101,7 +97,7 @@ def _opened(path: Path, kind: str) -> SpatialImage:
     """nibabel's image, whose voxels are still in the file."""
     nibabel = require("nibabel", "scans")
     try:
-        with _silent(nibabel.imageglobals.logger):  # which prints what nibabel mends in a header
+        with silent(nibabel.imageglobals.logger):  # which prints what nibabel mends in a header
             image = nibabel.load(path)
     except nibabel.filebasedimages.ImageFileError as error:
         raise Refused(f"must be a {kind} image: {reason(error)}") from None
@@ -138,12 +134,3 @@ def _compare_forms(path: Path, header: Any, shape: tuple[int, ...], scale: float
     sizes = np.linalg.norm(np.stack([sform, qform])[:, :3, :3], axis=1)
     if not apart <= sizes.min() / 2:
         warn(f"volume {path} has an sform and a qform that are up to {apart * scale:.3g} mm apart: its sform was taken")
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was

@@ -13,6 +13,7 @@ from ..checks import (
     ITK_DTYPES,
     LPS_TO_RAS,
     Refused,
+    ScanOptions,
     check_gzip,
     check_header,
     check_size,
@@ -20,7 +21,6 @@ from ..checks import (
     quiet_itk,
     sibling,
 )
-from ..options import ScanOptions
 
 SPACES = ("left-posterior-superior", "left-anterior-superior", "right-anterior-superior", "lps", "las", "ras")
 DATA_FILE = ("data file", "datafile")
