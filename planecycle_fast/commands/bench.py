@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..bench import cells as which
 from ..bench.measure import FULL, QUICK
-from ..bench.report import report
+from ..bench.report import report_of
 from ..bench.rows import FAILED, REFUSED
-from ..bench.sweep import sweep
+from ..bench.sweep import run_sweep
 from ..inputs import usable_device
 from ..optional import MissingPackageError
 from ..scans.feature_files import check_folder
@@ -55,12 +55,12 @@ def run_bench(
     limit = QUICK_SECONDS if seconds is None and not full else seconds
     out.mkdir(parents=True, exist_ok=True)
     try:
-        rows = sweep(cells, on, out, FULL if full else QUICK, command, limit)
+        rows = run_sweep(cells, on, out, FULL if full else QUICK, command, limit)
     except KeyboardInterrupt:
         print(f"\nwhat was measured is in {out / 'rows.jsonl'}; the same command goes on from there", file=sys.stderr)
         raise
     pictures, missing = _pictures(rows, out)
-    (out / "report.md").write_text(report(rows, pictures, missing), encoding="utf-8")
+    (out / "report.md").write_text(report_of(rows, pictures, missing), encoding="utf-8")
     for path in (out / "report.md", *[picture.path for picture in pictures]):
         print(path)
     return int(any([row["status"] in (FAILED, REFUSED) for row in rows]))

@@ -99,8 +99,8 @@ def test_what_is_not_here_says_so(host, monkeypatch):
 def test_a_wrong_contender_is_not_timed(host, monkeypatch, step):
     make = networks.make
 
-    def wrong(model, mode, code, volume):
-        return make(model, "PCm" if code == FAST else mode, code, volume)
+    def wrong(model, mode, code, *rest):
+        return make(model, "PCm" if code == FAST else mode, code, *rest)
 
     monkeypatch.setattr(networks, "make", wrong)
     results = measured([cell(step=step), cell(code=REFERENCE, step=step)], host)
@@ -133,8 +133,8 @@ def test_wrong_gradients_are_seen_where_features_are_right(host, monkeypatch):
         def backward(ctx, gradient):
             return 2 * gradient
 
-    def wrong(model, mode, code, volume):
-        run = make(model, mode, code, volume)
+    def wrong(model, mode, code, *rest):
+        run = make(model, mode, code, *rest)
         if code == FAST:
             take = run.take
             run.take = lambda out, volume: tuple([Twice.apply(t) for t in take(out, volume)])
