@@ -7,6 +7,7 @@ import torch
 
 from planecycle_fast.bench import expected, measure, networks
 from planecycle_fast.bench.cells import (
+    ACCELERATED,
     AUTHORS,
     COMPILED,
     FAST,
@@ -68,8 +69,9 @@ def test_foreseen_memory_is_within_a_tenth_of_that_of_quick_cells(of):
 @peers.needs_planecycle
 @pytest.mark.parametrize("step", ["inference", "finetune"])
 def test_the_authors_code_has_the_same_weights(host, step):
-    results = measured([cell(mode, AUTHORS, step=step) for mode in MODES], host)
-    assert [result["status"] for result in results.values()] == ["measured"] * 4, results
+    cells = [cell(mode, AUTHORS, step=step) for mode in MODES] + [cell("PCg", ACCELERATED, step=step)]
+    results = measured(cells, host)
+    assert [result["status"] for result in results.values()] == ["measured"] * 5, results
     assert all([result["error"] <= 1e-5 and result["launches"] > 0 for result in results.values()])
 
 
