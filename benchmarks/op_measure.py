@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from planecycle_fast.bench.contenders import NotHereError
-from planecycle_fast.bench.timing import Times, by_turns, ceiling_bandwidth, ceiling_flops, compare, summary
+from planecycle_fast.bench.timing import CallTimes, by_turns, ceiling_bandwidth, ceiling_flops, compare, summary
 
 from .op_cells import COMPILED, OURS, REFERENCE, TRAINING, OpCell
 
@@ -30,7 +30,7 @@ LARGEST = {"cuda": 2**33, "cpu": 2**28}  # bytes of all sets of inputs together
 class Result(NamedTuple):
     """What became of one contender: times, or the reason why there are none."""
 
-    times: Times | None = None
+    times: CallTimes | None = None
     seconds: tuple[float, ...] = ()  # of every round
     missing: str | None = None  # left out, which is no fault of ours
     refused: str | None = None  # it failed, or computes something else
@@ -153,7 +153,7 @@ def _time(cell: OpCell, ready: dict, shapes: Sequence[torch.Size], device: torch
     return found
 
 
-def _info(cell: OpCell, name: str, times: Times, device: torch.device) -> dict[str, Any]:
+def _info(cell: OpCell, name: str, times: CallTimes, device: torch.device) -> dict[str, Any]:
     """What a stored run says of one contender; `share` is of the ceiling."""
     about = {"contender": name, "ours": name == OURS, "op": cell.op, "label": cell.label, "step": cell.step,
              "device": device.type, "median": times.median, "p20": times.p20, "p80": times.p80}  # fmt: skip

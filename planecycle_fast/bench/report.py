@@ -224,7 +224,7 @@ def cells_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]
     found = []
     for row in rows:
         values = [value(row) for value in columns.values()] if row["status"] == MEASURED else [row["status"]]
-        found.append([*_where(row), row["cell"]["mode"], contender_name("PCg", row["cell"]["code"]), *values])
+        found.append([*_where(row), row["cell"]["mode"], _code_name(row["cell"]["code"]), *values])
     return markdown_table([*WHERE, "mode", "implementation", *columns], found, len(WHERE) + 2)
 
 
@@ -294,8 +294,11 @@ def _where(row: Row) -> list[str]:
 
 def contender_name(mode: str, code: str) -> str:
     """In words; the mode where it is not PlaneCycle's own."""
-    name = CODE_NAMES.get(code, code)  # floors are called by their code
-    return name if mode == "PCg" else f"{name}, {mode}"
+    return _code_name(code) if mode == "PCg" else f"{_code_name(code)}, {mode}"
+
+
+def _code_name(code: str) -> str:
+    return CODE_NAMES.get(code, code)  # floors are called by their code
 
 
 def milliseconds(seconds: float | None) -> str:

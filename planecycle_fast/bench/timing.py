@@ -20,7 +20,7 @@ PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrices of `ce
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes of the tensor that `ceiling_bandwidth` copies
 
 
-class Times(NamedTuple):
+class CallTimes(NamedTuple):
     """Seconds of one call: the median of all rounds, and the 20th and 80th percentile."""
 
     median: float
@@ -44,8 +44,8 @@ def interleaved(
     rounds: int = ROUNDS,
     warmups: int = WARM_UPS,
     seconds: float | None = None,
-) -> dict[Any, Times]:
-    """Times of every contender, all in turn; of `by_turns`, whose arguments and errors these are."""
+) -> dict[Any, CallTimes]:
+    """Medians and percentiles of every contender, all in turn; of `by_turns`, whose arguments and errors these are."""
     found = by_turns(contenders, inputs, device=device, rounds=rounds, warmups=warmups, seconds=seconds)
     return {name: summary(of_one) for name, of_one in found.items()}
 
@@ -108,10 +108,10 @@ def by_turns(
     return times
 
 
-def summary(seconds: Sequence[float]) -> Times:
+def summary(seconds: Sequence[float]) -> CallTimes:
     """Median and percentiles of the times of single calls."""
     quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return Times(*quantiles.tolist(), len(seconds))
+    return CallTimes(*quantiles.tolist(), len(seconds))
 
 
 def synchronise(device: torch.device | str) -> None:
