@@ -29,7 +29,7 @@ def run(
     """Writes all that is measured. Returns 1 if one of ours failed or a contender was refused; bars do not fail."""
 
     def text(rows: list[Row], note: str) -> str:
-        return "\n".join([about, *times_table(rows), "## Bars", "", *bar_lines(bars, rows), "", note]).rstrip() + "\n"
+        return "\n".join([about, *times_table(rows), "\n## Bars\n", *bar_lines(bars, rows), "", note]).rstrip() + "\n"
 
     table, hosts = PartTable(part, {path: text}), Hosts(torch.device(device))
     for group in table.each((title(group), group) for group in groups):
