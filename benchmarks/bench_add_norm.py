@@ -14,19 +14,19 @@ from planecycle_fast.ops import Norm, add_norm, add_norm_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
 
 EPS = 1e-5
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         for rms in (False, True):
             for step in (INFERENCE, TRAINING):
                 yield cell(shape, rms, step, device, dtype)
 
 
-def cell(shape: Shape, rms: bool, step: str, device: str, dtype: torch.dtype) -> Cell:
+def cell(shape: Shape, rms: bool, step: str, device: str, dtype: torch.dtype) -> OpCell:
     rows = (*shape.sequences, shape.channels)
     vectors = ("scale", "weight") if rms else ("scale", "weight", "bias")
 
@@ -44,7 +44,7 @@ def cell(shape: Shape, rms: bool, step: str, device: str, dtype: torch.dtype) ->
     }  # fmt: skip
     elements = shape.sequences[0] * shape.sequences[1] * shape.channels
     forward, backward = 4, 6  # x, branch, sum, norm; two gradients, sum and branch to two gradients
-    return Cell(
+    return OpCell(
         "add_norm", f"{shape.label}, {'RMSNorm' if rms else 'LayerNorm'}", step, dtype,
         {"x": rows, "branch": rows} | {name: (shape.channels,) for name in vectors},
         {OURS: ours, REFERENCE: fixed(reference), **others},

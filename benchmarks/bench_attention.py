@@ -21,10 +21,10 @@ from planecycle_fast.ops import Axial, attention, attention_ref, plane_switch, p
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Cell, Maker, Shape, backend_of, fixed
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Maker, OpCell, Shape, backend_of, fixed
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         shape = shape if shape.sequences[1] < 100 else shape._replace(batch=1)  # the reference holds all scores
         for step in (INFERENCE, TRAINING):
@@ -42,7 +42,7 @@ def _of_heads(function: Callable[..., Tensor], heads: int) -> Callable[[Tensor],
     return lambda qkv: function(*qkv.unflatten(2, (3, heads, -1)).unbind(2)).flatten(2)
 
 
-def alone(shape: Shape, step: str, dtype: torch.dtype) -> Cell:
+def alone(shape: Shape, step: str, dtype: torch.dtype) -> OpCell:
     """Attention along HW."""
     n, rows = shape.sequences
 
@@ -50,7 +50,7 @@ def alone(shape: Shape, step: str, dtype: torch.dtype) -> Cell:
         return lambda: _of_heads(make(), shape.heads)
 
     forward = flops(n, rows, shape.channels)
-    return Cell(
+    return OpCell(
         "attention", shape.label, step, dtype, {"qkv": (n, rows, 3 * shape.channels)},
         {
             OURS: on_heads(fixed(attention)), REFERENCE: on_heads(fixed(attention_ref)),
@@ -61,7 +61,7 @@ def alone(shape: Shape, step: str, dtype: torch.dtype) -> Cell:
     )  # fmt: skip
 
 
-def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> Cell:
+def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell:
     """Attention along DW of rows in HW order."""
     sizes, channels, heads = shape.sizes, shape.channels, shape.heads
     n, rows = shape.batch * DW.slices(sizes), GLOBALS + DW.length(sizes)
@@ -109,7 +109,7 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> Cell:
 
         return make
 
-    return Cell(
+    return OpCell(
         "attention", f"{shape.label}, along DW of rows in HW order", INFERENCE, dtype,
         {"x": (*shape.sequences, channels), "weight": (3 * channels, channels)},
         {

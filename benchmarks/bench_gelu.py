@@ -14,23 +14,23 @@ import torch
 from planecycle_fast.ops import gelu, gelu_ref
 
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         for step in (INFERENCE, TRAINING):
             yield cell(shape, step, device, dtype)
 
 
-def cell(shape: Shape, step: str, device: str, dtype: torch.dtype) -> Cell:
+def cell(shape: Shape, step: str, device: str, dtype: torch.dtype) -> OpCell:
     rows, hidden = shape.hidden_rows
 
     def ours():
         backend = backend_of(device, "gelu")
         return lambda x: gelu(x, inplace=step == INFERENCE, backend=backend)
 
-    return Cell(
+    return OpCell(
         "gelu", shape.label, step, dtype, {"x": (rows, hidden)}, {OURS: ours, REFERENCE: fixed(gelu_ref)},
         moved=rows * hidden * (5 if step == TRAINING else 2),  # x and result; gradient and x to a gradient
     )  # fmt: skip

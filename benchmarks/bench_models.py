@@ -6,61 +6,46 @@ PLANECYCLE_REPO=... make bench  with the authors' code
 Outputs (and gradients) are compared with the reference's before anything is timed; what differs fails.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
 
 import pytest
 import torch
 
-from planecycle_fast.bench import cells as which
-from planecycle_fast.bench.contenders import NotHereError, vit
-from planecycle_fast.bench.expected import Expected
-from planecycle_fast.bench.networks import network
-from planecycle_fast.bench.steps import step_of
-from planecycle_fast.bench.timing import synchronise
+from planecycle_fast.bench.cells import ACCELERATED, OURS, Cell, quick
+from planecycle_fast.bench.measure import Effort, Group, Hosts
+from planecycle_fast.bench.rows import MEASURED, NOT_HERE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CELLS = which.quick(DEVICE)
-VOLUMES = 3
+from .op_benchmark import CLOCK, play
+
+HOSTS = Hosts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+EFFORT = Effort("models", rounds=5, warmups=1, seconds=float("inf"), counted=False)
 
 
-@cache
-def host(model: str, dtype: str):
-    return vit(model, DEVICE, which.DTYPES[dtype])
+def benchmark_of(cells: Sequence[Cell]) -> Callable[..., None]:
+    """A test for pytest-benchmark of every cell; those of a group are measured when the first of its tests runs."""
+
+    @cache
+    def measured(key: tuple) -> Group:
+        group = Group([cell for cell in cells if cell.group == key], HOSTS.device, HOSTS.of(Cell(*key, "", "")))
+        group.measure(EFFORT)
+        group.steps.clear()
+        return group
+
+    @pytest.mark.benchmark(timer=CLOCK.read)
+    @pytest.mark.parametrize("cell", cells, ids=[" ".join([part for part in cell if part]) for cell in cells])
+    def test(benchmark, cell):
+        group = measured(cell.group)
+        result = group.results[cell]
+        benchmark.group = ", ".join([part for part in cell[:-1] if part])
+        play(
+            benchmark, group.seconds.get(cell, ()),
+            {"contender": cell.code, "ours": cell.code in (*OURS, ACCELERATED)},
+            missing=result["reason"] if result["status"] == NOT_HERE else None,
+            refused=None if result["status"] in (MEASURED, NOT_HERE) else f"{result['status']} {result['reason']}",
+        )  # fmt: skip
+
+    return test
 
 
-@cache
-def expected(model: str, dtype: str, volume: str, step: str) -> tuple[list[torch.Tensor], Expected | None]:
-    """Volumes of a group, and what the first one should give; nothing to compare peers with."""
-    torch.manual_seed(1)
-    shape = which.parse_volume(volume).shape
-    volumes = [torch.randn(shape, device=DEVICE).to(which.DTYPES[dtype]) for _ in range(VOLUMES)]
-    return volumes, None if model in which.PEERS else Expected(host(model, dtype), dtype, step, volumes[0])
-
-
-@pytest.mark.parametrize("cell", CELLS, ids=[" ".join([part for part in cell if part]) for cell in CELLS])
-def test_step(benchmark, cell):
-    volumes, outputs = expected(*cell.group)
-    try:
-        made = network(cell, None if outputs is None else host(cell.model, cell.dtype), volumes[0])
-    except NotHereError as error:
-        benchmark.skipped = True
-        pytest.skip(str(error))
-    step, number = step_of(cell.step, made), count()
-    if outputs is not None:
-        agreement, _ = outputs.check(cell, made, step)
-        if agreement.reason is not None:
-            benchmark.skipped = True
-            pytest.fail(f"not timed: {agreement.reason}", pytrace=False)
-
-    def timed(volume):
-        step(volume)
-        synchronise(DEVICE)
-
-    def next_volume():
-        synchronise(DEVICE)
-        return (volumes[next(number) % VOLUMES],), {}
-
-    benchmark.group = ", ".join([part for part in cell[:-1] if part])
-    benchmark.extra_info |= {"contender": cell.code, "ours": cell.code in which.OURS}
-    benchmark.pedantic(timed, setup=next_volume, rounds=5, warmup_rounds=1)
+test_step = benchmark_of(quick(HOSTS.device))

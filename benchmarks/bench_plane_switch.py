@@ -17,13 +17,13 @@ from planecycle_fast.ops import Norm, plane_switch, plane_switch_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
 
 EPS = 1e-5
 CHANGES = [(HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")]
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         for change in CHANGES if device == "cuda" else CHANGES[:2]:
             for step in (INFERENCE, TRAINING):
@@ -33,7 +33,7 @@ def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[
 
 def cell(
     shape: Shape, change: tuple[Plane, Plane, str], whole: bool, step: str, device: str, dtype: torch.dtype
-) -> Cell:
+) -> OpCell:
     old, new, pool_method = change
     sizes, channels = shape.sizes, shape.channels
     m = transition(old.slices(sizes), new.slices(sizes), sizes[0], pool_method)
@@ -65,7 +65,7 @@ def cell(
     backward = 3 * rows[1] + 3 * rows[0]  # two gradients and the sum; branch to two gradients
     moved = forward if not whole else 2 * forward + (backward if step == TRAINING else 0)
     label = f"{shape.label}, {old} to {new}, {pool_method}, {'sum and norm' if whole else 'rows alone'}"
-    return Cell(
+    return OpCell(
         "plane_switch", label, step, dtype, tensors,
         {OURS: ours, REFERENCE: fixed(reference), peers.SEPARATE: fixed(separate)}, moved=moved * channels,
     )  # fmt: skip

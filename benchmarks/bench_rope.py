@@ -16,7 +16,7 @@ from planecycle_fast.ops.rotary.rope_within import rope_within
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
 
 
 def axial(shape: Shape, device: str) -> Axial:
@@ -24,14 +24,14 @@ def axial(shape: Shape, device: str) -> Axial:
     return Axial(Rope(make_periods(shape.channels // shape.heads // 4, base=100.0, device=device)), shape.sizes[1:])
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         angles = axial(shape, device)
         for step in (INFERENCE, TRAINING):
             yield cell(shape, step, angles, device, dtype)
 
 
-def cell(shape: Shape, step: str, angles: Axial, device: str, dtype: torch.dtype) -> Cell:
+def cell(shape: Shape, step: str, angles: Axial, device: str, dtype: torch.dtype) -> OpCell:
     (n, rows), heads = shape.sequences, shape.heads
     tables = angles.tables()
 
@@ -63,7 +63,7 @@ def cell(shape: Shape, step: str, angles: Axial, device: str, dtype: torch.dtype
 
     forward = 4 * n * rows * shape.channels  # queries and keys, read and written
     backward = 6 * n * rows * shape.channels  # gradients of q, k and v, read and written to one of qkv
-    return Cell(
+    return OpCell(
         "rope", shape.label, step, dtype,
         {"qkv": (n, rows, 3 * heads, shape.channels // heads)},
         {

@@ -13,17 +13,17 @@ from planecycle_fast.ops import swiglu, swiglu_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, Cell, Shape, backend_of, fixed
+from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
 
 
-def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[Cell]:
+def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         for packed in (True, False):
             for step in (INFERENCE, TRAINING):
                 yield cell(shape, packed, step, device, dtype)
 
 
-def cell(shape: Shape, packed: bool, step: str, device: str, dtype: torch.dtype) -> Cell:
+def cell(shape: Shape, packed: bool, step: str, device: str, dtype: torch.dtype) -> OpCell:
     rows, hidden = shape.hidden_rows
     inplace = step == INFERENCE and not packed
 
@@ -31,7 +31,7 @@ def cell(shape: Shape, packed: bool, step: str, device: str, dtype: torch.dtype)
         backend = backend_of(device, "swiglu")
         return lambda gate, value=None: swiglu(gate, value, inplace, backend=backend)
 
-    return Cell(
+    return OpCell(
         "swiglu", f"{shape.label}, {'one tensor' if packed else 'two tensors'}", step, dtype,
         {"joined": (rows, 2 * hidden)} if packed else {"gate": (rows, hidden), "value": (rows, hidden)},
         {

@@ -31,9 +31,10 @@ from time import perf_counter, sleep, time
 
 import torch
 
+from planecycle_fast.bench.table import markdown_table
+
 from .budget import Budget
-from .gpu_parts import header, results_folder
-from .part_table import write
+from .part_table import header, results_folder, write
 
 PROJECT = Path(__file__).parents[1]
 STAGES = {  # parts that run side by side: seconds of all of them
@@ -114,8 +115,8 @@ def _status(code: int) -> str:
 
 def table(rows: Sequence[tuple[str, str, float, float]], seconds: float) -> str:
     """What became of the parts, as Markdown."""
-    lines = ["| part | | seconds | at most |", "| --- | --- | ---: | ---: |"]
-    lines += [f"| {name} | {status} | {taken:.0f} | {allowed:.0f} |" for name, status, taken, allowed in rows]
+    found = [(name, status, f"{taken:.0f}", f"{allowed:.0f}") for name, status, taken, allowed in rows]
+    lines = markdown_table(("part", "", "seconds", "at most"), found, 2)
     return "\n".join([*lines, "", f"In all: {seconds:.0f} s.", ""])
 
 

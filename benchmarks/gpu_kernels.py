@@ -1,6 +1,6 @@
 """Each kernel on shapes of real models against a copy that moves as many bytes, and what the host needs per block.
 
-Parts of ``make gpu`` (`gpu.py`): `kernels`, and `tiles`, other tiles than the shipped ones. Times are medians by
+Parts of ``make gpu`` (`gpu_parts.py`): `kernels`, and `tiles`, other tiles than the shipped ones. Times are medians by
 triton's `do_bench`, caches flushed. The bytes are those that the operation declares, which tests hold against what its
 kernels load and store.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_warm
+from planecycle_fast.bench.table import markdown_table
+from planecycle_fast.optional import MissingPackageError
+
 from .budget import Part
 from .op_cells import GLOBALS, SHAPES
 from .part_table import PartTable
@@ -45,21 +47,6 @@ def run(path: Path, about: str, part: Part) -> int:
             said.append(f"{name}: raised {type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}\n")
             print(said[-1], flush=True)
     return failed
-
-
-def run_tiles(path: Path, about: str, part: Part) -> int:
-    """Times other tiles of add_norm, which many processes compile before. Returns 0: nothing can fail."""
-    jobs = [gpu_warm.Job(f"tiles {i}", 4) for i in range(len(tile_calls()))]
-    gpu_warm.run(jobs, path.with_name("tiles-warm.md"), about, Part(part.name, part.left() / 2))
-
-    def text(rows: list, note: str) -> str:
-        lines = ["Tiles of add_norm that are faster than `configs.tile`:\n", *[line for line in rows if line]]
-        return "\n".join([about, *lines, f"\n{len(rows)} kernels were looked at.", note])
-
-    found = PartTable(part, {path: text})
-    for call in found.each((f"{kernel}, C = {shape.channels}", (shape, kernel)) for shape, kernel in tile_calls()):
-        found.add(faster_tile(*call))
-    return 0
 
 
 def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]:
@@ -135,16 +122,16 @@ def faster_tile(shape, kernel: str) -> str:
 
 def host_time() -> str:
     """What the host needs per block, of a model too small to keep the GPU busy, against a replayed CUDA graph."""
-    try:
-        import timm
-    except ImportError:
-        return "Time of the host per block: not measured, timm is not installed\n"
     from time import perf_counter
 
     import planecycle_fast as pcf
+    from planecycle_fast.bench.contenders import vit
 
-    model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0).eval().cuda().bfloat16()
-    lifted, volume = pcf.lift(model), torch.randn(1, 3, 16, 64, 64, device="cuda", dtype=torch.bfloat16)
+    try:
+        lifted = pcf.lift(vit("ViT-S", "cuda", torch.bfloat16))
+    except MissingPackageError:
+        return "Time of the host per block: not measured, timm is not installed\n"
+    volume = torch.randn(1, 3, 16, 64, 64, device="cuda", dtype=torch.bfloat16)
     graph, found = pcf.cuda_graph(lifted, volume), []
     for function in (lifted, graph):
         times = []
@@ -197,16 +184,16 @@ def time_copy(moved: int) -> float:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown; a ratio below its bar stands in bold."""
+    found = []
+    for row in rows:
+        ratio = f"**{row['ratio']:.0%}**" if row["ratio"] < BAR else f"{row['ratio']:.0%}"
+        rates = f"{row['bandwidth']:.2f}", f"{row['copy']:.2f}"
+        found.append(
+            [row["label"], row["channels"], f"{row['megabytes']:.1f}", f"{row['microseconds']:.1f}", *rates, ratio]
+        )
     lines = [
         f"bf16, median of many runs with caches flushed. Bar: {BAR:.0%} of the copy; **bold** is below it.",
         "Bytes are those that the operation declares.\n",
-        "| call | C | MB | us | TB/s | copy, TB/s | of the copy |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *markdown_table(("call", "C", "MB", "us", "TB/s", "copy, TB/s", "of the copy"), found, 1),
     ]
-    for row in rows:
-        ratio = f"**{row['ratio']:.0%}**" if row["ratio"] < BAR else f"{row['ratio']:.0%}"
-        lines.append(
-            f"| {row['label']} | {row['channels']} | {row['megabytes']:.1f} | {row['microseconds']:.1f} "
-            f"| {row['bandwidth']:.2f} | {row['copy']:.2f} | {ratio} |"
-        )
     return "\n".join(lines) + "\n"

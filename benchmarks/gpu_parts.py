@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +12,11 @@ from time import time
 
 import torch
 
-from planecycle_fast.bench.environment import folder_name
-
-from . import gpu_groups, gpu_kernels, gpu_models, gpu_sanitize, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
+from . import gpu_kernels, gpu_models, gpu_sanitize, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
 from .budget import Part
-from .op_cells import DTYPES, SHAPES, Cell
-from .part_table import PartTable
+from .op_cells import DTYPES, SHAPES, OpCell
+from .part_table import PartTable, header, results_folder
 
-RESULTS = Path(__file__).parent / "results"
 OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "swiglu", "gelu")
 QUICK_SHAPES = (0, 2, 3)  # of SHAPES: short sequences, ViT-B, ViT-L
 
@@ -31,70 +26,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=RUN)
     parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
     given = parser.parse_args(arguments)
-    part = Part(given.part, given.until - time())
-    status = RUN[given.part](results_folder(), part)
+    part, run = Part(given.part, given.until - time()), RUN[given.part]
+    ending = "txt" if run in (gpu_tests.run, gpu_sanitize.run) else "md"
+    status = run(
+        results_folder() / f"{part.name}.{ending}", header(f"python -m benchmarks.gpu --only {part.name}"), part
+    )
     print(part.note(), end="", flush=True)
     return status
 
 
-def results_folder() -> Path:
-    """That of this GPU."""
-    folder = RESULTS / folder_name(torch.device("cuda"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def warm(path: Path, about: str, part: Part) -> int:
+    """Compiles what later parts run."""
+    return gpu_warm.run(gpu_warm.jobs(), path, about, part)
 
 
-def header(command: str) -> str:
-    """Where and of what a result is, as lines of text."""
-    import triton
+def tiles(path: Path, about: str, part: Part) -> int:
+    """Times other tiles of add_norm, which many processes compile before. Returns 0: nothing can fail."""
+    gpu_warm.run(gpu_warm.tile_jobs(), path.with_name("tiles-warm.md"), about, Part(part.name, part.left() / 2))
 
-    try:
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
-    properties = torch.cuda.get_device_properties(0)
-    return (
-        f"{properties.name} (sm_{properties.major}{properties.minor}), CUDA {torch.version.cuda}, "
-        f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, "
-        f"commit {commit or 'unknown'}, `{command}`\n"
-    )
+    def text(rows: list, note: str) -> str:
+        lines = ["Tiles of add_norm that are faster than `tiles.tile`:\n", *[line for line in rows if line]]
+        return "\n".join([about, *lines, f"\n{len(rows)} kernels were looked at.", note])
+
+    found = PartTable(part, {path: text})
+    calls = gpu_kernels.tile_calls()
+    for call in found.each((f"{kernel}, C = {shape.channels}", (shape, kernel)) for shape, kernel in calls):
+        found.add(gpu_kernels.faster_tile(*call))
+    return 0
 
 
-def head(part: Part) -> str:
-    """The header of a part's file."""
-    return header(f"python -m benchmarks.gpu --only {part.name}")
-
-
-def smoke(folder: Path, part: Part) -> int:
-    return gpu_smoke.run(folder / "smoke.md", head(part), part)
-
-
-def warm(folder: Path, part: Part) -> int:
-    return gpu_warm.run(gpu_warm.jobs(), folder / "warm.md", head(part), part)
-
-
-def models(folder: Path, part: Part) -> int:
-    return gpu_models.run(gpu_groups.GROUPS, folder / "models.md", head(part), part)
-
-
-def tests(folder: Path, part: Part) -> int:
-    return gpu_tests.run(folder / f"{part.name}.txt", head(part), part)
-
-
-def sanitize(folder: Path, part: Part) -> int:
-    return gpu_sanitize.run(folder / f"{part.name}.txt", head(part), part)
-
-
-def kernels(folder: Path, part: Part) -> int:
-    return gpu_kernels.run(folder / "kernels.md", head(part), part)
-
-
-def tiles(folder: Path, part: Part) -> int:
-    return gpu_kernels.run_tiles(folder / "tiles.md", head(part), part)
-
-
-def quick_cells() -> Iterator[Cell]:
+def quick_cells() -> Iterator[OpCell]:
     """What the operations' benchmarks measure, on some of their shapes, one shape after another."""
     for index in QUICK_SHAPES:
         for op in OPERATIONS:
@@ -102,9 +63,8 @@ def quick_cells() -> Iterator[Cell]:
             yield from bench.cells([SHAPES["cuda"][index]], "cuda", DTYPES["cuda"])
 
 
-def ops(folder: Path, part: Part) -> int:
+def ops(path: Path, about: str, part: Part) -> int:
     """Measures operations against others and ceilings. Returns 1 if one of ours failed or something was refused."""
-    about = head(part)
 
     def text(rows: list, note: str) -> str:
         how = "Medians of calls by turns on inputs that change; training is forward and backward."
@@ -114,23 +74,25 @@ def ops(folder: Path, part: Part) -> int:
         records = {"about": about.strip(), "left_out": part.left_out, "rows": op_report.records(rows)}
         return json.dumps(records, indent=1) + "\n"
 
-    table = PartTable(part, {folder / "ops.md": text, folder / "ops.json": stored})
+    table = PartTable(part, {path: text, path.with_suffix(".json"): stored})
     for cell in table.each((cell.group, cell) for cell in quick_cells()):
         table.add((cell.group, op_measure.measure(cell, "cuda")))
         torch.cuda.empty_cache()
     return int(any([result.refused is not None for _, of_group in table.rows for result in of_group.values()]))
 
 
-def sweep(folder: Path, part: Part) -> int:
+def sweep(path: Path, about: str, part: Part) -> int:
     """`planecycle-fast bench`; its report names what did not fit. Returns 1 if a contender failed or was wrong."""
     from planecycle_fast.bench.command import run_suite
 
-    return run_suite(device="cuda", out=folder, seconds=part.left(), command="python -m benchmarks.gpu --only sweep")
+    command = "python -m benchmarks.gpu --only sweep"
+    return run_suite(device="cuda", out=path.parent, seconds=part.left(), command=command)
 
 
-RUN = {
-    "smoke": smoke, "warm": warm, "models": models, "tests": tests, "kernels": kernels, "ops": ops, "sweep": sweep,
-    "tiles": tiles, "compile": tests, "repeats": tests, "huge": tests, **dict.fromkeys(gpu_sanitize.TOOLS, sanitize),
+RUN = {  # what writes a file, given its path, its first lines and the time
+    "smoke": gpu_smoke.run, "warm": warm, "models": gpu_models.run, "tests": gpu_tests.run, "kernels": gpu_kernels.run,
+    "ops": ops, "sweep": sweep, "tiles": tiles, **dict.fromkeys(("compile", "repeats", "huge"), gpu_tests.run),
+    **dict.fromkeys(gpu_sanitize.TOOLS, gpu_sanitize.run),
 }  # fmt: skip
 
 

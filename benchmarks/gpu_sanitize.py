@@ -27,7 +27,7 @@ SHOWN = 30  # lines of errors of one process
 SUMS = re.compile(r"ERROR SUMMARY|\d (passed|failed|skipped|deselected)")
 
 
-class Row(NamedTuple):
+class EndedProcess(NamedTuple):
     """One process that has ended."""
 
     number: int
@@ -56,7 +56,7 @@ def run(path: Path, about: str, part: Part, processes: int | None = None) -> int
         for i, process in list(running.items()):
             if process.poll() is not None:
                 del running[i]
-                table.add(Row(i, process.returncode, outputs[i].read_text()))
+                table.add(EndedProcess(i, process.returncode, outputs[i].read_text()))
                 outputs[i].unlink()
                 print(text(table.rows[-1:], number), flush=True)
     return int(any([row.status not in (0, NO_TESTS) or REASON in row.output for row in table.rows]))
@@ -71,7 +71,7 @@ def command(tool: str, until: float, index: int, number: int) -> list[str]:
     ]  # fmt: skip
 
 
-def text(rows: Sequence[Row], number: int) -> str:
+def text(rows: Sequence[EndedProcess], number: int) -> str:
     """The sums of each process, and of one that failed the first errors."""
     lines = [f"{len(rows)} of {number} processes have ended."]
     for row in rows:

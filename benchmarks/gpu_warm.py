@@ -15,6 +15,9 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import NamedTuple
 
+from planecycle_fast.bench.table import markdown_table
+
+from . import gpu_kernels, gpu_models
 from .budget import Part
 from .part_table import PartTable
 
@@ -31,7 +34,7 @@ class Job(NamedTuple):
     gigabytes: float
 
 
-class Row(NamedTuple):
+class EndedJob(NamedTuple):
     """A job that has ended."""
 
     job: Job
@@ -41,10 +44,13 @@ class Row(NamedTuple):
 
 def jobs() -> list[Job]:
     """Compiled contenders of `gpu_models`, which take longest, then all calls of `gpu_kernels`."""
-    from .gpu_groups import GROUPS
-
-    compiled = [Job(f"model {i}", group.gigabytes) for i, group in enumerate(GROUPS) if group.compiled]
+    compiled = [Job(f"model {i}", group.gigabytes) for i, group in enumerate(gpu_models.GROUPS) if group.compiled]
     return compiled + [Job(f"kernels {i}", 2) for i in range(SHARES)]
+
+
+def tile_jobs() -> list[Job]:
+    """All tiles of the kernels that have some to choose from."""
+    return [Job(f"tiles {i}", 4) for i in range(len(gpu_kernels.tile_calls()))]
 
 
 def run(todo: Sequence[Job], path: Path, about: str, part: Part) -> int:
@@ -65,7 +71,7 @@ def run(todo: Sequence[Job], path: Path, about: str, part: Part) -> int:
             for job, (process, began) in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
-                    table.add(Row(job, process.returncode, perf_counter() - began))
+                    table.add(EndedJob(job, process.returncode, perf_counter() - began))
     finally:
         for process, _ in running.values():
             with suppress(ProcessLookupError):
@@ -76,10 +82,10 @@ def run(todo: Sequence[Job], path: Path, about: str, part: Part) -> int:
     return int(any([row.status != 0 for row in table.rows]))
 
 
-def text(rows: Sequence[Row]) -> str:
+def text(rows: Sequence[EndedJob]) -> str:
     """The table."""
-    lines = ["| job | status | seconds |", "| --- | ---: | ---: |"]
-    return "\n".join([*lines, *[f"| {row.job.name} | {row.status} | {row.seconds:.0f} |" for row in rows]]) + "\n"
+    found = [(row.job.name, row.status, f"{row.seconds:.0f}") for row in rows]
+    return "\n".join(markdown_table(("job", "status", "seconds"), found, 1)) + "\n"
 
 
 def command(job: Job) -> list[str]:
@@ -88,14 +94,9 @@ def command(job: Job) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Does one job."""
-    from . import gpu_kernels
-
     kind, index = arguments[0], int(arguments[1])
     if kind == "model":
-        from .gpu_groups import GROUPS
-        from .gpu_models import compile_only
-
-        compile_only(GROUPS[index])
+        gpu_models.compile_only(gpu_models.GROUPS[index])
     elif kind == "kernels":  # every tenth call, of one volume: a kernel is the same for any batch
         for _, make in list(gpu_kernels.calls(one_volume=True))[index::SHARES]:
             op, _, _, call = make()

@@ -6,11 +6,12 @@ then plays the times of its own to pytest-benchmark by a clock that shows them: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from .op_cells import DTYPES, SHAPES, Cell, device_type
+from .op_cells import DTYPES, SHAPES, OpCell, device_type
 from .op_measure import Result, measure
 
 
@@ -30,7 +31,7 @@ CLOCK = Clock()
 MEASURED: dict[str, dict[str, Result]] = {}  # of this process, by group
 
 
-def benchmark_of(cells: Callable[..., Iterator[Cell]]) -> Callable[..., None]:
+def benchmark_of(cells: Callable[..., Iterator[OpCell]]) -> Callable[..., None]:
     """A test for pytest-benchmark of every contender of `cells(shapes, device, dtype)`, on the GPU if there is one."""
     device = device_type()
     found = {cell.group: cell for cell in cells(SHAPES[device], device, DTYPES[device])}
@@ -41,18 +42,19 @@ def benchmark_of(cells: Callable[..., Iterator[Cell]]) -> Callable[..., None]:
         benchmark.group = group
         if group not in MEASURED:
             MEASURED[group] = measure(found[group], device)
-        play(benchmark, MEASURED[group][contender])
+        result = MEASURED[group][contender]
+        play(benchmark, result.seconds, result.info, result.missing, result.refused)
 
     return test
 
 
-def play(benchmark, result: Result) -> None:
+def play(benchmark, seconds: Sequence[float], info: dict[str, Any], missing: str | None, refused: str | None) -> None:
     """Hands what was measured to pytest-benchmark; skips what is missing, fails what was refused."""
-    if result.missing is not None or result.refused is not None:
+    if missing is not None or refused is not None:
         benchmark.skipped = True  # else it warns that nothing was timed
-    if result.missing is not None:
-        pytest.skip(result.missing)
-    if result.refused is not None:
-        pytest.fail(f"not timed: {result.refused}", pytrace=False)
-    benchmark.extra_info |= result.info
-    benchmark.pedantic(CLOCK.play, (iter(result.seconds),), rounds=len(result.seconds))
+    if missing is not None:
+        pytest.skip(missing)
+    if refused is not None:
+        pytest.fail(f"not timed: {refused}", pytrace=False)
+    benchmark.extra_info |= info
+    benchmark.pedantic(CLOCK.play, (iter(seconds),), rounds=len(seconds))

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from planecycle_fast.bench.cells import GLOBALS
 from planecycle_fast.runtime.backends import pick
 
 OURS, REFERENCE, COMPILED = "planecycle_fast", "reference", "reference, compiled"
 INFERENCE, TRAINING = "inference", "training"  # forward without gradients; forward, and backward for all inputs
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LARGEST = 2**28  # elements of a tensor within an MLP
-GLOBALS = 5  # class and register tokens of DINOv3
 
 
 class Shape(NamedTuple):
@@ -56,15 +56,11 @@ SHAPES = {
 TINY = Shape("tiny", (3, 4, 2), 32, 2, 2)  # of tests
 
 
-class Missing(Exception):
-    """Why a contender cannot run here: it is left out, with this reason."""
-
-
-Maker = Callable[[], Callable[..., Any]]  # makes a contender's function, or raises `Missing`
+Maker = Callable[[], Callable[..., Any]]  # makes a contender's function, or raises NotHereError
 
 
 @dataclass(frozen=True)
-class Cell:
+class OpCell:
     """One operation on one shape, in one step."""
 
     op: str

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from planecycle_fast.bench.timing import Times, ceiling_bandwidth, ceiling_flops, compare, interleaved, summary
+from planecycle_fast.bench.contenders import NotHereError
+from planecycle_fast.bench.timing import CallTimes, by_turns, ceiling_bandwidth, ceiling_flops, compare, summary
 
-from .op_cells import COMPILED, OURS, REFERENCE, TRAINING, Cell, Missing
+from .op_cells import COMPILED, OURS, REFERENCE, TRAINING, OpCell
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest value
 ROUNDS, LEAST_ROUNDS, WARM_UPS, SECONDS = 20, 5, 2, 2.0
@@ -30,7 +30,7 @@ LARGEST = {"cuda": 2**33, "cpu": 2**28}  # bytes of all sets of inputs together
 class Result(NamedTuple):
     """What became of one contender: times, or the reason why there are none."""
 
-    times: Times | None = None
+    times: CallTimes | None = None
     seconds: tuple[float, ...] = ()  # of every round
     missing: str | None = None  # left out, which is no fault of ours
     refused: str | None = None  # it failed, or computes something else
@@ -46,7 +46,7 @@ class _Timed(NamedTuple):
     note: str  # why it is no graph, where it should be one
 
 
-def measure(cell: Cell, device: torch.device | str, timed: bool = True) -> dict[str, Result]:
+def measure(cell: OpCell, device: torch.device | str, timed: bool = True) -> dict[str, Result]:
     """Every contender of a cell, compared and then timed; those that are not timed say why.
 
     Raises whatever the reference raises, unless memory does not suffice to compare.
@@ -58,7 +58,7 @@ def measure(cell: Cell, device: torch.device | str, timed: bool = True) -> dict[
         return dict.fromkeys(cell.names, Result(missing="out of memory"))
 
 
-def _measure(cell: Cell, device: torch.device, timed: bool) -> dict[str, Result]:
+def _measure(cell: OpCell, device: torch.device, timed: bool) -> dict[str, Result]:
     tensors = _inputs(cell, device, 0)
     wide = [t.float() for t in tensors]
     reference = cell.contenders[REFERENCE]()
@@ -79,12 +79,12 @@ def _measure(cell: Cell, device: torch.device, timed: bool) -> dict[str, Result]
     return {name: found.get(name, Result()) for name in cell.names}
 
 
-def _checked(cell: Cell, name: str, arguments: Sequence[Tensor], expected: Any) -> Result | tuple[Callable, float]:
+def _checked(cell: OpCell, name: str, arguments: Sequence[Tensor], expected: Any) -> Result | tuple[Callable, float]:
     """A step of a contender that computes the same, and its error; else why it is not timed."""
     try:
         step = _step(cell, _compiled(cell) if name == COMPILED else cell.contenders[name]())
         output = step(*[t.clone() for t in arguments])
-    except Missing as reason:
+    except NotHereError as reason:
         return Result(missing=str(reason))
     except torch.OutOfMemoryError:
         return Result(missing="out of memory")
@@ -95,12 +95,12 @@ def _checked(cell: Cell, name: str, arguments: Sequence[Tensor], expected: Any) 
     return (step, agreement.error) if agreement.reason is None else Result(refused=agreement.reason)
 
 
-def _compiled(cell: Cell) -> Callable[..., Any]:
+def _compiled(cell: OpCell) -> Callable[..., Any]:
     """torch.compile of the reference: all of it, for these shapes."""
     return torch.compile(cell.contenders[REFERENCE](), fullgraph=True, dynamic=False)
 
 
-def _step(cell: Cell, function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+def _step(cell: OpCell, function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     """From inputs, in training also gradients of the outputs, to outputs, in training also gradients of the inputs."""
     if cell.step != TRAINING:
         forward = torch.no_grad()(function)
@@ -123,7 +123,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, gene
     return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
 
 
-def _inputs(cell: Cell, device: torch.device, seed: int) -> list[Tensor]:
+def _inputs(cell: OpCell, device: torch.device, seed: int) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
     return [
         _random(shape, cell.dtype, device, generator) * cell.spread.get(name, 1)
@@ -131,13 +131,13 @@ def _inputs(cell: Cell, device: torch.device, seed: int) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def _cotangents(cell: Cell, shapes: Sequence[torch.Size], device: torch.device, seed: int) -> list[Tensor]:
+def _cotangents(cell: OpCell, shapes: Sequence[torch.Size], device: torch.device, seed: int) -> list[Tensor]:
     """Random gradients of the outputs, in training."""
     generator = torch.Generator(device).manual_seed(1000 + seed)
     return [_random(shape, cell.dtype, device, generator) for shape in shapes if cell.step == TRAINING]
 
 
-def _time(cell: Cell, ready: dict, shapes: Sequence[torch.Size], device: torch.device) -> dict[str, Result]:
+def _time(cell: OpCell, ready: dict, shapes: Sequence[torch.Size], device: torch.device) -> dict[str, Result]:
     sets = sets_of_inputs(cell.input_bytes, len(ready), device)
     inputs = [(*_inputs(cell, device, i), *_cotangents(cell, shapes, device, i)) for i in range(sets)]
     small = device.type == "cuda" and not cell.flops and cell.bytes <= SMALL
@@ -153,7 +153,7 @@ def _time(cell: Cell, ready: dict, shapes: Sequence[torch.Size], device: torch.d
     return found
 
 
-def _info(cell: Cell, name: str, times: Times, device: torch.device) -> dict[str, Any]:
+def _info(cell: OpCell, name: str, times: CallTimes, device: torch.device) -> dict[str, Any]:
     """What a stored run says of one contender; `share` is of the ceiling."""
     about = {"contender": name, "ours": name == OURS, "op": cell.op, "label": cell.label, "step": cell.step,
              "device": device.type, "median": times.median, "p20": times.p20, "p80": times.p80}  # fmt: skip
@@ -173,18 +173,15 @@ def sample(timed: dict[str, _Timed], device: torch.device) -> dict[str, list[flo
 
     Each call gets a set of inputs that nobody has just had: another contender would have left it in the caches.
     """
-    turn, seconds, began = count(), {name: [] for name in timed}, 0.0
-    for i in range(WARM_UPS + ROUNDS):
-        if i == WARM_UPS:
-            began = perf_counter()
-        if i >= WARM_UPS + LEAST_ROUNDS and perf_counter() - began > SECONDS:
-            break
-        for name, (call, inputs, _, _) in timed.items():
-            arguments = inputs[next(turn) % len(inputs)]
-            found = interleaved({name: call}, [arguments], device=device, rounds=1, warmups=0)
-            if i >= WARM_UPS:
-                seconds[name].append(found[name].median)
-    return seconds
+    turn = count()
+
+    def on_the_next(one: _Timed) -> Callable[[], Any]:
+        return lambda: one.call(*one.inputs[next(turn) % len(one.inputs)])
+
+    return by_turns(
+        {name: on_the_next(one) for name, one in timed.items()}, [()], device=device, rounds=ROUNDS, warmups=WARM_UPS,
+        seconds=SECONDS, least=LEAST_ROUNDS,
+    ) if timed else {}  # fmt: skip
 
 
 def sets_of_inputs(size: int, contenders: int, device: torch.device) -> int:

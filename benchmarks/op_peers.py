@@ -1,7 +1,7 @@
 """What others offer for the same: FlashAttention and its Triton kernels, Liger, and plain torch as models write it.
 
-Each maker raises `Missing` with the reason where its package is not installed or there is no GPU for it. Packages are
-imported when a contender is made, and called as their users do.
+Each maker raises NotHereError with the reason where its package is not installed or there is no GPU for it. Packages
+are imported when a contender is made, and called as their users do.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planecycle_fast.bench.contenders import NotHereError
 from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
 from planecycle_fast.ops import Tables
 from planecycle_fast.runtime.attentions import flash_function, why_not_attention, why_not_for
 
-from .op_cells import Maker, Missing
+from .op_cells import Maker
 
 FLASH = {"flash2": "FlashAttention 2", "flash3": "FlashAttention 3", "flash4": "FlashAttention 4"}
 FLASH_TRITON, FLASH_JIT = "FlashAttention's Triton kernel", "FlashAttention's SwiGLU"
@@ -26,17 +27,17 @@ LIGER, SDPA, SEPARATE = "Liger", "SDPA", "separate passes"
 
 
 def load(module: str, name: str, device: str) -> Any:
-    """An attribute of a module that runs on GPUs. Raises `Missing`."""
+    """An attribute of a module that runs on GPUs. Raises `NotHereError`."""
     package = module.split(".")[0]
     if device != "cuda":
-        raise Missing(f"{package} needs a CUDA device")
+        raise NotHereError(f"{package} needs a CUDA device")
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         missing = error.name or package
-        raise Missing(f"{missing} is not installed") from None
+        raise NotHereError(f"{missing} is not installed") from None
     except Exception as error:  # a broken installation raises anything
-        raise Missing(f"importing {module} failed: {type(error).__name__}: {error}") from None
+        raise NotHereError(f"importing {module} failed: {type(error).__name__}: {error}") from None
 
 
 def flash_attention(name: str) -> Maker:
@@ -45,12 +46,12 @@ def flash_attention(name: str) -> Maker:
     def make() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         reason = why_not_attention(name)
         if reason is not None:
-            raise Missing(reason)
+            raise NotHereError(reason)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             reason = why_not_for(name, q, k, v)
             if reason is not None:
-                raise Missing(reason)
+                raise NotHereError(reason)
             out = flash_function(name)(q, k, v)
             return out[0] if isinstance(out, tuple) else out
 

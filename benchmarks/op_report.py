@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from planecycle_fast.bench.report import NOT_MEASURED
+from planecycle_fast.bench.table import markdown_table
+
 from .op_cells import OURS
 from .op_measure import Result
 
 HEADINGS = ("operation", "contender", "time", "p20 to p80", "rate", "of the ceiling", "time / ours")
-NOT_MEASURED = "not measured"
 
 
 def rows(results: Iterable[tuple[str, Mapping[str, Result]]]) -> list[tuple[str, ...]]:
@@ -48,9 +50,7 @@ def result_rate(info: Mapping[str, Any]) -> tuple[str, str]:
 def markdown(results: Iterable[tuple[str, Mapping[str, Result]]]) -> str:
     """The table as Markdown, and what the ceilings are."""
     results = list(results)
-    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- " + "| ---: " * (len(HEADINGS) - 2) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    return "\n".join(lines) + "\n\n" + ceilings(results)
+    return "\n".join(markdown_table(HEADINGS, rows(results), 2)) + "\n\n" + ceilings(results)
 
 
 def records(results: Iterable[tuple[str, Mapping[str, Result]]]) -> list[dict[str, Any]]:

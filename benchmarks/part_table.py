@@ -7,9 +7,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from planecycle_fast.bench.environment import about, folder_name
+
 from .budget import Part
 
+RESULTS = Path(__file__).parent / "results"
 Item = TypeVar("Item")
+
+
+def results_folder() -> Path:
+    """That of this GPU."""
+    folder = RESULTS / folder_name(torch.device("cuda"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def header(command: str) -> str:
+    """Where and of what a result of this GPU is, as a line."""
+    return about(torch.device("cuda"), command)
 
 
 def write(path: Path, text: str) -> None:

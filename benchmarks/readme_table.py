@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 from planecycle_fast.bench.cells import AUTHORS, FAST, REFERENCE, VITS
+from planecycle_fast.bench.report import NOT_MEASURED, bold_below_one, milliseconds
 from planecycle_fast.bench.rows import MEASURED, Row, load
+from planecycle_fast.bench.table import markdown_table
 
 PROJECT = Path(__file__).parents[1]
 README, RESULTS = PROJECT / "README.md", PROJECT / "benchmarks" / "results"
@@ -18,21 +20,19 @@ END = "<!-- end of results -->"
 VOLUMES = (
     "1x64x64", "4x64x64", "32x64x64", "1x16x256", "1x32x256", "1x32x448", "4x32x512", "8x32x512",
 )  # fmt: skip
-NOT_MEASURED = "not measured"
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
+HEADINGS = ("device", "network", "dtype", "volume", "ms", "slice2d", "flatten3d", "plain PyTorch", "authors' code",
+            "memory")  # fmt: skip
 OTHERS = [("slice2d", FAST), ("flatten3d", FAST), ("PCg", REFERENCE), ("PCg", AUTHORS)]
 
 
 def table(results: Path = RESULTS) -> str:
     """Markdown: inference of PlaneCycle (PCg) on every device that was measured."""
-    lines = [
+    about = (
         "Time of PlaneCycle (PCg) by this package, inference, and how many times as long the others took, in turns; "
-        "**bold** where they are faster. Volumes: batch x slices x pixels; memory: our peak over the authors' code's.",
-        "",
-        "| device | network | dtype | volume | ms | slice2d | flatten3d | plain PyTorch | authors' code | memory |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        "**bold** where they are faster. Volumes: batch x slices x pixels; memory: our peak over the authors' code's."
+    )
+    found: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
     sources = []
     for path in sorted(results.glob("*/rows.jsonl")):
         of_file = _of_device(load(path))
@@ -40,9 +40,9 @@ def table(results: Path = RESULTS) -> str:
         if shown:
             sources += _sources(path.parent.name, shown)
             found.setdefault(shown[0]["environment"]["kind"], []).extend(_lines(shown, of_file))
-    for kind, of_kind in found.items():
-        lines += of_kind or [f"| {KINDS.get(kind, kind)} | {NOT_MEASURED} |" + " |" * 8]
-    return "\n\n".join(["\n".join(lines), *sources]) + "\n"
+    lines = [line for kind, of_kind in found.items() for line in of_kind or [[KINDS.get(kind, kind), NOT_MEASURED]]]
+    made = markdown_table(HEADINGS, lines, 4)
+    return "\n\n".join([about, "\n".join(made), *sources]) + "\n"
 
 
 def _sources(folder: str, shown: list[Row]) -> list[str]:
@@ -72,24 +72,22 @@ def _of_device(rows: list[Row]) -> list[Row]:
     return list(newest.values())
 
 
-def _lines(ours: list[Row], rows: list[Row]) -> list[str]:
+def _lines(ours: list[Row], rows: list[Row]) -> list[list[str]]:
     ours = sorted(ours, key=lambda row: (VITS.index(row["cell"]["model"]), VOLUMES.index(row["cell"]["volume"])))
     lines = []
     for row in ours:
         cell, others = row["cell"], []
         if row["status"] != MEASURED:
-            others, time = [""] * 5, row["status"]
+            time = row["status"]
         else:
-            time = f"{row['seconds'] * 1e3:.3g}" if row["seconds"] < 1 else f"{row['seconds'] * 1e3:,.0f}"
+            time = milliseconds(row["seconds"])
             found = [_in_turn(rows, row, mode, code) for mode, code in OTHERS]
-            others = [NOT_MEASURED if one is None else _bold(one["seconds"] / row["seconds"], ".2f") for one in found]
+            others = [NOT_MEASURED if one is None else bold_below_one(one["seconds"] / row["seconds"]) for one in found]
             theirs = found[-1]
             others.append(NOT_MEASURED if theirs is None else f"{row['peak_bytes'] / theirs['peak_bytes']:.2f}")
         kind = KINDS.get(row["environment"]["kind"], row["environment"]["kind"])
         name = f"{kind}, {row['environment']['device']}"
-        lines.append(
-            f"| {name} | {cell['model']} | {cell['dtype']} | {cell['volume']} | {time} | {' | '.join(others)} |"
-        )
+        lines.append([name, cell["model"], cell["dtype"], cell["volume"], time, *others])
     return lines
 
 
@@ -99,10 +97,6 @@ def _in_turn(rows: list[Row], ours: Row, mode: str, code: str) -> Row | None:
     return next(
         (row for row in rows if (row["cell"], row["group"], row["status"]) == (wanted, ours["group"], MEASURED)), None
     )
-
-
-def _bold(ratio: float, form: str) -> str:
-    return f"{ratio:{form}}" if ratio >= 0.995 else f"**{ratio:{form}}**"
 
 
 def with_table(readme: str, made: str) -> str:

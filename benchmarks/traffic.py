@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import planecycle_fast as pcf
+from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.engine import block as stream
 from planecycle_fast.engine import branches
@@ -30,7 +31,7 @@ CHANNELS, GLOBALS, PATCH = 384, 5, 16
 AUTHORS_PATCH = 4  # smaller pictures for the same tokens
 
 
-class Row(NamedTuple):
+class BlockTraffic(NamedTuple):
     """One block."""
 
     code: str
@@ -75,7 +76,7 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
 
 def of_call(
     code: str, planes: str, call, rows: int, dtype: torch.dtype, operations=OPERATIONS, training: bool = False
-) -> Row:
+) -> BlockTraffic:
     """Counts one call of a block that has `rows` rows; of `operations` as one pass, of others what they declare."""
     unit = rows * CHANNELS * dtype.itemsize
     traffic = Traffic(smallest=rows * CHANNELS // 2, weights=True)
@@ -85,7 +86,7 @@ def of_call(
     casts = traffic.rows.pop("weight casts", None)
     copies = sum(traffic.copies.values())
     moved = (traffic.read + traffic.written) / unit
-    return Row(code, planes, moved, 0.0 if casts is None else (casts.read + casts.written) / unit,
+    return BlockTraffic(code, planes, moved, 0.0 if casts is None else (casts.read + casts.written) / unit,
                traffic.launches + (0 if casts is None else casts.launches), copies)  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def lifted_rows(
     backend: str = "reference",
     training: bool = False,
     **settings,
-) -> list[Row]:
+) -> list[BlockTraffic]:
     """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
 
     Forward, and in `training` with a gradient for everything.
@@ -127,7 +128,7 @@ def lifted_rows(
     return [row for i, row in enumerate(found) if row not in found[:i]]
 
 
-def authors_rows(dtype: torch.dtype) -> list[Row]:
+def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
     """Blocks of the authors' own code, converted by their converter; each goes from HW to its plane and back."""
     model_class, converter = peers.authors()
     model = model_class(
@@ -150,7 +151,7 @@ def authors_rows(dtype: torch.dtype) -> list[Row]:
     ]
 
 
-def table(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+def table(dtype: torch.dtype = torch.bfloat16) -> list[BlockTraffic]:
     """All rows; the authors' only where PLANECYCLE_REPO names a checkout."""
     rows = lifted_rows("planecycle", dtype)
     rows += lifted_rows("planecycle PCm", dtype, pool_method="PCm")
@@ -161,11 +162,12 @@ def table(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
 
 def main() -> None:
     torch.manual_seed(0)
-    print("| code | planes | moved (C per row) | weight casts | launches | copies |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for row in table():
-        cells = (row.code, row.planes, f"{row.moved:.1f}", f"{row.weight_casts:.1f}", row.launches, row.copies)
-        print(f"| {' | '.join(map(str, cells))} |")
+    rows = [(row.code, row.planes, f"{row.moved:.1f}", f"{row.weight_casts:.1f}", *row[4:]) for row in table()]
+    print(
+        "\n".join(
+            markdown_table(("code", "planes", "moved (C per row)", "weight casts", "launches", "copies"), rows, 2)
+        )
+    )
     if "PLANECYCLE_REPO" not in os.environ:
         print("\nSet PLANECYCLE_REPO to a checkout of HINTLab/PlaneCycle for the authors' code.")
 

@@ -1,14 +1,19 @@
-"""The benchmark suite: what `planecycle-fast bench` and `benchmarks/` measure, how, and what they make of it.
+"""The suite that measures whole models: `planecycle-fast bench`, `make bench`, `make bench-cpu` and `make gpu` are its.
 
-May import `cost`, `lifting`, `weights` and what is below them; the commands `bench`, `plan` and `verify`, and the
-scripts in benchmarks/, use it.
+What is measured is a cell (`cells.py`): a model, a dtype, a volume, a step (inference, a linear probe, fine-tuning), a
+mode of `lift` and a code that computes it: ours in each form, the reference, the authors', or a floor beneath them.
+Cells of one model, dtype, volume and step are a group: same weights, and they take turns.
 
-Start with `timing.py`: everything is synchronised, in turns, on inputs that change, and outputs are compared before.
+Start with `measure.py`: one group, made, compared, timed. It rests on
 
-| | |
-| --- | --- |
-| `cells.py`, `contenders.py`, `networks.py`, `peers.py`, `steps.py` | what is measured, and of whom |
-| `measure.py`, `expected.py`, `costs.py` | one group of cells: compared, memory, FLOPs, times |
-| `sweep.py`, `rows.py`, `estimate.py`, `environment.py` | all groups; earlier runs; how long it takes |
-| `report.py`, `plots.py`, `laws.py` | what is made of it |
+- `contenders.py`, `peers.py`, `networks.py`, `steps.py`: implementations, other networks, and what a call of one is;
+- `floor.py`: products and attention alone; `expected.py`: what outputs must be; `costs.py`: FLOPs, memory, launches;
+- `timing.py`: turns, clocks, comparison, ceilings, for any callables: the benchmarks of operations use it as well.
+
+It returns rows (`rows.py`). `sweep.py` measures all groups within a time that `estimate.py` foresees, and keeps what an
+earlier run has measured (`environment.py` says what that depends on). `report.py`, `plots.py` and `laws.py` show rows,
+`bars.py` holds them to what they should be, `table.py` writes Markdown.
+
+Lower packages (geometry, runtime, ops, hosts, engine, weights, cost and the root's own modules) are imported here;
+`commands` and `benchmarks/`, which holds scripts alone, import this one.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,14 @@ FAST, REFERENCE, GRAPH, COMPILED = "fast", "reference", "fast, CUDA graph", "fas
 AUTHORS, AUTHORS_COMPILED = "authors", "authors, compiled"
 OURS = (FAST, GRAPH, COMPILED)
 CODES = (*OURS, REFERENCE, AUTHORS, AUTHORS_COMPILED)
+ACCELERATED = "authors, accelerated"  # by `pcf.accelerate`, in no sweep
+PRODUCTS, FLOOR = "products alone", "products + attention"
+FLOORS = (PRODUCTS, FLOOR, *[f"products + {kernel}" for kernel in ("flash", "cuDNN", "efficient", "FlashAttention 3")])
 STEPS = ("inference", "probe", "finetune")
 VITS = ("ViT-S", "ViT-B", "ViT-L", "ViT-7B")
 PEERS = ("3D ResNet-50", "ACS ResNet-50", "ViViT-B")
 PEER = "peer"  # the code of a cell of one of them
-PATCH = 16  # pixels along the sides of a patch, of all these models
+PATCH, GLOBALS = 16, 5  # of all these models: pixels along a patch; class and register tokens of a slice
 
 
 class Volume(NamedTuple):
@@ -89,61 +93,46 @@ FULL_VOLUMES = (
 )  # fmt: skip
 
 
+Chosen = Sequence[str] | None  # of one axis; None takes what the sweep has
+
+
 def full(
-    device: torch.device,
-    models: Sequence[str] | None = None,
-    volumes: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    steps: Sequence[str] | None = None,
+    device: torch.device, models: Chosen = None, volumes: Chosen = None, dtypes: Chosen = None, steps: Chosen = None
 ) -> list[Cell]:
     """Every combination; None takes the whole of that axis, and the device's usual dtype."""
-    models = VITS + PEERS if models is None else models
-    dtypes = dtypes or (("bf16",) if device.type == "cuda" else ("fp32",))
     cells = []
-    for dtype in dtypes:
-        for model in models:
-            for volume in volumes or FULL_VOLUMES:
-                for step in steps or STEPS:
-                    cells += _of_group(device, model, dtype, volume, step)
+    for group in _groups(device, models or VITS + PEERS, volumes or FULL_VOLUMES, dtypes, steps):
+        graphs = device.type == "cuda" and group[3] == "inference"
+        codes = [code for code in CODES if code != GRAPH or graphs]
+        of_vit = [Cell(*group, mode, code) for mode in MODES for code in codes]
+        cells += [Cell(*group, "", PEER)] if group[0] in PEERS else of_vit
     return cells
-
-
-def _of_group(device: torch.device, model: str, dtype: str, volume: str, step: str) -> list[Cell]:
-    if model in PEERS:
-        return [Cell(model, dtype, volume, step, "", PEER)]
-    codes = [code for code in CODES if code != GRAPH or (device.type == "cuda" and step == "inference")]
-    return [Cell(model, dtype, volume, step, mode, code) for mode in MODES for code in codes]
 
 
 def quick(
-    device: torch.device,
-    models: Sequence[str] | None = None,
-    volumes: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    steps: Sequence[str] | None = None,
+    device: torch.device, models: Chosen = None, volumes: Chosen = None, dtypes: Chosen = None, steps: Chosen = None
 ) -> list[Cell]:
     """A few cells that show each mode, each implementation but the compiled ones, and each step."""
-    cells = []
-    for dtype in dtypes or (("bf16",) if device.type == "cuda" else ("fp32",)):
-        for model in models or ("ViT-S", *PEERS):
-            for volume in volumes or (QUICK_VOLUME, *QUICK_CUBES):
-                for step in steps or STEPS:
-                    cells += _of_quick_group(device, model, dtype, volume, step, chosen=bool(volumes or steps))
+    cells, chosen = [], bool(volumes or steps)  # by the user, so that nothing is left out for its time
+    for group in _groups(device, models or ("ViT-S", *PEERS), volumes or (QUICK_VOLUME, *QUICK_CUBES), dtypes, steps):
+        model, _, volume, step = group
+        if step != "inference" and volume != QUICK_CUBES[0] and not chosen:
+            continue
+        if model in PEERS:
+            wanted = step == "inference" and volume == QUICK_VOLUME
+            cells += [Cell(*group, "", PEER)] if wanted or chosen else []
+            continue
+        cells += [Cell(*group, mode, FAST) for mode in MODES if mode != "PCm" or volume not in QUICK_CUBES or chosen]
+        graphs = [GRAPH] if device.type == "cuda" and step == "inference" else []
+        cells += [Cell(*group, "PCg", code) for code in (REFERENCE, AUTHORS, *graphs)]
     return cells
 
 
-def _of_quick_group(
-    device: torch.device, model: str, dtype: str, volume: str, step: str, chosen: bool
-) -> list[Cell]:  # chosen: the user has, so that nothing is left out for its time
-    if step != "inference" and volume != QUICK_CUBES[0] and not chosen:
-        return []
-    if model in PEERS:
-        wanted = step == "inference" and volume == QUICK_VOLUME
-        return [Cell(model, dtype, volume, step, "", PEER)] if wanted or chosen else []
-    modes = [mode for mode in MODES if mode != "PCm" or volume not in QUICK_CUBES or chosen]
-    cells = [Cell(model, dtype, volume, step, mode, FAST) for mode in modes]
-    others = [REFERENCE, AUTHORS] + ([GRAPH] if device.type == "cuda" and step == "inference" else [])
-    return cells + [Cell(model, dtype, volume, step, "PCg", code) for code in others]
+def _groups(
+    device: torch.device, models: Sequence[str], volumes: Sequence[str], dtypes: Chosen, steps: Chosen
+) -> list[tuple[str, str, str, str]]:
+    dtypes = dtypes or (("bf16",) if device.type == "cuda" else ("fp32",))
+    return [group[1:2] + group[:1] + group[2:] for group in product(dtypes, models, volumes, steps or STEPS)]
 
 
 def groups(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -11,9 +11,9 @@ from ..optional import MissingPackageError
 from ..scans.feature_files import check_folder
 from . import cells as which
 from .measure import FULL, QUICK
-from .report import report
+from .report import report_of
 from .rows import FAILED, REFUSED
-from .sweep import sweep
+from .sweep import run_sweep
 
 QUICK_SECONDS = 150  # of the sweep: with imports, report and pictures under three minutes
 
@@ -55,12 +55,12 @@ def run_suite(
     limit = QUICK_SECONDS if seconds is None and not full else seconds
     out.mkdir(parents=True, exist_ok=True)
     try:
-        rows = sweep(cells, on, out, FULL if full else QUICK, command, limit)
+        rows = run_sweep(cells, on, out, FULL if full else QUICK, command, limit)
     except KeyboardInterrupt:
         print(f"\nwhat was measured is in {out / 'rows.jsonl'}; the same command goes on from there", file=sys.stderr)
         raise
     pictures, missing = _pictures(rows, out)
-    (out / "report.md").write_text(report(rows, pictures, missing), encoding="utf-8")
+    (out / "report.md").write_text(report_of(rows, pictures, missing), encoding="utf-8")
     for path in (out / "report.md", *[picture.path for picture in pictures]):
         print(path)
     return int(any([row["status"] in (FAILED, REFUSED) for row in rows]))

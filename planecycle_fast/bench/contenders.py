@@ -16,11 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..authors.accelerate import accelerate
 from ..engine.cuda_graphs import cuda_graph
 from ..lifting import lift
 from ..optional import require
 from ..weights.checkpoints import convert_state_dict
-from .cells import AUTHORS, AUTHORS_COMPILED, COMPILED, FAST, GRAPH, MODES, PATCH, REFERENCE
+from .cells import ACCELERATED, AUTHORS, AUTHORS_COMPILED, COMPILED, FAST, GRAPH, MODES, PATCH, REFERENCE
 
 TIMM = {"ViT-S": "small", "ViT-B": "base", "ViT-L": "large", "ViT-7B": "7b"}
 REPO = "PLANECYCLE_REPO"  # a checkout of github.com/HINTLab/PlaneCycle at 1a1129c
@@ -60,7 +61,7 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-class Features(nn.Module):
+class Contender(nn.Module):
     """From a volume to (patches (B, D*H*W, C), one vector per volume (B, C)), whatever the model returns."""
 
     def __init__(self, model: nn.Module, take: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -74,24 +75,36 @@ class Features(nn.Module):
         return self.take(self.model(volume), volume)
 
 
-def make(model: nn.Module, mode: str, code: str, volume: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def make(
+    model: nn.Module,
+    mode: str,
+    code: str,
+    volume: Tensor,  # (B, 3, D, height, width)
+    training: bool = False,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The implementation `code` of `mode`, with the weights of `model`, for volumes like this one.
 
-    Raises NotHereError for what this machine lacks; otherwise whatever making it raises.
+    `training` makes a CUDA graph one of forward and one of backward. Raises NotHereError for what this machine lacks;
+    otherwise whatever making it raises.
     """
-    if code in (AUTHORS, AUTHORS_COMPILED):
-        made = Features(authors(model, mode), of_authors)
-        return made if code == AUTHORS else torch.compile(made, dynamic=False)
+    if code in (AUTHORS, AUTHORS_COMPILED, ACCELERATED):
+        theirs = authors(model, mode)
+        made = Contender(accelerate(theirs) if code == ACCELERATED else theirs, of_authors)
+        return torch.compile(made, dynamic=False) if code == AUTHORS_COMPILED else made
+    if code not in (FAST, REFERENCE, COMPILED, GRAPH):
+        raise ValueError(f"code must be one of cells.CODES, got {code!r}")
+    if code == GRAPH and volume.device.type != "cuda":
+        raise NotHereError("CUDA graphs need a CUDA device")
     lifted = lift(model, backend="reference" if code == REFERENCE else "auto", **MODES[mode])
-    if code == GRAPH:
-        if volume.device.type != "cuda":
-            raise NotHereError("CUDA graphs need a CUDA device")
+    made = Contender(lifted, of_lifted)
+    if code == COMPILED:
+        return torch.compile(made, dynamic=False)
+    if code == GRAPH and not training:
         graph = cuda_graph(lifted, volume)
         return lambda x: of_lifted(graph(x), x)
-    made = Features(lifted, of_lifted)
-    if code not in (FAST, REFERENCE, COMPILED):
-        raise ValueError(f"code must be one of cells.CODES, got {code!r}")
-    return torch.compile(made, dynamic=False) if code == COMPILED else made
+    if code == GRAPH:
+        torch.cuda.make_graphed_callables(made, (torch.randn_like(volume),), allow_unused_input=True)  # in place
+    return made
 
 
 def of_lifted(features: Any, volume: Tensor) -> tuple[Tensor, Tensor]:

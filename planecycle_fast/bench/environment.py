@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.native import csrc
+from ..runtime import native
 from ..runtime.versions import versions
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
-SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/command.py",
+SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/table.py", "bench/bars.py", "bench/command.py",
            "bench/estimate.py")  # fmt: skip
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment_of(device: torch.device) -> dict[str, str | int]:
     """All that decides a time besides the cell itself. A result of another environment is another result."""
     found = {f"{name} version": version for name, version in versions().items() if name in PACKAGES}
     return found | {
@@ -37,6 +37,18 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def stamp(command: str) -> dict[str, str]:
     """What a reader wants to know besides: command, commit and date."""
     return {"command": command, "commit": commit(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
+
+
+def about(device: torch.device, command: str) -> str:
+    """The same in a line, as the head of a file."""
+    found, threads = versions(), f"{torch.get_num_threads()} threads, {native.capability()}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        threads = f"sm_{properties.major}{properties.minor}, CUDA {torch.version.cuda}"
+    return (
+        f"{device_name(device)}, {threads}, torch {found['torch']}, triton {found['triton']}, "
+        f"Python {found['python']}, commit {commit()}, {datetime.now(timezone.utc):%Y-%m-%d}, `{command}`\n"
+    )
 
 
 @cache
@@ -57,7 +69,7 @@ def source_digest() -> str:
     """Of the package's Python and C++ files, but those that only show results: what ran, committed or not."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     python = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).as_posix() not in SHOWING]
-    files = [*python, *sorted(csrc().glob("*.cpp")), *sorted(csrc().glob("*.h"))]
+    files = [*python, *sorted(native.csrc().glob("*.cpp")), *sorted(native.csrc().glob("*.h"))]
     for file in files:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())

@@ -37,7 +37,7 @@ GROUP, COMPILES = 0.3, 45.0  # seconds of each group; of torch.compile
 PROBED = 4  # blocks
 
 
-class Host(NamedTuple):
+class HostSpeed(NamedTuple):
     """Seconds that the host needs."""
 
     block: float  # of a pass without gradients, too small to keep the device busy
@@ -45,17 +45,17 @@ class Host(NamedTuple):
 
 
 # Where nothing can be measured: 2.2 to 2.4 ms per block on the slow cores beside an H100, 0.8 to 1.6 s per mode.
-UNKNOWN = Host(2.3e-3, 1.2)
+UNKNOWN = HostSpeed(2.3e-3, 1.2)
 
 
-def measured(device: torch.device, dtype: torch.dtype) -> Host:
+def measured(device: torch.device, dtype: torch.dtype) -> HostSpeed:
     """Of this machine, in a few seconds."""
     try:
         volume = torch.zeros(1, 3, 2, 32, 32, device=device, dtype=dtype)
         model = vit("ViT-S", device, dtype, depth=PROBED)
         runs = [make(model, mode, FAST, volume) for mode in ("PCg", "PCm")]
         again = sorted([_seconds(runs[0], volume, device) for _ in range(4)][1:])[1]
-        return Host(again / PROBED, max(0.0, _seconds(runs[1], volume, device) - again))
+        return HostSpeed(again / PROBED, max(0.0, _seconds(runs[1], volume, device) - again))
     except Exception:  # a library that is missing, a kernel that is broken: what will be said when cells are measured
         return UNKNOWN
 
@@ -72,7 +72,7 @@ def _seconds(run: Callable[[Tensor], Any], volume: Tensor, device: torch.device)
 class Estimator:
     """Seconds of groups."""
 
-    def __init__(self, device: torch.device, host: Host, effort: Effort) -> None:
+    def __init__(self, device: torch.device, host: HostSpeed, effort: Effort) -> None:
         self.device, self.host, self.effort = device, host, effort
         self.compiled: set[tuple[str, str, bool]] = set()  # dtype, mode, whether backward
         self.profiled = False

@@ -23,11 +23,11 @@ class Expected:
     """What contenders of a group should return: the reference's in float32, mode by mode.
 
     Where the reference does not fit into memory, contenders are compared at a small volume; where its float32 weights
-    do not fit either, with the reference in the contenders' own dtype.
+    do not fit either, with the reference in the contenders' own dtype. With `in_float32` False it is in theirs at once.
     """
 
-    def __init__(self, host: nn.Module, dtype: str, step: str, volume: Tensor) -> None:
-        self.host, self.dtype, self.step, self.volume = host, dtype, step, volume
+    def __init__(self, host: nn.Module, dtype: str, step: str, volume: Tensor, in_float32: bool = True) -> None:
+        self.host, self.dtype, self.step, self.volume, self.in_float32 = host, dtype, step, volume, in_float32
         self.exact = host if dtype == "fp32" else None  # a copy in float32, made when it is needed
         self.known: dict[str, tuple[Any, Tensor, str]] = {}  # by mode: outputs, the volume, its name
 
@@ -44,9 +44,11 @@ class Expected:
 
     def _reference(self, cell: Cell) -> tuple[Any, Tensor, str]:
         small = torch.randn(parse_volume(SMALL).shape, device=self.volume.device).to(self.volume.dtype)
-        reference = cell._replace(code=REFERENCE)
-        own = f"{SMALL}, with the reference in {self.dtype}"
-        for volume, name, in_float32 in ((self.volume, cell.volume, True), (small, SMALL, True), (small, own, False)):
+        reference, own = cell._replace(code=REFERENCE), f", with the reference in {self.dtype}"
+        tries = [(self.volume, cell.volume, True), (small, SMALL, True), (small, SMALL + own, False)]
+        if not self.in_float32:
+            tries = [(self.volume, cell.volume + own, False), tries[-1]]
+        for volume, name, in_float32 in tries:
             try:
                 if in_float32 and self.exact is None:
                     self.exact = copy.deepcopy(self.host).float()
@@ -54,7 +56,7 @@ class Expected:
                 made = network(reference, host, data)
                 return self._outputs(made, step_of(self.step, made), data), volume, name
             except Exception as error:
-                if not in_float32 or not is_out_of_memory(error):
+                if name == tries[-1][1] or not is_out_of_memory(error):
                     raise
                 if self.exact is not self.host:
                     self.exact = None

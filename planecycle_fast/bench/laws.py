@@ -43,7 +43,7 @@ def cube(n: int) -> str:
     return f"1x{n}x{n * PATCH}"
 
 
-def laws(model: str, modes: Sequence[str]) -> list[Law]:
+def fit_laws(model: str, modes: Sequence[str]) -> list[Law]:
     """Exponents of attention's FLOPs in inference, counted by torch.utils.flop_counter."""
     found = []
     for mode in modes:

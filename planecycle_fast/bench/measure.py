@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,29 +13,76 @@ from torch import Tensor, nn
 
 from ..cost.meter import Meter
 from ..cost.planning import DEVICES, Planned, plan
+from ..optional import MissingPackageError
 from . import rows as files
-from .cells import AUTHORS_COMPILED, COMPILED, DTYPES, FAST, GRAPH, MODES, REFERENCE, Cell, parse_volume
-from .contenders import NotHereError
+from .cells import AUTHORS_COMPILED, COMPILED, DTYPES, FAST, FLOORS, GRAPH, MODES, PEERS, REFERENCE, Cell, parse_volume
+from .contenders import NotHereError, vit
 from .costs import flops, free_bytes, is_out_of_memory, launches, peak_bytes, peer_peak, release
 from .expected import Expected
+from .floor import Floor
 from .networks import network
 from .steps import step_of
-from .timing import interleaved
+from .timing import LEAST_ROUNDS, by_turns, summary
 
 VOLUMES = 3  # different ones, in turn
 
 
 class Effort(NamedTuple):
-    """How thoroughly a group is timed."""
+    """How thoroughly a group is measured."""
 
     name: str
     rounds: int
     warmups: int  # beside the calls for comparison and memory
-    seconds: float  # of all rounds of a group, at most, once there were three
+    seconds: float  # of all rounds of a group, at most, once there were the least
+    least: int = LEAST_ROUNDS
+    counted: bool = True  # what is planned, FLOPs, bytes moved and launches, besides times and memory
+    exact: bool = True  # training, too, is compared with the reference in float32, not in the contenders' own dtype
 
 
 QUICK = Effort("quick", rounds=7, warmups=0, seconds=8)
 FULL = Effort("full", rounds=20, warmups=2, seconds=120)
+
+
+class Hosts:
+    """The model of the groups that are measured now: made once, gone before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.key, self.host = device, None, None
+
+    def of(self, cell: Cell) -> nn.Module | None:
+        """None for peers. Raises MemoryError for weights that do not fit, MissingPackageError without timm."""
+        if cell.model in PEERS:
+            return None
+        key = cell.model, cell.dtype
+        if key != self.key:
+            self.key = self.host = None
+            release(self.device)
+            dtype = DTYPES[cell.dtype]
+            needed = sum([p.numel() for p in vit(cell.model, "meta", dtype).parameters()]) * dtype.itemsize
+            free = free_bytes(self.device)
+            if free is not None and needed > free:
+                raise MemoryError(f"weights of {needed} bytes, {free} free")
+            self.host, self.key = vit(cell.model, self.device, dtype), key
+        return self.host
+
+
+def measure_group(group: Sequence[Cell], hosts: Hosts, effort: Effort) -> list[files.Row]:
+    """A row of each cell of a group; where not even the weights and volumes fit, they say so."""
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # one per contender
+            results = Group(group, hosts.device, hosts.of(group[0])).measure(effort)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        results = {cell: {"status": files.OUT_OF_MEMORY, "reason": "of weights and volumes"} for cell in group}
+    except MissingPackageError as error:
+        results = {cell: {"status": files.NOT_HERE, "reason": str(error)} for cell in group}
+    finally:
+        if any(["compiled" in cell.code for cell in group]):
+            torch._dynamo.reset()
+        release(hosts.device)
+    made = {"group": uuid.uuid4().hex[:12], "effort": effort.name}
+    return [{"cell": cell._asdict(), **results[cell], **made} for cell in group]
 
 
 @dataclass
@@ -46,35 +94,46 @@ class Group:
     host: nn.Module | None  # None for peers
     results: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     steps: dict[Cell, Callable[[Tensor], Any]] = field(default_factory=dict)  # what may be timed
+    seconds: dict[Cell, list[float]] = field(default_factory=dict)  # of every timed call
 
     def measure(self, effort: Effort) -> dict[Cell, dict[str, Any]]:
         """Everything but the ceilings, by cell."""
         self.results = {cell: {"status": files.MEASURED, "reason": ""} for cell in self.cells}
         _, dtype, volume, step = self.cells[0].group
-        size = parse_volume(volume)
         torch.manual_seed(1)
-        volumes = [torch.randn(size.shape, device=self.device).to(DTYPES[dtype]) for _ in range(VOLUMES)]
-        expected = None if self.host is None else Expected(self.host, dtype, step, volumes[0])
+        shape = parse_volume(volume).shape
+        volumes = [torch.randn(shape, device=self.device).to(DTYPES[dtype]) for _ in range(VOLUMES)]
+        in_float32 = effort.exact or step == "inference"
+        expected = None if self.host is None else Expected(self.host, dtype, step, volumes[0], in_float32)
         for cell in self.cells:
-            self._attempt(cell, partial(self._prepare, cell, volumes[0], expected))
+            try:
+                self._prepare(cell, volumes[0], expected, effort.counted)
+            except Exception as error:
+                self._failed(cell, error)
+            if cell not in self.steps:
+                release(self.device)
         expected = None  # its float32 weights and outputs
-        self._time(volumes, effort)
+        if self.steps:
+            self.seconds = by_turns(
+                self.steps, [(volume,) for volume in volumes], device=self.device, rounds=effort.rounds,
+                warmups=effort.warmups, seconds=effort.seconds, least=effort.least, raised=self._failed,
+            )  # fmt: skip
+        for cell, calls in self.seconds.items():
+            self.results[cell] |= dict(zip(("seconds", "p20", "p80", "rounds"), summary(calls)))
         return self.results
 
-    def _prepare(self, cell: Cell, volume: Tensor, expected: Expected | None) -> None:
+    def _prepare(self, cell: Cell, volume: Tensor, expected: Expected | None, counted: bool) -> None:
         """Makes a contender, compares it, measures its memory; then it may be timed."""
         result = self.results[cell]
-        costs = flops(cell.model, cell.mode, cell.volume, cell.step)
-        result |= {"flops": costs.total, "attention_flops": costs.attention}
-        foreseen = None if self.host is None else _planned(self.host, cell)
-        if foreseen is not None and cell.code in (FAST, REFERENCE):
-            result |= {"planned_bytes": foreseen.peak_bytes, "planned_flops": foreseen.flops, "path": foreseen.path,
-                       "moved_bytes": foreseen.read + foreseen.written, "launches": foreseen.launches}  # fmt: skip
-        needed = foreseen.peak_bytes if foreseen is not None else peer_peak(cell) if self.host is None else 0
-        free = free_bytes(self.device)
+        needed, free = self._foresee(cell) if counted else 0, free_bytes(self.device)
         if free is not None and needed > free:
             words = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB free"
             result |= {"status": files.SKIPPED, "reason": words}
+            return
+        if cell.code in FLOORS:  # compute nothing that could be compared
+            step = self._floor.make(cell.code)
+            step(volume)
+            self.steps[cell] = step
             return
         before = self._held()
         made = network(cell, self.host, volume)
@@ -89,71 +148,48 @@ class Group:
                 result |= {"status": files.REFUSED, "reason": agreement.reason}
                 return
         result["peak_bytes"] = held + peak_bytes(step, volume)
-        if "moved_bytes" not in result and cell.code not in (GRAPH, COMPILED, AUTHORS_COMPILED):
+        if counted and "moved_bytes" not in result and cell.code not in (GRAPH, COMPILED, AUTHORS_COMPILED):
             with Meter() as meter:
                 step(volume)
             result |= {"moved_bytes": meter.read + meter.written, "launches": meter.launches}
-        if self.device.type == "cuda":
+        if counted and self.device.type == "cuda":
             result["launches"] = launches(step, volume)
         self.steps[cell] = step
+
+    def _foresee(self, cell: Cell) -> int:
+        """Notes what is counted without data. Returns the bytes that a contender will need at once, 0 if unknown."""
+        costs = flops(cell.model, cell.mode, cell.volume, cell.step)
+        self.results[cell] |= {"flops": costs.total, "attention_flops": costs.attention}
+        if self.host is None:
+            return peer_peak(cell)
+        foreseen = _planned(self.host, cell)
+        if foreseen is None or cell.code in FLOORS:
+            return 0
+        if cell.code in (FAST, REFERENCE):
+            self.results[cell] |= {
+                "planned_bytes": foreseen.peak_bytes, "planned_flops": foreseen.flops, "path": foreseen.path,
+                "moved_bytes": foreseen.read + foreseen.written, "launches": foreseen.launches,
+            }  # fmt: skip
+        return foreseen.peak_bytes
+
+    @cached_property
+    def _floor(self) -> Floor:
+        cell = self.cells[0]
+        return Floor(self.host, parse_volume(cell.volume), cell.step == "finetune")
 
     def _held(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def _time(self, volumes: Sequence[Tensor], effort: Effort) -> None:
-        """Times all that may be, in turns; what fails beside the others is left out, and it begins again."""
-        while self.steps:
-            found = {cell: _named(cell, step) for cell, step in self.steps.items()}
-            try:
-                times = interleaved(
-                    found, [(volume,) for volume in volumes], device=self.device, rounds=effort.rounds,
-                    warmups=effort.warmups, seconds=effort.seconds,
-                )  # fmt: skip
-            except _Stopped as stopped:
-                cell = stopped.cell
-                self._attempt(cell, partial(_raise, stopped.__cause__))
-                del self.steps[cell]
-                continue
-            for cell, of_one in times.items():
-                self.results[cell] |= {
-                    "seconds": of_one.median, "p20": of_one.p20, "p80": of_one.p80, "rounds": of_one.rounds
-                }  # fmt: skip
-            return
-
-    def _attempt(self, cell: Cell, what: Callable[[], None]) -> None:
-        """Runs `what`; what goes wrong becomes the cell's status."""
-        try:
-            what()
-            return
-        except NotHereError as error:
+    def _failed(self, cell: Cell, error: Exception) -> None:
+        """What went wrong becomes the cell's status."""
+        if isinstance(error, NotHereError):
             found = files.NOT_HERE, str(error)
-        except Exception as error:
-            words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            found = (files.OUT_OF_MEMORY, "") if is_out_of_memory(error) else (files.FAILED, words)
+        elif is_out_of_memory(error):
+            found = files.OUT_OF_MEMORY, ""
+        else:
+            found = files.FAILED, f"{type(error).__name__}: {error}".splitlines()[0][:300]
         self.results[cell] |= dict(zip(("status", "reason"), found))
-        release(self.device)
-
-
-class _Stopped(Exception):
-    """A contender raised within its turn."""
-
-    def __init__(self, cell: Cell) -> None:
-        super().__init__(str(cell))
-        self.cell = cell
-
-
-def _named(cell: Cell, step: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def call(volume: Tensor) -> Any:
-        try:
-            return step(volume)
-        except Exception as error:
-            raise _Stopped(cell) from error
-
-    return call
-
-
-def _raise(error: BaseException | None) -> None:
-    raise error
+        self.steps.pop(cell, None)
 
 
 _plans: dict[tuple, Any] = {}

@@ -30,7 +30,7 @@ def network(
     if cell.code == PEER:
         run = peer(cell.model, parse_volume(cell.volume), volume.device, volume.dtype)
         return Network(run, WIDTH[cell.model], next(run.parameters()), _bytes(run))
-    run = make(host, cell.mode, cell.code, volume)
+    run = make(host, cell.mode, cell.code, volume, cell.step == "finetune")
     module = getattr(run, "_orig_mod", run)  # within what torch.compile returns
     model = module.model if isinstance(module, nn.Module) else host  # a CUDA graph is no module
     return Network(run, host.embed_dim, model.patch_embed.proj.weight, _bytes(host))

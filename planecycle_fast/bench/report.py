@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from .cells import AUTHORS, AUTHORS_COMPILED, CODES, COMPILED, FAST, GRAPH, PEER, REFERENCE, parse_volume
-from .laws import CUBES, DEPTHS, FIXED, fit_exponent, laws
+from .cells import (
+    ACCELERATED,
+    AUTHORS,
+    AUTHORS_COMPILED,
+    CODES,
+    COMPILED,
+    FAST,
+    GLOBALS,
+    GRAPH,
+    PEER,
+    REFERENCE,
+    parse_volume,
+)
+from .laws import CUBES, DEPTHS, FIXED, fit_exponent, fit_laws
 from .plots import Picture, origin
 from .rows import MEASURED, Row
+from .table import markdown_table
 
 NOT_MEASURED = "not measured"
-GLOBALS = 5  # class and register tokens of a slice
 CODE_NAMES = {FAST: "planecycle_fast", GRAPH: "planecycle_fast, CUDA graph", COMPILED: "planecycle_fast, compiled",
               REFERENCE: "plain PyTorch", AUTHORS: "authors' code", AUTHORS_COMPILED: "authors' code, compiled",
+              ACCELERATED: "authors' code, accelerated",
               PEER: ""}  # fmt: skip
+WHERE = ("network", "dtype", "volume", "step")
 STEP_NAMES = {"inference": "inference", "probe": "linear probe", "finetune": "fine-tuning"}
 
 EXPLAINED = """\
@@ -36,7 +50,7 @@ above weights and volume.
 """
 
 
-def report(rows: Sequence[Row], pictures: Sequence[Picture], notes: Sequence[str] = ()) -> str:
+def report_of(rows: Sequence[Row], pictures: Sequence[Picture], notes: Sequence[str] = ()) -> str:
     """All of it: what was measured, where we win and lose, pictures, every cell."""
     newest = max(rows, key=lambda row: row["stamp"]["date"])
     lines = [f"# PlaneCycle, measured: {newest['environment']['device']}", "", *_header(rows), "", EXPLAINED]
@@ -78,76 +92,80 @@ def _against_codes(rows: Sequence[Row]) -> list[str]:
     """Per mode and volume: our time, and how many times longer the others took."""
     times = _times(rows)
     codes = [code for code in CODES if code != FAST and any([row["cell"]["code"] == code for row in rows])]
-    lines = [
-        "Time of planecycle_fast, then how many times as long the others took for the same. **Bold**: they are faster.",
-        "",
-        "| network | dtype | volume | step | mode | ms | " + " | ".join([CODE_NAMES[code] for code in codes]) + " |",
-        "| --- | --- | --- | --- | --- | ---: |" + " ---: |" * len(codes),
-    ]
+    found = []
     for row in rows:
         cell = row["cell"]
         others = [times.get((row["group"], cell["mode"], code)) for code in codes]
-        if cell["code"] != FAST or not any(others):
-            continue
-        ours = times.get(_key(row))
-        lines.append(f"| {_names(row)} | {cell['mode']} | {_ms(ours)} | {_ratios(ours, others)} |")
-    return lines
+        if cell["code"] == FAST and any(others):
+            ours = times.get(_key(row))
+            found.append([*_where(row), cell["mode"], milliseconds(ours), *_ratios(ours, others)])
+    return [
+        "Time of planecycle_fast, then how many times as long the others took for the same. **Bold**: they are faster.",
+        "",
+        *markdown_table([*WHERE, "mode", "ms", *[CODE_NAMES[code] for code in codes]], found, 5),
+    ]
 
 
 def _against_modes(rows: Sequence[Row]) -> list[str]:
     """Per volume: PlaneCycle's time, and that of slice2d and flatten3d by the same code; then other networks."""
     times = _times(rows)
+    ours = [row for row in rows if (row["cell"]["mode"], row["cell"]["code"]) == ("PCg", FAST)]
+    found = []
+    for row in ours:
+        others = [times.get((row["group"], mode, FAST)) for mode in ("slice2d", "flatten3d")]
+        found.append([*_where(row), milliseconds(times.get(_key(row))), *_ratios(times.get(_key(row)), others)])
     lines = [
         "Time of PlaneCycle (PCg) by planecycle_fast, then how many times as long the others took. **Bold**: they are "
         "faster.",
         "",
-        "| network | dtype | volume | step | ms | slice2d | flatten3d |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+        *markdown_table([*WHERE, "ms", "slice2d", "flatten3d"], found, 4),
     ]
-    ours = [row for row in rows if (row["cell"]["mode"], row["cell"]["code"]) == ("PCg", FAST)]
-    for row in ours:
-        others = [times.get((row["group"], mode, FAST)) for mode in ("slice2d", "flatten3d")]
-        lines.append(f"| {_names(row)} | {_ms(times.get(_key(row)))} | {_ratios(times.get(_key(row)), others)} |")
     peers = [row for row in rows if row["cell"]["code"] == PEER and row["status"] == MEASURED]
     vits = list(dict.fromkeys([row["cell"]["model"] for row in ours]))
-    if peers and vits:
-        lines += [
-            "",
-            "Other networks on the same volumes, in the same run. They compute something else; they are what one might "
-            "use instead. Their time, then how many times as long they took as PlaneCycle (PCg).",
-            "",
-            "| network | dtype | volume | step | ms | " + " | ".join([f"/ {vit}" for vit in vits]) + " |",
-            "| --- | --- | --- | --- | ---: |" + " ---: |" * len(vits),
-        ]
-    for row in peers if vits else ():
+    if not peers or not vits:
+        return lines
+    found = []
+    for row in peers:
         same = {name: row["cell"][name] for name in ("dtype", "volume", "step")}
-        found = [[one for one in ours if one["cell"] == one["cell"] | same | {"model": vit}] for vit in vits]
-        ratios = [_ratios(times.get(_key(one[0])), [row["seconds"]]) if one else NOT_MEASURED for one in found]
-        lines.append(f"| {_names(row)} | {_ms(row['seconds'])} | {' | '.join(ratios)} |")
-    return lines
+        of_vits = [[one for one in ours if one["cell"] == one["cell"] | same | {"model": vit}] for vit in vits]
+        ratios = [_ratios(times.get(_key(one[0])), [row["seconds"]])[0] if one else NOT_MEASURED for one in of_vits]
+        found.append([*_where(row), milliseconds(row["seconds"]), *ratios])
+    return [
+        *lines,
+        "",
+        "Other networks on the same volumes, in the same run. They compute something else; they are what one might "
+        "use instead. Their time, then how many times as long they took as PlaneCycle (PCg).",
+        "",
+        *markdown_table([*WHERE, "ms", *[f"/ {vit}" for vit in vits]], found, 4),
+    ]
 
 
-def _ratios(ours: float | None, others: Sequence[float | None]) -> str:
+def _ratios(ours: float | None, others: Sequence[float | None]) -> list[str]:
     """How many times as long others took; in bold where they are faster."""
-    found = [NOT_MEASURED if None in (ours, other) else other / ours for other in others]
-    return " | ".join([f if isinstance(f, str) else f"{f:.2f}" if f >= 0.995 else f"**{f:.2f}**" for f in found])
+    return [NOT_MEASURED if None in (ours, other) else bold_below_one(other / ours) for other in others]
+
+
+def bold_below_one(ratio: float) -> str:
+    """Two digits, in bold where they are less than 1.00."""
+    return f"{ratio:.2f}" if ratio >= 0.995 else f"**{ratio:.2f}**"
 
 
 def _growth(rows: Sequence[Row]) -> list[str]:
     models = list(dict.fromkeys([row["cell"]["model"] for row in rows if row["cell"]["mode"]]))
     if not models:
         return [f"{NOT_MEASURED}: no vision transformer was asked for."]
-    found = {law.mode: law for law in laws(models[0], ("slice2d", "PCg", "flatten3d"))}
+    found = {law.mode: law for law in fit_laws(models[0], ("slice2d", "PCg", "flatten3d"))}
     lines = [
         f"Exponents p of cost ~ D^p, least squares of logarithms. FLOPs are counted by torch.utils.flop_counter for "
         f"{models[0]}: at D = H = W = {CUBES[0]} to {CUBES[-1]} tokens, and at H = W = {FIXED} tokens for D = "
         f"{DEPTHS[0]} to {DEPTHS[-1]}. Times are those measured above, at D = H = W.",
         "",
-        "| mode | attention's FLOPs, D = H = W | attention's FLOPs, H and W fixed | time, D = H = W |",
-        "| --- | ---: | ---: | ---: |",
     ]
-    for mode, law in found.items():
-        lines.append(f"| {mode} | {law.cubes:.2f} | {law.depths:.2f} | {_time_exponent(rows, models[0], mode)} |")
+    lines += markdown_table(
+        ["mode", "attention's FLOPs, D = H = W", "attention's FLOPs, H and W fixed", "time, D = H = W"],
+        [[mode, f"{law.cubes:.2f}", f"{law.depths:.2f}", _time_exponent(rows, models[0], mode)]
+         for mode, law in found.items()], 1,
+    )  # fmt: skip
     ratios = [b / a for a, b in zip(found["PCg"].attention, found["flatten3d"].attention)]
     each = ", ".join([f"{ratio:.1f} at D = {n}" for n, ratio in zip(CUBES, ratios)])
     lines += [
@@ -179,7 +197,7 @@ def _predicted(rows: Sequence[Row]) -> list[str]:
     off = abs(worst["planned_bytes"] / worst["peak_bytes"] - 1)
     lines = [
         f"`planning.plan` foresaw the peak memory of {len(both)} cells before they ran; it is furthest off in "
-        f"{_names(worst).replace(' | ', ', ')}, {worst['cell']['mode']}, {CODE_NAMES[worst['cell']['code']]}: "
+        f"{', '.join(_where(worst))}, {worst['cell']['mode']}, {CODE_NAMES[worst['cell']['code']]}: "
         f"{worst['planned_bytes'] / 2**20:.1f} MiB predicted, {worst['peak_bytes'] / 2**20:.1f} measured, {off:.1%}."
     ]
     for step in STEP_NAMES:
@@ -191,34 +209,66 @@ def _predicted(rows: Sequence[Row]) -> list[str]:
 
 
 def _every(rows: Sequence[Row]) -> list[str]:
-    lines = [
+    return [
         "Rows are patches and the class and register tokens of every slice. GFLOP/s are what has to be computed, over "
         "the time; the share is of the large matrix product. Launches are kernels and copies handed to a GPU; on a CPU "
         "operations that torch was asked for. Moved: what these read and write, weights too, as often as they do: on a "
         "CPU planecycle_fast runs groups of sequences one after another, which takes more operations and less memory.",
         "",
-        "| network | dtype | volume | step | mode | implementation | ms (p20 to p80) | volumes/s | rows/s | GFLOP/s "
-        "| share | peak MiB | predicted | launches | moved GB |",
-        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *cells_table(rows, EVERYTHING),
     ]
+
+
+def cells_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> list[str]:
+    """Every cell: what it is, and what `columns` say of those that were measured; of others why they were not."""
+    found = []
     for row in rows:
-        cell, size = row["cell"], parse_volume(row["cell"]["volume"])
-        front = f"| {_names(row)} | {cell['mode']} | {CODE_NAMES[cell['code']]} |"
-        if row["status"] != MEASURED:
-            lines.append(f"{front} {row['status']} |" + " |" * 8)
-            continue
-        seconds = row["seconds"]
-        count = size.batch * (size.patches + GLOBALS * size.depth)
-        rate = row["flops"] / seconds
-        values = [
-            f"{_ms(seconds)} ({_ms(row['p20'])} to {_ms(row['p80'])})", f"{size.batch / seconds:.3g}",
-            f"{count / seconds:,.0f}" if cell["mode"] else "", f"{rate / 1e9:,.0f}",
-            f"{rate / row['ceiling_flops']:.0%}",
-            _or_not(row, "peak_bytes", 2**20, ".1f"), _or_not(row, "planned_bytes", 2**20, ".1f", ""),
-            _or_not(row, "launches", 1, ",.0f"), _or_not(row, "moved_bytes", 1e9, ".2f"),
-        ]  # fmt: skip
-        lines.append(f"{front} {' | '.join(values)} |")
-    return lines
+        values = [value(row) for value in columns.values()] if row["status"] == MEASURED else [row["status"]]
+        found.append([*_where(row), row["cell"]["mode"], _code_name(row["cell"]["code"]), *values])
+    return markdown_table([*WHERE, "mode", "implementation", *columns], found, len(WHERE) + 2)
+
+
+def _rows_per_second(row: Row) -> str:
+    size = parse_volume(row["cell"]["volume"])
+    rows = size.batch * (size.patches + GLOBALS * size.depth)
+    return f"{rows / row['seconds']:,.0f}" if row["cell"]["mode"] else ""
+
+
+def _figure(name: str, unit: float, form: str, otherwise: str = NOT_MEASURED) -> Callable[[Row], str]:
+    return lambda row: f"{row[name] / unit:{form}}" if name in row else otherwise
+
+
+TIME = {
+    "ms (p20 to p80)": lambda row: (
+        f"{milliseconds(row['seconds'])} ({milliseconds(row['p20'])} to {milliseconds(row['p80'])})"
+    )
+}
+EVERYTHING = TIME | {
+    "volumes/s": lambda row: f"{parse_volume(row['cell']['volume']).batch / row['seconds']:.3g}",
+    "rows/s": _rows_per_second,
+    "GFLOP/s": lambda row: f"{row['flops'] / row['seconds'] / 1e9:,.0f}",
+    "share": lambda row: f"{row['flops'] / row['seconds'] / row['ceiling_flops']:.0%}",
+    "peak MiB": _figure("peak_bytes", 2**20, ".1f"),
+    "predicted": _figure("planned_bytes", 2**20, ".1f", ""),
+    "launches": _figure("launches", 1, ",.0f"),
+    "moved GB": _figure("moved_bytes", 1e9, ".2f"),
+}
+
+
+def times_table(rows: Sequence[Row]) -> list[str]:
+    """Every cell by time and memory alone, against PlaneCycle (PCg) by planecycle_fast in the same turns."""
+    ours = {group: seconds for (group, mode, code), seconds in _times(rows).items() if (mode, code) == ("PCg", FAST)}
+    return [
+        "Medians by turns, each call on another volume, on a GPU with caches flushed; peak: above weights and volume;",
+        "error: of the largest value, against the reference. Floors: `planecycle_fast/bench/floor.py`.",
+        "",
+        *cells_table(rows, TIME | {
+            "peak MiB": _figure("peak_bytes", 2**20, ",.0f", ""), "error": _figure("error", 1, ".1e", ""),
+            "time / ours": lambda row: f"{row['seconds'] / ours[row['group']]:.2f}" if row["group"] in ours else "",
+        }),
+        "",
+        *_left_out(rows),
+    ]  # fmt: skip
 
 
 def _left_out(rows: Sequence[Row]) -> list[str]:
@@ -237,16 +287,22 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _names(row: Row) -> str:
+def _where(row: Row) -> list[str]:
     cell = row["cell"]
-    return f"{cell['model']} | {cell['dtype']} | {cell['volume']} | {STEP_NAMES[cell['step']]}"
+    return [cell["model"], cell["dtype"], cell["volume"], STEP_NAMES[cell["step"]]]
 
 
-def _ms(seconds: float | None) -> str:
+def contender_name(mode: str, code: str) -> str:
+    """In words; the mode where it is not PlaneCycle's own."""
+    return _code_name(code) if mode == "PCg" else f"{_code_name(code)}, {mode}"
+
+
+def _code_name(code: str) -> str:
+    return CODE_NAMES.get(code, code)  # floors are called by their code
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits; "not measured" for None."""
     if seconds is None:
         return NOT_MEASURED
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
-
-
-def _or_not(row: Row, name: str, unit: float, form: str, otherwise: str = NOT_MEASURED) -> str:
-    return f"{row[name] / unit:{form}}" if name in row else otherwise

@@ -23,7 +23,7 @@ PRODUCT = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrices of `ce
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes of the tensor that `ceiling_bandwidth` copies
 
 
-class Times(NamedTuple):
+class CallTimes(NamedTuple):
     """Seconds of one call: the median of all rounds, and the 20th and 80th percentile."""
 
     median: float
@@ -40,15 +40,31 @@ class Agreement(NamedTuple):
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[..., Any]],
+    contenders: Mapping[Any, Callable[..., Any]],
     inputs: Sequence[tuple],
     *,
     device: torch.device | str,
     rounds: int = ROUNDS,
     warmups: int = WARM_UPS,
     seconds: float | None = None,
-) -> dict[str, Times]:
-    """Times every contender, all in turn.
+) -> dict[Any, CallTimes]:
+    """Medians and percentiles of every contender, all in turn; of `by_turns`, whose arguments and errors these are."""
+    found = by_turns(contenders, inputs, device=device, rounds=rounds, warmups=warmups, seconds=seconds)
+    return {name: summary(of_one) for name, of_one in found.items()}
+
+
+def by_turns(
+    contenders: Mapping[Any, Callable[..., Any]],
+    inputs: Sequence[tuple],
+    *,
+    device: torch.device | str,
+    rounds: int = ROUNDS,
+    warmups: int = WARM_UPS,
+    seconds: float | None = None,
+    least: int = LEAST_ROUNDS,
+    raised: Callable[[Any, Exception], None] | None = None,
+) -> dict[Any, list[float]]:
+    """Seconds of every timed call, contenders in turn.
 
     Args:
         contenders: {name: what is called with the elements of one of `inputs`}. What it returns is dropped.
@@ -56,7 +72,10 @@ def interleaved(
         device: where the work is done.
         rounds: timed calls of each.
         warmups: calls of each before, not timed.
-        seconds: stop after the round in which all rounds together have taken so long, but not before the third.
+        seconds: stop after the round in which all rounds together have taken so long, but not before the `least`.
+        least: rounds that are made however long they take.
+        raised: gets the name and the error of a contender that raises, which leaves the turns; without it the error
+            is raised.
 
     Raises:
         TypeError: a contender that is not callable.
@@ -64,29 +83,38 @@ def interleaved(
     """
     device = _check(contenders, inputs, device, rounds, warmups)
     clock, calls = _clock(device), {name: 0 for name in contenders}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Any, list[float]] = {name: [] for name in contenders}
 
-    def call(name: str) -> float:
+    def call(name: Any) -> None:
         arguments = inputs[calls[name] % len(inputs)]
         calls[name] += 1
-        return clock(contenders[name], arguments)
+        try:
+            taken = clock(contenders[name], arguments)
+        except Exception as error:
+            if raised is None:
+                raise
+            del times[name]
+            raised(name, error)
+        else:
+            if calls[name] > warmups:
+                times[name].append(taken)
 
     for _ in range(warmups):
-        for name in contenders:
+        for name in list(times):
             call(name)
     began = perf_counter()
     for i in range(rounds):
-        if seconds is not None and i >= LEAST_ROUNDS and perf_counter() - began > seconds:
+        if seconds is not None and i >= least and perf_counter() - began > seconds:
             break
-        for name in contenders:
-            times[name].append(call(name))
-    return {name: summary(of_one) for name, of_one in times.items()}
+        for name in list(times):
+            call(name)
+    return times
 
 
-def summary(seconds: Sequence[float]) -> Times:
+def summary(seconds: Sequence[float]) -> CallTimes:
     """Median and percentiles of the times of single calls."""
     quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return Times(*quantiles.tolist(), len(seconds))
+    return CallTimes(*quantiles.tolist(), len(seconds))
 
 
 def synchronise(device: torch.device | str) -> None:

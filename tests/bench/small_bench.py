@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from planecycle_fast.bench import contenders, costs, estimate, measure, sweep, timing
+from planecycle_fast.bench import contenders, costs, estimate, measure, timing
 from planecycle_fast.bench.cells import Cell
 
 EFFORT = measure.Effort("test", rounds=3, warmups=0, seconds=60)
@@ -18,7 +18,7 @@ STAMP = {"command": "planecycle-fast bench --quick", "commit": "abc1234", "date"
 def small(monkeypatch):
     """ViT-S is two blocks of 128 channels, and nothing large is multiplied."""
     made = partial(contenders.vit, depth=2, embed_dim=128, num_heads=2)
-    for module in (sweep, costs, estimate):
+    for module in (measure, costs, estimate):
         monkeypatch.setattr(module, "vit", made)
     monkeypatch.setattr(timing, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(timing, "COPIED", {"cpu": 4096})

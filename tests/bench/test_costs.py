@@ -8,7 +8,7 @@ from torch import nn
 from planecycle_fast.bench import costs
 from planecycle_fast.bench.cells import DTYPES, MODES, PEERS, STEPS, Cell, parse_volume
 from planecycle_fast.bench.contenders import NotHereError
-from planecycle_fast.bench.laws import fit_exponent, laws
+from planecycle_fast.bench.laws import fit_exponent, fit_laws
 from planecycle_fast.bench.peers import WIDTH, ACSConv, peer, to_acs
 from planecycle_fast.cost.planning import plan
 
@@ -47,7 +47,7 @@ def test_exponents_of_known_laws():
 
 
 def test_attention_of_flatten3d_costs_d_times_as_much(small):  # noqa: F811
-    found = {law.mode: law for law in laws("ViT-S", ("slice2d", "PCg", "flatten3d"))}
+    found = {law.mode: law for law in fit_laws("ViT-S", ("slice2d", "PCg", "flatten3d"))}
     assert found["flatten3d"].cubes == pytest.approx(6, abs=0.05) and found["flatten3d"].depths == pytest.approx(
         2, abs=0.01
     )

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from planecycle_fast.bench import contenders, estimate, sweep
+from planecycle_fast.bench import contenders, estimate, measure, sweep
 from planecycle_fast.bench.cells import AUTHORS, FAST, GRAPH, PEER, REFERENCE, groups, parse_volume, quick
 from planecycle_fast.bench.costs import Flops
 from planecycle_fast.bench.measure import QUICK, Group
@@ -13,7 +13,7 @@ from planecycle_fast.optional import MissingPackageError
 
 CUDA = torch.device("cuda")
 WITHIN = 1.5
-HOST = estimate.Host(26.02e-3 / 12, 1.3)  # an eager pass of ViT-S, 12 blocks, and a mode's first pass
+HOST = estimate.HostSpeed(26.02e-3 / 12, 1.3)  # an eager pass of ViT-S, 12 blocks, and a mode's first pass
 
 # Seconds of a call, bf16, ViT-S, 4x64x64: benchmarks of the first run on an H100 with 16 slow cores.
 CALLS = {
@@ -110,12 +110,12 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(estimate, "flops", machine.flops)
         monkeypatch.setattr(sweep, "measured", lambda *_: HOST)
         monkeypatch.setattr(sweep, "_ceilings", lambda *_: {"ceiling_flops": 753e12, "ceiling_bandwidth": 3e12})
-        monkeypatch.setattr(sweep, "environment", lambda _: {"device": "An H100"})
-        monkeypatch.setattr(sweep._Hosts, "of", lambda *_: None)
-        monkeypatch.setattr(sweep, "release", lambda _: None)
+        monkeypatch.setattr(sweep, "environment_of", lambda _: {"device": "An H100"})
+        monkeypatch.setattr(measure.Hosts, "of", lambda *_: None)
+        monkeypatch.setattr(measure, "release", lambda _: None)
         monkeypatch.setattr(Group, "measure", lambda group, effort: machine.measure(group, effort))
         monkeypatch.setenv(contenders.REPO, "here")
-        found = sweep.sweep(cells, CUDA, tmp_path, QUICK, "planecycle-fast bench", limit)
+        found = sweep.run_sweep(cells, CUDA, tmp_path, QUICK, "planecycle-fast bench", limit)
         err = capsys.readouterr().err
         opening = re.search(r"cells in \d+ groups, about (.+)", err)[1]
         left = [seconds(words) for words in re.findall(r"; about (.+) left", err)]

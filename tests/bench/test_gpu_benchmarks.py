@@ -10,105 +10,125 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("timm", reason="needs timm, whose models it runs")
 
+
 import planecycle_fast as pcf
-from benchmarks import gpu_floor, gpu_kernels, gpu_models, gpu_parts, gpu_smoke, gpu_warm, op_cells, op_measure
-from benchmarks import gpu_models_table as results
+from benchmarks import cpu, gpu_kernels, gpu_models, gpu_parts, gpu_smoke, gpu_warm, op_cells, op_measure
 from benchmarks.budget import Part
-from benchmarks.gpu_groups import COMPILED, EAGER, GRAPH, GROUPS, OURS, PCM, REFERENCE, SLICES
-from planecycle_fast.bench import contenders, costs
-from planecycle_fast.bench.timing import Times, summary
+from benchmarks.gpu_models import COMPILED, EAGER, GRAPH, GROUPS, OURS, PCM, REFERENCE, SLICES
+from planecycle_fast.bench import contenders, costs, floor, measure
+from planecycle_fast.bench.bars import BEST, Bar, bar_lines
+from planecycle_fast.bench.cells import FLOOR, PRODUCTS, parse_volume
+from planecycle_fast.bench.measure import Hosts, measure_group
+from planecycle_fast.bench.report import times_table
+from planecycle_fast.bench.timing import summary
 from planecycle_fast.ops import tiles as configs
 from planecycle_fast.optional import MissingPackageError
 
 from .. import peers
 from .test_make_gpu import clock  # noqa: F401
 
-CPU = {"device": "cpu"}
-INFERENCE, TRAINING = (GROUPS[i]._replace(dtype="fp32", volume="1x3x32") for i in (0, 2))
+CPU = torch.device("cpu")
+
+
+def on_cpu(group, names=None):
+    """A group as it is measured on a GPU, but small."""
+    cells = [cell._replace(dtype="fp32", volume="1x3x32") for cell in group.cells if names is None or cell[4:] in names]
+    return group._replace(cells=cells)
+
+
+INFERENCE, TRAINING = (on_cpu(GROUPS[i]) for i in (0, 2))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(gpu_models, "vit", partial(contenders.vit, depth=3, embed_dim=128, num_heads=2))
+    monkeypatch.setattr(measure, "vit", partial(contenders.vit, depth=3, embed_dim=128, num_heads=2))
 
 
-def of(rows):
-    return {row.name: row for row in rows}
+def measured(group):
+    rows = measure_group(group.cells, Hosts(CPU), gpu_models.EFFORT)
+    return {(row["cell"]["mode"], row["cell"]["code"]): row for row in rows}
 
 
-@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=str)
+@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=["inference", "training"])
 def test_contenders_are_compared_and_timed(small, group):
-    rows = of(gpu_models.measure(group, **CPU))
-    assert list(rows) == list(group.names)
-    for name in {OURS, SLICES, PCM, REFERENCE, gpu_floor.PRODUCTS} & set(group.names):
-        assert rows[name].times.median > 0 and rows[name].why == "", name
-        assert name == gpu_floor.PRODUCTS or rows[name].error < 1e-4
+    rows, products = measured(group), ("PCg", PRODUCTS)
+    assert list(rows) == [cell[4:] for cell in group.cells]
+    for name in {OURS, SLICES, PCM, REFERENCE, products} & set(rows):
+        assert rows[name]["seconds"] > 0 and rows[name]["reason"] == "", name
+        assert name == products or (rows[name]["error"] < 1e-4 and rows[name]["peak_bytes"] > 0)
     if "PLANECYCLE_REPO" not in os.environ:
-        assert rows[EAGER].why.startswith("not here: needs PLANECYCLE_REPO")
-    assert GRAPH not in rows or rows[GRAPH].why == "not here: CUDA graphs need a CUDA device"
-    assert "flash_attn_interface is not installed" in rows["products + FlashAttention 3"].why
+        assert rows[EAGER]["status"] == "not here" and rows[EAGER]["reason"].startswith("needs PLANECYCLE_REPO")
+    assert GRAPH not in rows or rows[GRAPH]["reason"] == "CUDA graphs need a CUDA device"
+    assert "flash_attn_interface is not installed" in rows["PCg", "products + FlashAttention 3"]["reason"]
 
 
 @peers.needs_planecycle
-@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=str)
+@pytest.mark.parametrize("group", [INFERENCE, TRAINING], ids=["inference", "training"])
 def test_the_authors_code_is_compared_and_timed(small, group):
-    row = of(gpu_models.measure(group._replace(names=(OURS, EAGER)), **CPU))[EAGER]
-    assert row.times.median > 0 and row.error < 1e-4
+    row = measured(on_cpu(group, (OURS, EAGER)))[EAGER]
+    assert row["seconds"] > 0 and row["error"] < 1e-4
 
 
 def test_what_computes_something_else_is_refused(small, monkeypatch, tmp_path):
-    original = gpu_models.network
+    original = measure.network
 
     def network(cell, host, volume):
         made = original(cell, host, volume)
         return made._replace(run=lambda x: tuple([2 * t for t in made.run(x)])) if cell.mode == "PCm" else made
 
-    monkeypatch.setattr(gpu_models, "network", lambda cell, *rest: network(cell, *rest) if cell.code == "fast"
-                        else original(cell, *rest))  # fmt: skip
-    group, path = INFERENCE._replace(names=(OURS, PCM)), tmp_path / "models.md"
-    assert gpu_models.run([group], path, "about", Part("models", 100), **CPU) == 1
-    assert "| PlaneCycle, PCm | not measured: refused: its outputs are off by" in path.read_text()
-    assert "| PlaneCycle, PCg | " in path.read_text() and "1.00 |" in path.read_text()
+    monkeypatch.setattr(measure, "network", network)
+    group, path = on_cpu(INFERENCE, (OURS, PCM)), tmp_path / "models.md"
+    assert gpu_models.run(path, "about", Part("models", 100), [group], "cpu") == 1
+    text = path.read_text()
+    assert "| PCm | planecycle_fast | refused: outputs differ |" in text
+    assert "- **refused: outputs differ**: its outputs are off by" in text
+    assert "| PCg | planecycle_fast | " in text and "1.00 |" in text
 
 
 def test_what_raises_or_does_not_fit_is_a_row_and_the_others_are_timed(small, monkeypatch):
-    original = gpu_models.network
+    original = measure.network
 
     def network(cell, host, volume):
-        if (cell.mode, cell.code) == ("slice2d", "fast"):
+        if (cell.mode, cell.code) == SLICES:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(cell, host, volume)
 
-    monkeypatch.setattr(gpu_models, "network", network)
-    rows = of(gpu_models.measure(TRAINING._replace(names=(OURS, SLICES, REFERENCE)), **CPU))
-    assert rows[SLICES].why == "out of memory" and rows[SLICES].times is None
-    assert rows[OURS].times is not None and rows[REFERENCE].times is not None
+    monkeypatch.setattr(measure, "network", network)
+    rows = measured(on_cpu(TRAINING, (OURS, SLICES, REFERENCE)))
+    assert rows[SLICES]["status"] == "out of memory" and "seconds" not in rows[SLICES]
+    assert "seconds" in rows[OURS] and "seconds" in rows[REFERENCE]
 
 
 @pytest.mark.parametrize(
     ("error", "why", "status"),
-    [(MissingPackageError("package 'timm' is not installed"), "not here: package 'timm' is not installed", 0),
+    [(MissingPackageError("package 'timm' is not installed"), "not here", 0),
      (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 1)],
 )  # fmt: skip
 def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path, error, why, status):
     def vit(*_):
         raise error
 
-    monkeypatch.setattr(gpu_models, "vit", vit)
+    monkeypatch.setattr(measure, "vit", vit)
     path = tmp_path / "models.md"
-    assert gpu_models.run([INFERENCE, TRAINING], path, "about", Part("models", 100), **CPU) == status
-    assert path.read_text().count(f"not measured: {why}") == len(INFERENCE.names) + len(TRAINING.names)
+    assert gpu_models.run(path, "about", Part("models", 100), [INFERENCE, TRAINING], "cpu") == status
+    assert path.read_text().count(f"| {why} |") == len(INFERENCE.cells) + len(TRAINING.cells)
 
 
-def test_a_contender_that_stops_within_its_turns_leaves_the_others(small):
-    def stops(volume):
-        raise RuntimeError("no more")
+def test_a_contender_that_stops_within_its_turns_leaves_the_others(small, monkeypatch):
+    calls = []
 
-    fine, bad = (gpu_models._Ready(step, 0, None) for step in (lambda volume: None, stops))
-    ready, failed = {"fine": fine, "bad": bad}, {}
-    times = gpu_models._by_turns(ready, failed, [torch.zeros(1)])
-    assert list(times) == ["fine"] and failed == {"bad": "raised RuntimeError: no more"}
-    assert times["fine"].rounds == gpu_models.ROUNDS
+    def step_of(step, network):
+        def stops(volume):
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("no more")
+
+        return stops
+
+    monkeypatch.setattr(measure, "step_of", step_of)
+    rows = measured(on_cpu(INFERENCE, (OURS, ("PCg", PRODUCTS))))
+    assert (rows[OURS]["status"], rows[OURS]["reason"]) == ("failed", "RuntimeError: no more")
+    assert rows["PCg", PRODUCTS]["rounds"] == gpu_models.EFFORT.rounds and "seconds" not in rows[OURS]
 
 
 class Attentions(TorchFunctionMode):
@@ -127,15 +147,15 @@ class Attentions(TorchFunctionMode):
 def test_floors_make_the_products_and_the_attention_of_the_model():
     """FLOPs of products by torch's counter, which does not know a CPU's attention; of that the shapes."""
     host = contenders.vit("ViT-S", "cpu", torch.float32, depth=4, embed_dim=128, num_heads=2)
-    size = gpu_models.parse_volume("2x3x32x48")
-    volume, floor = torch.randn(size.shape), gpu_floor.Floor(host, size, training=False)
+    size = parse_volume("2x3x32x48")
+    volume, made = torch.randn(size.shape), floor.Floor(host, size, training=False)
     with torch.no_grad(), Attentions() as expected:
         products = costs.count(pcf.lift(host, backend="reference"), volume).total
     with Attentions() as found:
-        assert costs.count(floor.make(gpu_floor.PRODUCTS), volume).total == products and found.shapes == []
-        assert costs.count(floor.make("products + flash"), volume).total == products
+        assert costs.count(made.make(PRODUCTS), volume).total == products and found.shapes == []
+        assert costs.count(made.make("products + flash"), volume).total == products
     assert len(found.shapes) == 4 and sorted(found.shapes) == sorted(expected.shapes)
-    trained = gpu_floor.Floor(host, size, training=True).make(gpu_floor.PRODUCTS)
+    trained = floor.Floor(host, size, training=True).make(PRODUCTS)
     of_patches = 2 * size.batch * size.patches * 3 * 16 * 16 * 128
     assert costs.count(trained, volume).total == 3 * products - of_patches  # pixels need no gradient
 
@@ -143,36 +163,59 @@ def test_floors_make_the_products_and_the_attention_of_the_model():
 def test_patches_are_those_that_the_convolution_takes():
     volume, conv = torch.randn(2, 3, 2, 32, 48), torch.nn.Conv2d(3, 8, 16, 16)
     expected = conv(volume.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2).flatten(0, 1)
-    got = torch.nn.functional.linear(gpu_floor.patches(volume), conv.weight.flatten(1), conv.bias)
+    got = torch.nn.functional.linear(floor.patches(volume), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def row(group, name, seconds=None, peak=0, why=""):
-    times = None if seconds is None else Times(seconds, seconds, seconds, 7)
-    return results.Row(group, name, times, peak, None, why)
+def row(turns, group, name, seconds=None, peak=None, status="measured"):
+    cell = dict(zip(("model", "dtype", "volume", "step", "mode", "code"), (*group, *name)))
+    found = {"cell": cell, "group": turns, "status": status, "reason": ""}
+    found |= {} if seconds is None else {"seconds": seconds, "p20": seconds, "p80": seconds, "rounds": 7}
+    return found if peak is None else found | {"peak_bytes": peak}
 
 
 def test_the_table_says_what_is_met_missed_and_not_measured():
-    eager, compiled, trained = GROUPS[:3]
-    rows = [row(eager, OURS, 0.050, 2**20), row(eager, EAGER, 0.140), row(eager, "products + flash", 0.045),
-            row(eager, "products + cuDNN", 0.043), row(eager, GRAPH, why="out of memory"),
-            row(compiled, OURS, 0.052), row(compiled, COMPILED, 0.071),
-            row(trained, OURS, 0.2, 50), row(trained, EAGER, 0.4, 110)]  # fmt: skip
-    text = results.text(rows)
-    assert "| ViT-S | bf16 | 8x32x512 | inference | PlaneCycle, PCg | 50.00 | 50.00 to 50.00 | 1 |  | 1.00 |" in text
-    assert "| PlaneCycle, PCg, CUDA graph | not measured: out of memory |" in text
+    eager, compiled, trained = (group.cells[0].group for group in GROUPS[:3])
+    flash, cudnn = [("PCg", f"products + {name}") for name in ("flash", "cuDNN")]
+    rows = [row("1", eager, OURS, 0.050, 2**20), row("1", eager, EAGER, 0.140), row("1", eager, flash, 0.045),
+            row("1", eager, cudnn, 0.043), row("1", eager, GRAPH, status="out of memory"),
+            row("2", compiled, OURS, 0.052), row("2", compiled, COMPILED, 0.071),
+            row("3", trained, OURS, 0.2, 50), row("3", trained, EAGER, 0.4, 110)]  # fmt: skip
+    text, bars = "\n".join(times_table(rows)), "\n".join(bar_lines(gpu_models.BARS, rows))
+    where = "| ViT-S | bf16 | 8x32x512 | inference | PCg |"
+    assert f"{where} planecycle_fast | 50 (50 to 50) | 1 | | 1.00 |" in text
+    assert f"{where} planecycle_fast, CUDA graph | out of memory |" in text and "- **out of memory** (" in text
+    assert f"{where} products + flash | 45 (45 to 45) | | | 0.90 |" in text
+    assert "| fine-tuning | PCg | authors' code | 400 (400 to 400) | 0 | | 2.00 |" in text
     where = "- ViT-S, bf16, 8x32x512, inference: time of"
-    assert f"{where} authors' code, compiled / PlaneCycle, PCg: 1.37, met (bar 1.35)" in text  # within its own group
-    assert f"{where} authors' code / PlaneCycle, PCg: 2.80, **missed** (bar 3.00)" in text
-    assert f"{where} products and best attention / PlaneCycle, PCg: 0.86, met (bar 0.83)" in text
-    assert f"{where} slice2d / PlaneCycle, PCg: not measured (bar 0.97)" in text
-    assert "training: peak of authors' code / PlaneCycle, PCg: 2.20, met (bar 2.00)" in text
+    assert f"{where} authors' code, compiled / planecycle_fast: 1.37, met (bar 1.35)" in bars  # within its own turns
+    assert f"{where} authors' code / planecycle_fast: 2.80, **missed** (bar 3.00)" in bars
+    assert f"{where} products and best attention / planecycle_fast: 0.86, met (bar 0.83)" in bars
+    assert f"{where} planecycle_fast, slice2d / planecycle_fast: not measured (bar 0.97)" in bars
+    assert "fine-tuning: peak of authors' code / planecycle_fast: 2.20, met (bar 2.00)" in bars
+    assert list(bar_lines([Bar(eager, EAGER, SLICES, 1.0)], rows)) == [
+        f"{where} authors' code / planecycle_fast, slice2d: not measured (bar 1.00)"
+    ]
 
 
 def test_bars_are_of_what_is_measured():
-    for bar in results.BARS:
-        names = set().union(*[group.names for group in GROUPS if group[:4] == bar[:4]])
-        assert bar.ours in names and (bar.other in names or bar.other == results.BEST), bar
+    for bar in gpu_models.BARS:
+        names = {cell[4:] for group in GROUPS for cell in group.cells if cell.group == bar.where}
+        assert bar.ours in names and (bar.other in names or bar.other == BEST), bar
+
+
+def test_a_cpu_has_a_floor_and_bars_of_what_it_measures(small, monkeypatch):
+    group = cpu.cells("fp32", "1x16x256", compiled=False)
+    bars = cpu.bars(group)
+    assert {cell[4:] for cell in group} >= {bar.other for bar in bars} | {bar.ours for bar in bars}
+    assert [bar.other for bar in cpu.bars(cpu.cells("fp32", "1x32x256", False))].count(SLICES) == 0  # not cubic
+    monkeypatch.delenv("PLANECYCLE_REPO", raising=False)
+    rows = measured(on_cpu(GROUPS[0]._replace(cells=group)))
+    assert rows["PCg", FLOOR]["seconds"] > 0 and rows[OURS]["error"] < 1e-4
+    rows = [each | {"cell": each["cell"] | {"volume": "1x16x256"}} for each in rows.values()]
+    lines = list(bar_lines(bars, rows))
+    assert "products + attention / planecycle_fast: " in lines[0] and "not measured" not in lines[0]
+    assert lines[-1].endswith("peak of authors' code / planecycle_fast: not measured (bar 1.67)")
 
 
 def test_smoke_goes_on_after_what_is_broken(tmp_path, monkeypatch, clock):  # noqa: F811
@@ -198,7 +241,7 @@ def test_smoke_compares_every_mode_operation_and_way_to_run():
     assert {f"operation {spec.op.name}" for spec in SPECS} <= set(names)
     assert {f"model, {mode}" for mode in ("slice2d", "PCg", "PCm", "flatten3d")} <= set(names)
     assert {"a training step", "CUDA graph", "torch.compile"} <= set(names)
-    for check in (partial(gpu_smoke.model, "PCg"), gpu_smoke.training, gpu_smoke.attention):
+    for check in (gpu_smoke.model, partial(gpu_smoke.model, step="finetune"), gpu_smoke.attention):
         assert "off by" in check("cpu")
 
 
@@ -210,14 +253,13 @@ def result(milliseconds, name, cell):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_parts, "header", lambda command: "Some GPU\n")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return tmp_path
 
 
 def test_operations_are_written_for_people_and_programs(folder, monkeypatch, clock):  # noqa: F811
     cells = [
-        op_cells.Cell("rope", label, "inference", torch.bfloat16, {}, {}, moved=1.5e8) for label in ("S", "B", "L")
+        op_cells.OpCell("rope", label, "inference", torch.bfloat16, {}, {}, moved=1.5e8) for label in ("S", "B", "L")
     ]
     monkeypatch.setattr(gpu_parts, "quick_cells", lambda: iter(cells))
 
@@ -227,7 +269,7 @@ def test_operations_are_written_for_people_and_programs(folder, monkeypatch, clo
         return found | {"Liger": op_measure.Result(missing="liger_kernel is not installed")}
 
     monkeypatch.setattr(op_measure, "measure", measure)
-    assert gpu_parts.ops(folder, Part("ops", 100, clock)) == 0
+    assert gpu_parts.ops(folder / "ops.md", "Some GPU\n", Part("ops", 100, clock)) == 0
     text = (folder / "ops.md").read_text()
     assert text.startswith("Some GPU\n") and "Left out, as 100 s were over (1): rope: L, bfloat16, inference" in text
     assert (
@@ -243,10 +285,10 @@ def test_operations_are_written_for_people_and_programs(folder, monkeypatch, clo
 
 
 def test_something_refused_is_a_failure(folder, monkeypatch):
-    cell = op_cells.Cell("rope", "S", "inference", torch.bfloat16, {}, {}, moved=1)
+    cell = op_cells.OpCell("rope", "S", "inference", torch.bfloat16, {}, {}, moved=1)
     monkeypatch.setattr(gpu_parts, "quick_cells", lambda: iter([cell]))
     monkeypatch.setattr(op_measure, "measure", lambda *_: {op_cells.OURS: op_measure.Result(refused="off by 1")})
-    assert gpu_parts.ops(folder, Part("ops", 100)) == 1
+    assert gpu_parts.ops(folder / "ops.md", "Some GPU\n", Part("ops", 100)) == 1
     assert "not measured: REFUSED: off by 1" in (folder / "ops.md").read_text()
 
 
@@ -297,7 +339,7 @@ def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu_kernels, "faster_tile", lambda shape, kernel: f"- {kernel}" if shape.channels > 4000 else ""
     )
-    assert gpu_kernels.run_tiles(tmp_path / "tiles.md", "about", Part("tiles", 50)) == 0
+    assert gpu_parts.tiles(tmp_path / "tiles.md", "about", Part("tiles", 50)) == 0
     text = (tmp_path / "tiles.md").read_text()
     assert len(compiled) == 10 and "- forward\n- backward\n\n10 kernels were looked at" in text
 

@@ -284,7 +284,7 @@ def test_jobs_run_beside_each_other_within_the_memory(tmp_path, monkeypatch):
 
 
 def test_what_is_compiled_ahead_is_what_is_measured():
-    from benchmarks.gpu_groups import GROUPS
+    from benchmarks.gpu_models import GROUPS
 
     names = [job.name for job in gpu_warm.jobs()]
     assert [f"model {i}" for i, group in enumerate(GROUPS) if group.compiled] == names[: -gpu_warm.SHARES]

@@ -7,6 +7,7 @@ import torch
 
 from planecycle_fast.bench import expected, measure, networks
 from planecycle_fast.bench.cells import (
+    ACCELERATED,
     AUTHORS,
     COMPILED,
     FAST,
@@ -68,8 +69,9 @@ def test_foreseen_memory_is_within_a_tenth_of_that_of_quick_cells(of):
 @peers.needs_planecycle
 @pytest.mark.parametrize("step", ["inference", "finetune"])
 def test_the_authors_code_has_the_same_weights(host, step):
-    results = measured([cell(mode, AUTHORS, step=step) for mode in MODES], host)
-    assert [result["status"] for result in results.values()] == ["measured"] * 4, results
+    cells = [cell(mode, AUTHORS, step=step) for mode in MODES] + [cell("PCg", ACCELERATED, step=step)]
+    results = measured(cells, host)
+    assert [result["status"] for result in results.values()] == ["measured"] * 5, results
     assert all([result["error"] <= 1e-5 and result["launches"] > 0 for result in results.values()])
 
 
@@ -99,8 +101,8 @@ def test_what_is_not_here_says_so(host, monkeypatch):
 def test_a_wrong_contender_is_not_timed(host, monkeypatch, step):
     make = networks.make
 
-    def wrong(model, mode, code, volume):
-        return make(model, "PCm" if code == FAST else mode, code, volume)
+    def wrong(model, mode, code, *rest):
+        return make(model, "PCm" if code == FAST else mode, code, *rest)
 
     monkeypatch.setattr(networks, "make", wrong)
     results = measured([cell(step=step), cell(code=REFERENCE, step=step)], host)
@@ -133,8 +135,8 @@ def test_wrong_gradients_are_seen_where_features_are_right(host, monkeypatch):
         def backward(ctx, gradient):
             return 2 * gradient
 
-    def wrong(model, mode, code, volume):
-        run = make(model, mode, code, volume)
+    def wrong(model, mode, code, *rest):
+        run = make(model, mode, code, *rest)
         if code == FAST:
             take = run.take
             run.take = lambda out, volume: tuple([Twice.apply(t) for t in take(out, volume)])

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark, whose tests these are")
 
 from benchmarks import compare, op_measure, op_peers, op_report
-from benchmarks.op_cells import COMPILED, INFERENCE, OURS, REFERENCE, TINY, TRAINING, Missing, fixed
+from benchmarks.op_cells import COMPILED, INFERENCE, OURS, REFERENCE, TINY, TRAINING, fixed
 from planecycle_fast import ops
+from planecycle_fast.bench.contenders import NotHereError
 
 PROJECT = Path(__file__).parents[2]
 OPERATIONS = sorted([name.removesuffix("_ref") for name in ops.__all__ if name.endswith("_ref")])
@@ -99,7 +100,7 @@ def test_ours_must_not_fail_and_others_may(uncompiled):
         raise ValueError("no such size\nand more")
 
     def absent():
-        raise Missing("liger_kernel is not installed")
+        raise NotHereError("liger_kernel is not installed")
 
     [cell, *_] = cells_of("gelu")
     contenders = cell.contenders | {OURS: fixed(fails), "theirs": fixed(fails), "absent": absent}

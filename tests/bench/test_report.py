@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 
 from planecycle_fast.bench import plots
 from planecycle_fast.bench.cells import AUTHORS, FAST, MODES, PEER, REFERENCE
-from planecycle_fast.bench.report import report
+from planecycle_fast.bench.report import report_of
 
 from .small_bench import HERE, STAMP, cell, row, small  # noqa: F401
 
@@ -123,7 +123,7 @@ def test_one_size_is_too_few_for_a_picture(tmp_path):
 
 @pytest.fixture
 def text(small, pictures):  # noqa: F811
-    return report(sweep_rows(), [picture for picture, _ in pictures.values()])
+    return report_of(sweep_rows(), [picture for picture, _ in pictures.values()])
 
 
 def test_the_report_says_of_what_it_is(text):
@@ -169,7 +169,7 @@ def test_what_is_not_measured_says_why(small):  # noqa: F811
     rows = [row(cell(mode), status="out of memory") for mode in ("PCg", "flatten3d")]
     rows.append(row(cell(code=AUTHORS), status="not here", reason="needs PLANECYCLE_REPO"))
     rows.append(row(cell(code=REFERENCE), status="refused: outputs differ", reason="off by 1.0e-01"))
-    text = report(rows, [])
+    text = report_of(rows, [])
     assert "- **out of memory** (ViT-S, fp32, 1x4x64, inference, PCg, fast; ViT-S" in text
     assert (
         "- **not here**: needs PLANECYCLE_REPO (" in text and "- **refused: outputs differ**: off by 1.0e-01 (" in text

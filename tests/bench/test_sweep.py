@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from planecycle_fast.bench import command, environment, rows, sweep
+from planecycle_fast.bench import command, environment, measure, rows, sweep
 from planecycle_fast.bench.cells import groups, quick
 from planecycle_fast.bench.measure import Group
 from planecycle_fast.commands import cli
@@ -38,7 +38,7 @@ def made(small, monkeypatch):  # noqa: F811
 
 
 def run(folder, cells=CELLS, effort=EFFORT, limit=None):
-    return sweep.sweep(cells, CPU, folder, effort, "planecycle-fast bench", limit)
+    return sweep.run_sweep(cells, CPU, folder, effort, "planecycle-fast bench", limit)
 
 
 def stored(folder):
@@ -83,8 +83,8 @@ def test_other_code_threads_and_effort_are_measured_anew(tmp_path, made, monkeyp
     run(tmp_path, CELLS[:2])
     effort = EFFORT._replace(name="other") if change == "effort" else EFFORT
     if change != "effort":
-        here = environment.environment(CPU)
-        monkeypatch.setattr(sweep, "environment", lambda device: here | {change: "other"})
+        here = environment.environment_of(CPU)
+        monkeypatch.setattr(sweep, "environment_of", lambda device: here | {change: "other"})
     found = run(tmp_path, CELLS[:2], effort)
     assert made.made == [VOLUME, VOLUME] and len(stored(tmp_path)) == 4
     assert found == stored(tmp_path)[2:]
@@ -129,7 +129,7 @@ def test_a_slow_machine_leaves_out_more(tmp_path, made, monkeypatch):
 
 
 def test_weights_that_do_not_fit_are_a_result(tmp_path, made, monkeypatch):
-    monkeypatch.setattr(sweep, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
     assert {each["status"] for each in run(tmp_path)} == {"out of memory"} and made.made == []
 
 
@@ -146,7 +146,7 @@ def test_one_library_that_is_missing_stops_nothing(tmp_path, made, monkeypatch):
     def without(*_, **__):
         raise sweep.MissingPackageError("package 'timm' is not installed")
 
-    monkeypatch.setattr(sweep, "vit", without)
+    monkeypatch.setattr(measure, "vit", without)
     assert {(each["status"], each["reason"]) for each in run(tmp_path)} == {
         ("not here", "package 'timm' is not installed")
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planecycle_fast.bench import timing
-from planecycle_fast.bench.timing import compare, interleaved, summary
+from planecycle_fast.bench.timing import by_turns, compare, interleaved, summary
 
 INPUTS = [(torch.full((2,), float(i)),) for i in range(3)]
 
@@ -46,6 +46,20 @@ def test_seconds_end_the_rounds_but_three_are_made(monkeypatch):
 
     assert interleaved({"a": run}, INPUTS, device="cpu", rounds=9, seconds=1)["a"].rounds == 3
     assert interleaved({"a": run}, INPUTS, device="cpu", rounds=9, seconds=45)["a"].rounds == 5
+    assert len(by_turns({"a": run}, INPUTS, device="cpu", rounds=9, seconds=1, least=6)["a"]) == 6
+
+
+def test_what_raises_leaves_the_turns_to_the_others_or_is_raised():
+    def fails(x):
+        if len(seen) > 2:
+            raise ValueError("no more")
+
+    seen, errors = [], {}
+    contenders = {"bad": fails, "fine": seen.append}
+    found = by_turns(contenders, INPUTS, device="cpu", rounds=5, warmups=1, raised=errors.__setitem__)
+    assert list(found) == ["fine"] and len(found["fine"]) == 5 and str(errors["bad"]) == "no more"
+    with pytest.raises(ValueError, match="no more"):
+        by_turns(contenders, INPUTS, device="cpu", rounds=5)
 
 
 def test_synchronise_waits_for_cuda_whatever_the_device(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a model on a GPU cannot do without: its matrix products and attention, as bare calls of the same shapes.
+"""What no implementation does without: the matrix products and the attention of a pass, as bare calls of its shapes.
 
 Nothing that they compute is used: rows are random, one set for all blocks, and so large (or the model so small) that
 this changes nothing. The patch embedding is one product of rearranged pixels, which on an H100 takes a tenth of the
@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from planecycle_fast.bench.cells import PATCH, Volume
-from planecycle_fast.geometry.planes import DEFAULT_CYCLE, parse_cycle
-from planecycle_fast.runtime.attentions import flash_function, why_not_attention
+from ..geometry.planes import DEFAULT_CYCLE, parse_cycle
+from ..runtime.attentions import flash_function, why_not_attention
+from .cells import FLOOR, GLOBALS, PATCH, PRODUCTS, Volume
+from .contenders import NotHereError
 
-from .op_cells import GLOBALS, Missing
-
-PRODUCTS = "products alone"
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-FLOORS = [PRODUCTS, *[f"products + {name}" for name in (*BACKENDS, "FlashAttention 3")]]
+KERNELS = {"products + flash": SDPBackend.FLASH_ATTENTION, "products + cuDNN": SDPBackend.CUDNN_ATTENTION,
+           "products + efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
 
 
 class Floor:
@@ -42,18 +39,18 @@ class Floor:
         self.random = partial(torch.randn, dtype=weight.dtype, device=weight.device)
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
-    def make(self, name: str) -> Callable[[Tensor], None]:
-        """One of `FLOORS`. Raises Missing where its attention is not here."""
-        attention = name.removeprefix("products + ")
-        if name == PRODUCTS:
-            attend, context = None, nullcontext
-        elif attention in BACKENDS:
-            attend, context = _sdpa, partial(sdpa_kernel, BACKENDS[attention])
-        else:
+    def make(self, code: str) -> Callable[[Tensor], None]:
+        """One of `cells.FLOORS`. Raises NotHereError where its attention is not here."""
+        attend, context = _sdpa, nullcontext  # of `FLOOR`: whichever of its kernels torch picks
+        if code == PRODUCTS:
+            attend = None
+        elif code in KERNELS:
+            context = partial(sdpa_kernel, KERNELS[code])
+        elif code != FLOOR:
             reason = why_not_attention("flash3")
             if reason is not None:
-                raise Missing(reason)
-            attend, context = flash_function("flash3"), nullcontext
+                raise NotHereError(reason)
+            attend = flash_function("flash3")
 
         def step(volume: Tensor) -> None:  # (B, 3, D, height, width)
             with torch.set_grad_enabled(self.training), context():
