@@ -11,6 +11,7 @@ plane, then the change of plane, then the next block's norm, of the rounded resi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from torch import Tensor
 from ...geometry.planes import Plane, Sizes, parse_plane, permutation
 from ...geometry.pooling import Transition
 from ...runtime.backends import pick
-from ...runtime.tracing import may_write, recorder
+from ...runtime.tracing import constant_when_compiled, may_write, recorder
 from ..residual.add_norm import pick_rows
 from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
-
-_loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
 
 def plane_switch_ref(
@@ -162,16 +161,10 @@ def switch_on(
     return x if stays else switch(x, old, new, sizes, num_globals, transition)
 
 
+@constant_when_compiled
+@cache
 def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
-    """Of a change of planes, the same in full, and in full where rows stay."""
-    if torch.compiler.is_compiling():  # or it would compile again when the table has filled
-        return _load(backend)
-    if backend not in _loaded:
-        _loaded[backend] = _load(backend)
-    return _loaded[backend]
-
-
-def _load(backend: str) -> tuple[Callable[..., Any], ...]:
+    """Of a change of planes, the same in full, and in full where rows stay. Imports cost time in every call."""
     if backend == "cpu":
         from ..residual.add_norm_cpu import add_norm_cpu as boundary
         from ..residual.add_norm_cpu import add_rows_cpu as add_rows

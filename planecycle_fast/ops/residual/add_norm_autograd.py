@@ -109,15 +109,14 @@ def backward_by(operation: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
         for dtype in vectors:
             sums_dtype = sums_dtype if dtype is None else torch.promote_types(sums_dtype, dtype)
         grads = [None if g is None else g.contiguous() for g in (grad, grad_normed)]
-        grad_x, grad_branch, sums = operation(
+        grad_x, of_its_own, sums = operation(
             *grads, y, mean, rstd, weight, branch, scale, old, new, sizes, num_globals, via, pooled, norm, wanted,
             x_dtype, of_branch, sums_dtype,
         )  # fmt: skip
         rows = iter(sums)
         found = [next(rows).to(dtype) if one else None for one, dtype in zip(wanted, vectors)]
-        if of_branch is None:
-            grad_branch = grad_x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_branch, *found, *[None] * 9
+        grad_branch = grad_x if of_branch is None else of_its_own
+        return grad_x, grad_branch if ctx.needs_input_grad[1] else None, *found, *[None] * 9
 
     return backward
 

@@ -9,7 +9,7 @@ from ..registry import refused_again
 from .add_norm_autograd import backward_by, calls_of, fake, fake_backward, setup_context
 from .norm import Norm
 
-BACKWARD = register("add_norm_backward", fake=fake_backward, **refused_again("add_norm_backward", "cpu"))
+BACKWARD = register("add_norm_backward", fake=fake_backward, backward=refused_again("add_norm_backward", "cpu"))
 OP = register("add_norm", fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD))
 IN_PLACE = register("add_norm_", fake=lambda x, branch, scale, weight, bias, norm, eps, normed: None)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...geometry.rope import NORMALIZATIONS, Augmentation, Rope, section_sizes
 from ...runtime.backends import pick
+from ...runtime.tracing import constant_when_compiled
 from .angles import Axial, Tables, rope_ref
+from .rope_autograd import Turning
 
 
 def rope(
@@ -58,12 +61,18 @@ def rope_on(
     """`rope` of what is known to belong together."""
     if chosen == "reference":
         return rope_ref(x, angles, num_globals, turned, inplace, in_table_dtype)
-    if chosen == "cpu":
-        from .rope_cpu import rope_cpu as turn
-    else:
-        from .rope_triton import rope_triton as turn
+    return turning_on(chosen)(x, angles, num_globals, turned, inplace, in_table_dtype)
 
-    return turn(x, angles, num_globals, turned, inplace, in_table_dtype)
+
+@constant_when_compiled
+@cache
+def turning_on(backend: str) -> Turning:
+    """`rope` on "triton" or "cpu". Imports cost time in every call."""
+    if backend == "cpu":
+        from .rope_cpu import rope_cpu as turning
+    else:
+        from .rope_triton import rope_triton as turning
+    return turning
 
 
 def check_rope(
