@@ -31,11 +31,10 @@ class CustomOp:
     name: str
     body: Callable[..., Any]  # what runs: allocates outputs, launches kernels, nothing else
     cost: Callable[..., Cost] | None  # same arguments as the body; None of csrc's
-    definition: Any  # torch's CustomOpDef
     overload: Any  # torch.ops.planecycle_fast.<name>.default
 
     def __call__(self, *args: Any) -> Any:
-        return self.definition(*args)
+        return self.overload(*args)
 
 
 def refuse_transforms(name: str, backend: str = "triton") -> None:

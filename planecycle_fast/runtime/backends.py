@@ -118,15 +118,13 @@ def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
     """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
     if backend == "cpu" and device is not None and device.type == "cpu" and op not in LACKS["cpu"]:
         return recorder() is None and native.ready()
-    return why_not(backend, device, op) is None and not _is_slow(backend) and _loads(backend)
+    if why_not(backend, device, op) is not None or not _loads(backend):
+        return False
+    return backend != "triton" or not _interpreted()  # kernels in triton's interpreter run when asked for by name only
 
 
 def _loads(backend: str) -> bool:  # builds what is built on first use
     return backend != "cpu" or native.ready()
-
-
-def _is_slow(backend: str) -> bool:  # kernels in triton's interpreter run when asked for by name only
-    return backend == "triton" and _interpreted()
 
 
 @constant_when_compiled

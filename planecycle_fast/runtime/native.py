@@ -32,9 +32,8 @@ CHOICES = ("auto", "never", "require")
 LOCK_LIMIT = 900  # seconds to wait for another process that builds
 log = logging.getLogger("planecycle_fast")
 
-_state: dict[
-    str, str | None
-] = {}  # "reason": why it is not usable, or None once it is loaded; "library": what is loaded
+# "reason": why it is not usable, or None once it is loaded; "library": what is loaded
+_state: dict[str, str | None] = {}
 _lock = threading.RLock()
 
 

@@ -42,23 +42,9 @@ def plane_switch_ref(
 
     Returns `x` itself where nothing is added and rows and M both stay as they are.
     """
-    x = add_ref(x, branch, scale)
-    out = _switch(x, old, new, sizes, num_globals, transition, globals_)
-    return out if norm is None else (out, normalize_ref(out, norm, norm_dtype))
-
-
-def _switch(
-    x: Tensor,  # (B*P1, g + L1, C), or (B*P1, L1, C)
-    old: Plane,
-    new: Plane,
-    sizes: Sizes,
-    num_globals: int,
-    transition: Transition,
-    globals_: Tensor | None,  # (B*P1 or 1, g, C)
-) -> Tensor:  # (B*P2, g + L2, C)
-    g, channels = num_globals, x.shape[-1]
-    if old == new and globals_ is None and _keeps_globals(new, g, transition):
-        return x
+    x, g, channels = add_ref(x, branch, scale), num_globals, x.shape[-1]
+    if old == new and globals_ is None and _keeps_globals(g, transition):
+        return x if norm is None else (x, normalize_ref(x, norm, norm_dtype))
     batch = x.shape[0] // old.slices(sizes)  # written out, so that B = 0 and C = 0 leave nothing to guess
     volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
     skip = 0 if globals_ is not None else g
@@ -73,17 +59,18 @@ def _switch(
     if not may_write() and (recorder() is not None or not torch.compiler.is_compiling()):
         parts = [] if pooled is None else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
         # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
-        return torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
-    result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
-    out = result.view(batch, slices, g + length, channels)
-    # The one gather: views name the voxels of both orders, each row is read once and written once.
-    out[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
-    if pooled is not None:
-        out[:, :, :g] = pooled
-    return result
+        out = torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
+    else:
+        out = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
+        rows = out.view(batch, slices, g + length, channels)
+        # The one gather: views name the voxels of both orders, each row is read once and written once.
+        rows[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
+        if pooled is not None:
+            rows[:, :, :g] = pooled
+    return out if norm is None else (out, normalize_ref(out, norm, norm_dtype))
 
 
-def _keeps_globals(plane: Plane, num_globals: int, transition: Transition) -> bool:
+def _keeps_globals(num_globals: int, transition: Transition) -> bool:
     """Whether M changes nothing. Of traced sizes only what holds for all of them, so that none is compiled for."""
     if num_globals == 0:
         return True
@@ -152,7 +139,7 @@ def switch_on(
     if globals_ is not None:
         x = torch.cat([globals_.expand(x.shape[0], -1, -1), add_ref(x, branch, scale)], dim=1)
         branch = scale = None
-    stays = old == new and _keeps_globals(new, num_globals, transition)
+    stays = old == new and _keeps_globals(num_globals, transition)
     switch, boundary, add_rows = _implementations(chosen)
     if in_full and stays:
         return add_rows(x, branch, scale, norm, norm_dtype)

@@ -78,12 +78,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     """As `torch.library.register_autograd` takes it."""
     x, branch, scale, weight, bias, *settings = inputs
     out, _, mean, rstd = output
-    needs_scale, needs_weight, needs_bias = [needed for needed in ctx.needs_input_grad[2:5]]
+    ctx.settings, ctx.wanted = settings, [*ctx.needs_input_grad[2:5]]  # gradients of scale, weight, bias
     old, new, _, num_globals = settings[:4]
     ctx.kept = branch is not None or old != new or num_globals > 0
     y = out if ctx.kept else x  # what was normalised
-    ctx.save_for_backward(y, mean, rstd, weight, branch if needs_scale else None, scale)
-    ctx.settings, ctx.wanted = settings, [needs_scale, needs_weight, needs_bias]
+    ctx.save_for_backward(y, mean, rstd, weight, branch if ctx.wanted[0] else None, scale)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, scale, weight, bias)]
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)

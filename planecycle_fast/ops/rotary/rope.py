@@ -83,8 +83,7 @@ def check_rope(
     inplace: bool = False,
 ) -> None:
     """Raises TypeError or ValueError for arguments of `rope` that do not belong together."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    _check_floating("x", x, x)
     if x.ndim != 4 or x.shape[3] % 2:
         raise ValueError(f"x must have shape (N, g + L, heads, hd) with an even hd, got {tuple(x.shape)}")
     if not 0 <= num_globals < x.shape[1]:
