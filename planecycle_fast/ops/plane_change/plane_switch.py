@@ -11,7 +11,6 @@ plane, then the change of plane, then the next block's norm, of the rounded resi
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from ...runtime.backends import pick
 from ...runtime.tracing import constant_when_compiled, may_write, recorder
 from ..residual.add_norm import pick_rows
 from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
+
+_loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
 
 def plane_switch_ref(
@@ -149,9 +150,10 @@ def switch_on(
 
 
 @constant_when_compiled
-@cache
 def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
-    """Of a change of planes, the same in full, and in full where rows stay. Imports cost time in every call."""
+    """Of a change of planes, the same in full, and in full where rows stay."""
+    if backend in _loaded:
+        return _loaded[backend]
     if backend == "cpu":
         from ..residual.add_norm_cpu import add_norm_cpu as boundary
         from ..residual.add_norm_cpu import add_rows_cpu as add_rows
@@ -160,7 +162,8 @@ def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
         from ..residual.add_norm_triton import add_norm_triton as boundary
         from ..residual.add_norm_triton import add_rows_triton as add_rows
         from .plane_switch_triton import plane_switch_triton as switch
-    return switch, boundary, add_rows
+    _loaded[backend] = switch, boundary, add_rows
+    return _loaded[backend]
 
 
 def check_switch(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...geometry.rope import NORMALIZATIONS, Augmentation, Rope, section_sizes
 from ...runtime.backends import pick
-from ...runtime.tracing import constant_when_compiled
 from .angles import Axial, Tables, rope_ref
 from .rope_autograd import Turning
 
@@ -64,10 +62,8 @@ def rope_on(
     return turning_on(chosen)(x, angles, num_globals, turned, inplace, in_table_dtype)
 
 
-@constant_when_compiled
-@cache
 def turning_on(backend: str) -> Turning:
-    """`rope` on "triton" or "cpu". Imports cost time in every call."""
+    """`rope` on "triton" or "cpu"."""
     if backend == "cpu":
         from .rope_cpu import rope_cpu as turning
     else:
