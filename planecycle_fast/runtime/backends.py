@@ -118,9 +118,8 @@ def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
     """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
     if backend == "cpu" and device is not None and device.type == "cpu" and op not in LACKS["cpu"]:
         return recorder() is None and native.ready()
-    if why_not(backend, device, op) is not None or not _loads(backend):
-        return False
-    return backend != "triton" or not _interpreted()  # kernels in triton's interpreter run when asked for by name only
+    usable = why_not(backend, device, op) is None and _loads(backend)
+    return usable and (backend != "triton" or not _interpreted())  # triton's interpreter runs by name only
 
 
 def _loads(backend: str) -> bool:  # builds what is built on first use

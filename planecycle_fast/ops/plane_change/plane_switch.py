@@ -11,6 +11,7 @@ plane, then the change of plane, then the next block's norm, of the rounded resi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from torch import Tensor
 from ...geometry.planes import Plane, Sizes, parse_plane, permutation
 from ...geometry.pooling import Transition
 from ...runtime.backends import pick
-from ...runtime.tracing import constant_when_compiled, may_write, recorder
+from ...runtime.tracing import may_write, recorder
 from ..residual.add_norm import pick_rows
 from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
-
-_loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
 
 def plane_switch_ref(
@@ -135,13 +134,13 @@ def switch_on(
     """`plane_switch` of what is known to belong together."""
     in_full = branch is not None or norm is not None
     if chosen == "reference":
-        more = (branch, scale, norm, globals_, norm_dtype)
-        return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
+        return plane_switch_ref(x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_, norm_dtype)
     if globals_ is not None:
         x = torch.cat([globals_.expand(x.shape[0], -1, -1), add_ref(x, branch, scale)], dim=1)
         branch = scale = None
     stays = old == new and _keeps_globals(num_globals, transition)
-    switch, boundary, add_rows = _implementations(chosen)
+    load = _load if torch.compiler.is_compiling() else _loaded  # torch.compile warns of caches
+    switch, boundary, add_rows = load(chosen)
     if in_full and stays:
         return add_rows(x, branch, scale, norm, norm_dtype)
     if in_full:
@@ -149,11 +148,8 @@ def switch_on(
     return x if stays else switch(x, old, new, sizes, num_globals, transition)
 
 
-@constant_when_compiled
-def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
+def _load(backend: str) -> tuple[Callable[..., Any], ...]:
     """Of a change of planes, the same in full, and in full where rows stay."""
-    if backend in _loaded:
-        return _loaded[backend]
     if backend == "cpu":
         from ..residual.add_norm_cpu import add_norm_cpu as boundary
         from ..residual.add_norm_cpu import add_rows_cpu as add_rows
@@ -162,8 +158,10 @@ def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
         from ..residual.add_norm_triton import add_norm_triton as boundary
         from ..residual.add_norm_triton import add_rows_triton as add_rows
         from .plane_switch_triton import plane_switch_triton as switch
-    _loaded[backend] = switch, boundary, add_rows
-    return _loaded[backend]
+    return switch, boundary, add_rows
+
+
+_loaded = cache(_load)  # imports cost time in every call
 
 
 def check_switch(

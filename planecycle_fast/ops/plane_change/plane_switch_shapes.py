@@ -62,11 +62,8 @@ class Shapes(NamedTuple):
         steps = zip(after.axes, row_map(before, after, sizes, g).strides)
         x_strides = [x_seq if axis in before.batch else rows for axis, rows in steps]
         n0, n1, n2 = after.ordered(sizes)
-        out_0 = out_seq if after.batch else n1 * n2
-        return (
-            g, n0, n1, n2, num_in * x_seq, x_seq, *x_strides, num_out * out_seq, out_seq, out_0, num_in, num_out,
-            self.via,
-        )  # fmt: skip
+        out_strides = (num_out * out_seq, out_seq, out_seq if after.batch else n1 * n2)
+        return g, n0, n1, n2, num_in * x_seq, x_seq, *x_strides, *out_strides, num_in, num_out, self.via
 
     def patch_tiles(self, block_r: int) -> int:
         """Tiles of block_r patches, each within one plane of the slowest axis."""
