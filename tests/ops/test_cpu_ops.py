@@ -75,6 +75,27 @@ def add_norm_in_place(x, branch, scale, norm, normed):
     add_norm_cpu.IN_PLACE(x, branch.contiguous(), scale, norm.weight, norm.bias, kind, norm.eps, normed)
 
 
+@pytest.mark.parametrize("stem", ["plane_switch", "rope"])
+def test_rows_of_any_strides(stem):
+    """csrc reads them, and in place it writes them."""
+    x = torch.randn(4, 16, 5 + 6 if stem == "rope" else 6).transpose(1, 2)
+    if stem == "plane_switch":
+        op, rest, calls = native_ops.OPS[stem], ("HW", "DW", [4, 3, 2], 0, 4, False, False), ()
+    else:
+        x, tables = x.unflatten(2, (2, 8)).transpose(2, 3).contiguous().transpose(2, 3), [torch.randn(6, 4)]
+        rest = (False, 5, 2, False, [6], tables, tables, [], [], "", False, False, torch.float32, torch.float32)
+        op, calls = native_ops.OPS[stem], (native_ops.OPS["rope_"],)
+    assert not x.is_contiguous()
+    expected = op(x.contiguous(), *rest)
+    check_bits(stem, op(x, *rest), expected)
+    for in_place in calls:
+        own, before = x.clone(memory_format=torch.preserve_format), x._version
+        assert own.stride() == x.stride() and own.stride(-1) != 1
+        in_place(own, *rest)
+        assert own._version > before
+        check_bits("in place", own.contiguous(), expected)
+
+
 def test_in_place_refuses_what_it_cannot_write():
     x = torch.zeros(2, 3, 8)
     norm = Norm(None, None, 1e-6)
