@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..inputs import usable_device
+from ..inputs import check_folder, usable_device
 from ..optional import MissingPackageError
-from ..scans.feature_files import check_folder
 from . import cells as which
 from .measure import FULL, QUICK
 from .report import report_of

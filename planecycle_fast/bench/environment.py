@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..runtime import native
-from ..runtime.versions import versions
+from ..version import versions
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
 SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/table.py", "bench/bars.py", "bench/command.py",

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.finite import check_features
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..optional import MissingPackageError, require
 from ..runtime.backends import pick
 from ..scans.checks import warnings_printed

@@ -12,7 +12,7 @@ from torch import nn
 from ..cost import gpus
 from ..cost.gpus import BANDWIDTH, HOST, KNOWN_DTYPES, MEASURED_HOST, PASSES, PRODUCTS, USABLE, Machine
 from ..inputs import dtype_of, parse_shape, with_channels
-from ..lifting import lift
+from ..lifted import lift
 from ..weights.load import model_without_weights
 from .options import VOLUME, Argument, Option
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..cost.gpus import KNOWN_DTYPES
 from ..engine.stream import Layer, Stream
 from ..inputs import dtype_of, parse_shape, usable_device, with_channels
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..optional import require
 from ..pretrained import settings_of
 from ..runtime.backends import pick

@@ -1,6 +1,6 @@
 """Counting before running: what a pass over a volume will compute, move and keep in memory.
 
-May import `lifting`, `weights` and what is below them. Scans ask it for windows that fit, `bench` and the command
+May import `lifted`, `weights` and what is below them. Scans ask it for windows that fit, `bench` and the command
 `plan` for times; tests hold operations against its ledger.
 
 Start with `planning.plan`: the model's own code on tensors without data, watched by a `Meter`.

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import check_one_of
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..ops.choice import OPERATIONS, Choice
 from ..runtime.backends import meta_stands_for_cuda
 from ..weights.load import model_without_weights

@@ -11,7 +11,7 @@ Start with `adapter.Adapter`, whose docstring shows one; then the family you kno
 
 | | |
 | --- | --- |
-| `description.py`, `parts.py`, `known.py`, `packing.py`, `huggingface_parts.py` | blocks taken apart |
+| `description.py`, `parts.py`, `known.py`, `huggingface_parts.py` | blocks taken apart |
 | `wrapped.py`, `placement.py` | modules as frameworks leave them: wrapped, compiled, sharded, offloaded |
 | `buffers.py` | buffers that a model computes and does not save, refused where they hold something else |
 """

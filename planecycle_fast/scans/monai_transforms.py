@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..inputs import check_one_of
-from ..lifting import lifted_in
+from ..lifted import lifted_in
 from ..optional import require
 from ..weights.normalisation import normalisation_of
 from .checks import LPS_TO_RAS

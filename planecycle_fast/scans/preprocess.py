@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..hosts.placement import running_place
 from ..inputs import check_one_of
-from ..lifting import lifted_in
+from ..lifted import lifted_in
 from ..weights.normalisation import normalisation_of
 from .grids import scaled
 from .scan import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..features import VolumeFeatures
 from ..inputs import check_volume, plain, wanted_layers
-from ..lifted import LiftedModel
-from ..lifting import lifted_in
+from ..lifted import LiftedModel, lifted_in
 from .preprocess import ModelInput, prepare
 from .scan import Scan
 

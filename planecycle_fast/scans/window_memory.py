@@ -12,7 +12,6 @@ from ..geometry.planes import Sizes
 from ..hosts.placement import running_place
 from ..lifted import LiftedModel
 from .checks import gib
-from .sliding import plane_after
 
 SLICES = 8  # of a window, before it is cut within slices: examples/sliding_window.py shows what either costs
 
@@ -45,7 +44,7 @@ def fitting_window(
     wide = torch.promote_types(dtype, torch.float32).itemsize / dtype.itemsize
     together = device.type == accumulate_on.type
     globals_ = lifted.adapter.num_globals
-    plane = plane_after(lifted, len(lifted.blocks) - 1)
+    plane = lifted.plane_after(len(lifted.blocks) - 1)
 
     @functools.cache
     def needed(of: Sizes) -> int:
