@@ -14,5 +14,5 @@ It returns rows (`rows.py`). `sweep.py` measures all groups within a time that `
 earlier run has measured (`environment.py` says what that depends on). `report.py`, `plots.py` and `laws.py` show rows,
 `bars.py` holds them to what they should be, `table.py` writes Markdown.
 
-May import all packages but `scans`, `export` and `commands`; `commands` and `benchmarks/`, which holds scripts alone, use it.
+May import all packages but `scans`, `export` and `commands`; `commands` and `benchmarks/`, scripts alone, use it.
 """
