@@ -120,15 +120,15 @@ def _run_next(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, T
     """
     out: Stream | tuple[Tensor, Tensor]
     step, layer = steps[0]
+    layer = layer.here(held[0])  # hooks on those before may have changed the mode, or the device
     if isinstance(step, Norm):
-        out, ran = layer.here(held[0]).switch(held.pop(), step), 1
+        out, ran = layer.switch(held.pop(), step), 1
     elif _is_taken(step):
         out, ran = step.take(held, layer, _following(steps))
     else:
-        here = layer.here(held[0])
         if torch.is_grad_enabled():  # it may be checkpointed
-            make_tables(here)
-        out, ran = step(here.one(held.pop(), layer.old), layer), 1  # hooks may keep the stream, or change it
+            make_tables(layer)
+        out, ran = step(layer.one(held.pop(), layer.old), layer), 1  # hooks may keep the stream, or change it
         if not isinstance(out, Stream):
             raise TypeError(
                 f"stream must be a planecycle_fast.Stream, got {type(out).__name__}; hooks must return one, and "

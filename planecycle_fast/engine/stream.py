@@ -94,7 +94,7 @@ class Layer:
         """The same within a block's call: for a stream on its device, in the mode that is on now."""
         residual = stream.residual
         angles = None if self.angles is None else self.angles.on(residual.device)
-        choice = self.choice.on(residual.device, residual.shape[-1]).here()
+        choice = self.choice.here(residual)
         if angles is self.angles and choice is self.choice:
             return self
         return replace(self, angles=angles, choice=choice)
