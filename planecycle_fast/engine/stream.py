@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,18 +70,7 @@ class Layer:
             return 0
         return m.num_prev if m.via is None else m.via
 
-    @overload
-    def switch(self, stream: Stream) -> Tensor: ...
-
-    @overload
-    def switch(self, stream: Stream, norm: Norm, norm_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]: ...
-
-    @overload
-    def switch(self, stream: Stream, norm: Norm | None) -> Tensor | tuple[Tensor, Tensor]: ...
-
-    def switch(
-        self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def switch(self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None) -> Any:
         """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
         args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm, None, norm_dtype)
         if type(stream) is not Own:
