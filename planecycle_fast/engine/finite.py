@@ -36,7 +36,7 @@ def check_features(
 
 def _beginning(model: LiftedModel, again: Callable[[], object]) -> str:
     """Where the first ones are, seen in another pass through the model."""
-    found = []
+    found: list[str] = []
 
     def look(place: str) -> Callable[[Stream], None]:
         def see(stream: Stream) -> None:
