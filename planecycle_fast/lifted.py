@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .engine.attention_maps import AttentionMap, attention_map, check_patch
-from .engine.depth_position import KINDS, check_depth_position, describe_depth, embed_with_depth, tables_of
+from .engine.depth_position import KINDS, add_depth, check_depth_position, describe_depth, tables_of
+from .engine.embedding import embed
 from .engine.framework_class import class_of, reduced
 from .engine.lifted_block import LiftedBlock
 from .engine.module_tree import LiftedTree, TreeModule
@@ -263,10 +264,13 @@ class LiftedModel(TensorsOfHost, TreeModule):
         axes, g = len(planes[0].sequence), self.adapter.num_globals
         tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)
         images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        embedded = embed_with_depth(self.depth_position, sizes[0], self.adapter, images, choice)
-        choice, taps = choice.for_rows(embedded[0].shape[2]), live(self.taps)
-        held = [enter(*embedded, Layer(HW, planes[0], sizes, g, self._pooling(HW, planes[0], sizes), choice))]
-        del embedded
+        patches, globals_ = embed(self.adapter, images, choice)
+        if self.depth_position == "sincos":
+            patches = add_depth(patches, sizes[0], self.adapter)
+        choice, taps = choice.for_rows(patches.shape[2]), live(self.taps)
+        entering = Layer(HW, planes[0], sizes, g, self._pooling(HW, planes[0], sizes), choice)
+        held = [enter(patches, globals_, entering)]
+        del patches, globals_
 
         def step(i: int) -> Step:
             key = (i == 0, i % len(planes))  # of the planes before and after

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..hosts.dinov3 import BLOCK, CLASS, is_converted, is_dinov3, takes_volumes
+from ..hosts.dinov3 import BLOCK, CLASS, holds_converted, is_dinov3, takes_volumes
 from ..runtime.attentions import check_attention
 from ..runtime.backends import pick
 from .accelerated import METHODS, Method, plane_of
@@ -103,7 +103,7 @@ def check_model(model: nn.Module, convertible: bool = False) -> None:
 
 
 def _check_blocks(model: nn.Module) -> None:
-    name, converted = type(model).__name__, is_converted(model)
+    name, converted = type(model).__name__, holds_converted(model.blocks)
     if not takes_volumes(model):
         if not converted:
             raise ValueError(

@@ -16,7 +16,7 @@ from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
 from ..geometry.pooling import Transition, between
 from ..geometry.rope import PlaneAngles
 from ..hosts.description import BlockDescription, Reading, describe
-from ..hosts.dinov3 import BLOCK, block_parts, embed_parts, input_channels, norm_parts, takes_volumes
+from ..hosts.dinov3 import BLOCK, block_parts, common_norm, embed_parts, input_channels, norm_parts, takes_volumes
 from ..hosts.known import known_norm, why_called
 from ..inputs import check_volume, wanted_layers
 from ..ops import Norm
@@ -132,8 +132,8 @@ class Method:
                 return tokens, *norm_parts(model, tokens, local)
             return tokens, normed[:, :g], normed[:, g:]
 
-        untied = model.untie_cls_and_patch_norms or (local and model.untie_global_and_local_cls_norm)
-        final = known_norm(model.norm)[0] if norm and not untied else None
+        common = common_norm(model, local) if norm else None
+        final = None if common is None else known_norm(common)[0]
 
         # RoPE and drop path draw in the order of the blocks.
         draws = model.training or (model.rope_embed is not None and model.rope_embed.training)

@@ -50,20 +50,16 @@ class OnStream:
         With it the steps that are `following` which can run in the same call; and how many steps that were. The stream
         that goes out may hold this block's LayerScale, for a block that follows without being called.
         """
-
-        def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
-            return self.whole(tokens, layer)
-
         block, checkpoint = self.reading.now(), self.checkpoint()  # for all of this call
         if checkpoint is None or not torch.is_grad_enabled() or block.whole is not None:
-            return run_block(block, held, layer, call, following)
+            return run_block(block, held, layer, self.whole, following)
         make_tables(layer)
 
         def run(*stream: Any) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)
             # Read when it runs: again in backward, with other tensors if it is sharded.
             came = Stream(*stream)
             here = layer.here(came)
-            out = run_block(self.reading.anew(), [came], here, call)[0]
+            out = run_block(self.reading.anew(), [came], here, self.whole)[0]
             return here.one(out, here.new).residual  # type: ignore[arg-type]  # nothing follows: it is a stream
 
         return Stream(checkpoint(run, *held.pop())), 1  # tensors one by one: some ways of checkpointing see no others

@@ -71,7 +71,6 @@ class NormPart(NamedTuple):
 
     module: nn.Module  # the host's own
     known: Norm | None  # as operations take it; None: it is called
-    cast: bool  # whether all linear layers after it would cast it under autocast
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,11 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     lasts = () if "attention" in kept or "mlp" in kept else (attention.output, mlp.last)
     return BlockDescription(
         parts, kept,
-        norm1=_norm_part(parts.norm(1), norms[0], plain_qkv), attention=attention, scale1=scale1,
-        norm2=_norm_part(parts.norm(2), norms[1], plain_first), mlp=mlp, scale2=scale2,
+        norm1=NormPart(parts.norm(1), norms[0]), attention=attention, scale1=scale1,
+        norm2=NormPart(parts.norm(2), norms[1]), mlp=mlp, scale2=scale2,
         plain_qkv=plain_qkv, plain_first=plain_first,
         plain_last=len(lasts) > 0 and all([is_plain(linear) for linear in lasts]),
     )  # fmt: skip
-
-
-def _norm_part(module: nn.Module, known: Norm | None, plain: bool) -> NormPart:
-    return NormPart(module, known, plain and known is not None and known.weight is not None)
 
 
 def is_plain(linear: Any) -> bool:
