@@ -57,7 +57,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises ValueError for a model that is not accelerated, or that cannot run otherwise (a stock dinov3
     model with converted blocks: use `PlaneCycleConverter.restore`).
     """
-    if not _is_accelerated(model):
+    if not isinstance(model, nn.Module) or not any(isinstance(model.__dict__.get(name), Method) for name in METHODS):
         raise ValueError(f"model must be accelerated to be restored, got a {type(model).__name__} that is not")
     if not takes_volumes(model):
         raise ValueError(
@@ -77,10 +77,6 @@ def restore_methods(model: nn.Module) -> nn.Module:
     for name in METHODS:
         model.__dict__.pop(name, None)
     return model
-
-
-def _is_accelerated(model: nn.Module) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(model.__dict__.get(name), Method) for name in METHODS)
 
 
 def check_model(model: nn.Module, convertible: bool = False) -> None:

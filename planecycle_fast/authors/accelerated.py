@@ -27,13 +27,13 @@ PLANES = ("HW", "DW", "DH")  # of a converted block
 
 
 class AuthorsBlock(OnStream):
-    """A block of the authors' model in one pass: by itself, or the 2D block within a converted one."""
+    """A block of the authors' model in one pass: by itself, or the 2D block within a converted one.
+
+    Hooks on it make it run as a whole, `AuthorsBlock.whole`.
+    """
 
     def __init__(self, reading: Reading, block: nn.Module, as_list: bool) -> None:
         self.reading, self.block, self.as_list = reading, block, as_list
-
-    def why_called(self) -> None:
-        return None  # hooks on the 2D block make it run as a whole, `AuthorsBlock.whole`
 
     def whole(self, tokens: Tensor, layer: Layer) -> Tensor:
         if self.as_list:  # as the authors' model calls it: hooks see that

@@ -13,12 +13,11 @@ from torch import Tensor
 from ..geometry.planes import Plane, Sizes
 from ..geometry.pooling import Transition
 from ..geometry.rope import PlaneAngles
+from ..hosts.adapter import SinCos
 from ..ops import Norm
 from ..ops.choice import Choice
 from ..ops.plane_change.plane_switch import check_switch, switch_on
 from ..ops.residual.norm import add_ref
-
-SinCos = tuple[Tensor, Tensor]  # (L, hd) each
 
 
 class Stream(NamedTuple):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import Norm
-from .known import HOOKS, LINEAR, why_called
+from .known import HOOKS, LINEAR, known_norm, why_called
 from .parts import NOTHING, Attention, BlockParts, Mlp, Scale
 
 _FORWARD = attrgetter("__class__.forward")  # which somebody may replace in a class
@@ -111,12 +111,13 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     if whole is not None:
         return BlockDescription(NOTHING if isinstance(parts, str) else parts, {"block": whole})
     attention, mlp, scale1, scale2 = parts.attention(), parts.mlp(), parts.scale(1), parts.scale(2)
-    norms, reasons = zip(parts.norm_or_reason(1), parts.norm_or_reason(2))
+    norms = [parts.norm(1), parts.norm(2)]
+    (known1, reason1), (known2, reason2) = map(known_norm, norms)
     found = {
-        "norm1": reasons[0],
+        "norm1": reason1,
         "attention": attention.part.why_not(),
         "scale1": scale1.part.why_not(),
-        "norm2": reasons[1],
+        "norm2": reason2,
         "mlp": mlp.part.why_not(),
         "scale2": scale2.part.why_not(),
     }
@@ -126,8 +127,8 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     lasts = () if "attention" in kept or "mlp" in kept else (attention.output, mlp.last)
     return BlockDescription(
         parts, kept,
-        norm1=NormPart(parts.norm(1), norms[0]), attention=attention, scale1=scale1,
-        norm2=NormPart(parts.norm(2), norms[1]), mlp=mlp, scale2=scale2,
+        norm1=NormPart(norms[0], known1), attention=attention, scale1=scale1,
+        norm2=NormPart(norms[1], known2), mlp=mlp, scale2=scale2,
         plain_qkv=plain_qkv, plain_first=plain_first,
         plain_last=len(lasts) > 0 and all([is_plain(linear) for linear in lasts]),
     )  # fmt: skip
