@@ -9,7 +9,7 @@ authors' code.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -20,12 +20,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 import planecycle_fast as pcf
 from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
-from planecycle_fast.engine import block as stream
-from planecycle_fast.engine import branches
-from planecycle_fast.engine import stream as layer
+from planecycle_fast.engine import block, branches, stream
 from tests import peers
 
-OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "gelu", "swiglu")
+CALLED = {  # where the engine calls each operation, and by which name
+    "plane_switch": (stream, "switch_on"),
+    "add_norm": (block, "add_norm_on"),
+    "rope": (branches, "rope_on"),
+    "attention": (branches, "attention_on"),
+    "gelu": (branches, "gelu_ref"),
+    "swiglu": (branches, "swiglu_on"),
+}
+OPERATIONS = tuple(CALLED)
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
 CHANNELS, GLOBALS, PATCH = 384, 5, 16
 AUTHORS_PATCH = 4  # smaller pictures for the same tokens
@@ -45,12 +51,6 @@ class BlockTraffic(NamedTuple):
 @contextmanager
 def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
     """Counts these operations of the package as one pass each, and not what their reference does inside."""
-    found = [
-        (m, name, name) for name in operations for m in (layer, stream, branches) if hasattr(m, name)
-    ]  # where called
-    if "plane_switch" in operations:
-        found.append((layer, "switch_unchecked", "plane_switch"))
-    kept = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in found]
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -65,13 +65,11 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
 
         return call
 
-    for module, attribute, name in found:
-        setattr(module, attribute, counted(name, getattr(module, attribute)))
-    try:
+    with ExitStack() as patches:
+        for name in operations:
+            module, attribute = CALLED[name]
+            patches.enter_context(patch.object(module, attribute, counted(name, getattr(module, attribute))))
         yield
-    finally:
-        for module, attribute, function in kept:
-            setattr(module, attribute, function)
 
 
 def of_call(
@@ -111,7 +109,7 @@ def lifted_rows(
     lifted, calls = pcf.lift(model.to(device), backend=backend, **settings), []
     take = pcf.LiftedBlock.take  # a hook would change what blocks hand on
 
-    def kept(block: pcf.LiftedBlock, held: list[pcf.Stream], at: layer.Layer, following: object = ()) -> tuple:
+    def kept(block: pcf.LiftedBlock, held: list[pcf.Stream], at: stream.Layer, following: object = ()) -> tuple:
         calls.append((block, pcf.Stream(*held[0]), at))
         return take(block, held, at)
 

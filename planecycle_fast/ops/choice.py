@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.backends import HAS, asked_for, choose
+from ..runtime.backends import LACKS, asked_for, choose
 from ..runtime.tracing import may_write
 from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
@@ -40,8 +40,7 @@ class Choice:
         """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
-        alike = all([op in HAS.get(first, OPERATIONS) for op in OPERATIONS])
-        chosen = [first if alike else choose(asked, device, op, strict) for op in OPERATIONS]
+        chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
         return Choice(asked, strict, device, *by, *_mode(device))

@@ -8,8 +8,9 @@ from torch import nn
 
 import planecycle_fast as pcf
 from planecycle_fast.hosts import find_adapter
+from planecycle_fast.ops.choice import OPERATIONS
+from planecycle_fast.runtime import backends
 from planecycle_fast.runtime.attentions import check_attention
-from planecycle_fast.runtime.backends import HAS
 
 from ..host_models import BY_NAME, HOSTS
 from ..hosts.test_hosts import all_tokens, host_features
@@ -181,6 +182,10 @@ def test_an_attention_by_name_never_falls_back():
         toy_lift(ToyViT(rope=False), attention="sdpa")(torch.randn(1, 3, 2, 4, 6))
 
 
+needs_cpu = pytest.mark.skipif(pcf.backends()["cpu"] is not None, reason=f"{pcf.backends()['cpu']}")
+
+
+@needs_cpu
 def test_a_backend_by_name_never_falls_back(capsys):
     host = BY_NAME["timm-dinov3-s+"]  # SwiGLU
     model, volume = host.make(), host.volume()
@@ -196,11 +201,13 @@ def test_a_backend_by_name_never_falls_back(capsys):
     lifted(torch.randn(1, 3, 2, 4, 6))
 
 
-def test_a_backend_without_an_operation(monkeypatch):
+@needs_cpu
+@pytest.mark.parametrize("missing", OPERATIONS)
+def test_a_backend_without_an_operation(monkeypatch, missing):
+    monkeypatch.setitem(backends.LACKS, "cpu", (missing,))
     host = BY_NAME["timm-dinov3-s+"]  # SwiGLU
     model, volume = host.make(), host.volume()
-    monkeypatch.setitem(HAS, "cpu", tuple([op for op in HAS["cpu"] if op != "swiglu"]))
-    with pytest.raises(ValueError, match="backend 'cpu' is not usable: it has no swiglu yet; usable: .*reference"):
+    with pytest.raises(ValueError, match=f"backend 'cpu' is not usable: it has no {missing} yet; usable: .*reference"):
         pcf.lift(model, backend="cpu")(volume)
     with torch.no_grad():
         got = pcf.lift(model, backend="cpu", strict=False)(volume).patches
