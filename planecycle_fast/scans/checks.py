@@ -14,21 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from ..optional import one_line, reason, require
+from ..optional import one_line, reason
 from .orientation import check_axes
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-ITK_DTYPES = {f"{bits}-bit signed integer": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
-ITK_DTYPES |= {f"{bits}-bit unsigned integer": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
-ITK_DTYPES |= {"32-bit float": "f4", "64-bit float": "f8"}
-
-
-LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -194,18 +187,6 @@ def check_gzip(path: Path, begin: int, size: int, more: int = 0) -> None:
                 left -= len(chunk)
     if not -more <= left <= 0:
         raise Refused(f"{DAMAGED}: it must unpack to {size} bytes")
-
-
-@contextmanager
-def quiet_itk() -> Iterator[ModuleType]:
-    """SimpleITK, whose C++ warnings do not reach stderr. Raises MissingPackageError."""
-    sitk = require("SimpleITK", "scans")
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield sitk
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 @contextmanager

