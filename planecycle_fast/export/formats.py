@@ -22,7 +22,6 @@ from ..runtime.compiling import compiler
 KEY = "planecycle_fast"  # of the JSON text
 AXES = {"B": 0, "D": 2, "H": 3, "W": 4}  # of the volume, that may be dynamic
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights beside the graph in one file: protobuf's limit is 2 GiB
-Tensors = dict[str, Tensor]
 
 
 class NamedTensors(nn.Module):
@@ -35,7 +34,7 @@ class NamedTensors(nn.Module):
     def forward(
         self,
         volume: Tensor,  # (B, channels, D, height, width)
-    ) -> Tensors:
+    ) -> dict[str, Tensor]:
         """patches (B, D, H, W, C), pooled (B, C); as far as there are any, cls (B, S, C), registers (B, S, r, C)."""
         features = self.lifted(volume)
         named = {"patches": features.patches, "cls": features.cls, "registers": features.registers}

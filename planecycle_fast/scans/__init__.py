@@ -1,7 +1,7 @@
 """Scans in, features out: reading, turning and resampling images, and files and pictures of what a model makes of them.
 
-May import `lifting`, `cost`, `weights` and what is below them; nibabel, SimpleITK, pydicom and MONAI when needed.
-Commands use it, and whoever has volumes of other sources. docs/scans.md says what is read and what is refused.
+May import `pretrained`, `cost`, `weights` and what is below them; nibabel, SimpleITK, pydicom and MONAI when needed.
+`bench` and commands use it, and whoever has volumes of other sources. docs/scans.md says what is read and refused.
 
 Start with `files.load_scan`, then `preprocess.prepare`: from a file to a `Scan`, and to a model's input.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..optional import one_line, reason
+from ..optional import MissingPackageError, one_line, reason
 from .orientation import check_axes
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
@@ -211,11 +211,21 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def unreadable(path: Path) -> Iterator[None]:
-    """Within the block what the system or Refused says is a ValueError that begins with the scan's name."""
+def complaints(path: str | Path) -> Iterator[None]:
+    """What goes wrong in reading a scan becomes a ValueError of one line that begins with its name."""
     try:
-        yield
-    except OSError as error:
-        raise ValueError(f"volume {path} cannot be read: {error.strerror or error}") from error
-    except Refused as error:
-        raise ValueError(f"volume {path} {one_line(str(error))}") from error
+        with np.errstate(over="ignore", invalid="ignore"):  # of casts to float32, whose results are looked at
+            yield
+    except MissingPackageError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in the libraries that read it
+        raise ValueError(f"volume {path} {one_line(_complaint(Path(path), error))}") from error
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # the system's, not a library's
+        where = f" (file {Path(error.filename).name})" if error.filename and Path(error.filename) != path else ""
+        return f"cannot be read: {error.strerror}{where}"
+    return f"{DAMAGED}: {reason(error)}"

@@ -103,9 +103,6 @@ def check_suffix(path: Path) -> str:
     return path.suffix.lower()
 
 
-_FILE = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*")
-
-
 def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
     """Refuses what cannot be a folder to write to: a file, or a new name that looks like one's.
 
@@ -123,7 +120,7 @@ def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
         return
     if path.exists():
         raise ValueError(f"{expected}, got the file {path}")
-    if _FILE.fullmatch(path.suffix) or path.name.lower() in files:
+    if re.fullmatch(r"\.[a-zA-Z][a-zA-Z0-9]*", path.suffix) or path.name.lower() in files:
         raise ValueError(f"{expected}, got {path}; a new folder whose name ends like a file's must be made before")
 
 

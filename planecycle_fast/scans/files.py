@@ -7,16 +7,14 @@ left to right, so that each slice is an axial picture with the face up, unless o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..optional import MissingPackageError, one_line, reason
+from ..optional import one_line
 from .affines import regridded, shear_of
-from .checks import DAMAGED, Refused, ScanOptions, unreadable, warn
+from .checks import Refused, ScanOptions, complaints, warn
 from .formats import metaimage, nrrd
 from .formats.arrays import read_npy, read_npz
 from .formats.dicom import read_dicom
@@ -78,18 +76,6 @@ def load_scan(
         return checked(_read(Path(path), options, max_bytes))
 
 
-@contextmanager
-def complaints(path: str | Path) -> Iterator[None]:
-    """What goes wrong in reading a scan becomes a ValueError of one line that begins with its name."""
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # of casts to float32, whose results are looked at
-            yield
-    except MissingPackageError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in the libraries that read it
-        raise ValueError(f"volume {path} {one_line(_complaint(Path(path), error))}") from error
-
-
 def checked(scan: Scan) -> Scan:
     """A scan whose voxels are finite, and not all alike. Raises Refused."""
     if not torch.isfinite(scan.voxels).all():
@@ -101,15 +87,6 @@ def checked(scan: Scan) -> Scan:
     if scan.voxels.min() == scan.voxels.max():
         raise Refused(f"must hold an image, got the one value {scan.voxels.min():g} everywhere")
     return scan
-
-
-def _complaint(path: Path, error: Exception) -> str:
-    if isinstance(error, Refused):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:  # the system's, not a library's
-        where = f" (file {Path(error.filename).name})" if error.filename and Path(error.filename) != path else ""
-        return f"cannot be read: {error.strerror}{where}"
-    return f"{DAMAGED}: {reason(error)}"
 
 
 def scan_name(path: str | Path) -> str:
@@ -137,7 +114,7 @@ def digest_of_scan(scan: Path, series: str | None = None) -> str:
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
-    with unreadable(scan):
+    with complaints(scan):
         beside = other_file(scan)
         for file in files_of(scan, series) if scan.is_dir() else [scan] if beside is None else [scan, beside]:
             with file.open("rb") as opened:

@@ -101,7 +101,8 @@ def sliding_window(
     if max_memory is not None:
         from .window_memory import fitting_window  # planning takes time to import
 
-        of = fitting_window(inside, sizes, of, len(volume), batch, len(wanted), accumulate_on, volume.dtype, max_memory)
+        last, counts = plane_after(inside, len(inside.blocks) - 1), (len(volume), batch, len(wanted))
+        of = fitting_window(inside, last, sizes, of, *counts, accumulate_on, volume.dtype, max_memory)
     shared = _overlaps(overlap, of, sizes, patch)
     axes = [_axis(n, w, o, blend) for n, w, o in zip(sizes, of, shared)]  # per axis: starts, and their weights
     places = list(itertools.product(*[range(len(starts)) for starts, _ in axes]))

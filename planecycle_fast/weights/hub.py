@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from ..optional import require
@@ -54,15 +52,3 @@ def hub_file(name: str, *files: str) -> str | None:
             except OSError:  # not every model has one
                 continue
     return found
-
-
-def json_object(file: Path, part: str | None = None) -> dict[str, Any]:
-    """The settings in a JSON file, or of a part of them where there is one. Raises ValueError for anything else."""
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be readable JSON, got: {error}") from error
-    read = read.get(part, read) if isinstance(read, dict) else read
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} must hold an object of settings, got {read!r:.60}")
-    return read

@@ -137,24 +137,20 @@ def _hugging_face_without_weights(name: str) -> nn.Module:
             _, info = type(model).from_pretrained(
                 None, config=config, state_dict=shapes_of(files), dtype=torch.float32, **_TOLD
             )
-            check_keys(name, model, *_keys(info))
-            _check_plain(name, model)
+            _check_loaded(name, model, info)
     return model
-
-
-def _check_plain(name: str, model: nn.Module) -> None:
-    if getattr(model.config, "quantization_config", None) is None:
-        check_plain(name, _weights(name))
 
 
 # What transformers reports instead of doing it silently, or failing without saying where.
 _TOLD: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def _keys(info: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
     if info.get("error_msgs"):
         raise ValueError(" ".join(map(str, info["error_msgs"])))
-    return info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    check_keys(name, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    if getattr(model.config, "quantization_config", None) is None:
+        check_plain(name, _weights(name))
 
 
 def _weights(name: str) -> list[str]:
@@ -179,8 +175,7 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
             model, info = transformers.AutoModel.from_pretrained(
                 name, local_files_only=not reachable, trust_remote_code=False, **_TOLD
             )
-        check_keys(name, model, *_keys(info))
-        _check_plain(name, model)
+        _check_loaded(name, model, info)
         where = f"from {name}" if is_folder else f"of {name} from the {'hub' if reachable else 'local cache'}"
         return model.eval(), f"weights {where}"
     config = known_config(transformers, name)

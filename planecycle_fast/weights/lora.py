@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from ..optional import in_words, require
-from .hub import json_object
 from .loaded_keys import by_design
 
 CONFIG = "adapter_config.json"
@@ -26,7 +26,10 @@ def base_of(folder: str) -> str:
     beside the adapter's. Raises ValueError for none.
     """
     file = Path(folder, CONFIG)
-    name = json_object(file).get("base_model_name_or_path")
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} must be readable JSON, got: {error}") from error
     if not isinstance(name, str) or not name:
         raise ValueError(f"{file} must name the model that it is for as base_model_name_or_path, got {name!r}")
     beside = Path(folder).parent / name

@@ -7,6 +7,7 @@ that is one mean and one deviation of ours: ``(image - mean) / std``.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from . import lora
-from .hub import hub_file, json_object
+from .hub import hub_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,8 +53,7 @@ def normalisation_by_name(model: nn.Module, name: str, channels: int = 3) -> tup
                 mean, std = _grey(mean, channels), _grey(std, channels)
             return _checked(mean, std, channels, 1.0, source)
     elif (file := preprocessor_file(name)) is not None:
-        settings = json_object(file, "image_processor" if file.name == FILES[1] else None)
-        return _followed(settings, channels, str(file))
+        return _followed(_settings(file), channels, str(file))
     mean, std = SATELLITE if "sat493m" in name else (IMAGENET_MEAN, IMAGENET_STD)
     return (mean, std) if channels == 3 else (_grey(mean, channels), _grey(std, channels))
 
@@ -81,6 +81,18 @@ def preprocessor_file(name: str) -> Path | None:
     if found := hub_file(name, *FILES) if Path(name).is_dir() or "/" in name else None:
         return Path(found)
     return preprocessor_file(lora.base_of(name)) if lora.is_adapter(name) else None
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be readable JSON, got: {error}") from error
+    if isinstance(read, dict) and file.name == FILES[1]:
+        read = read.get("image_processor", read)
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} must hold an object of settings, got {read!r:.60}")
+    return read
 
 
 def _followed(settings: dict[str, Any], channels: int, source: str) -> tuple[Values, Values]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...optional import one_line, require
-from ..checks import Refused, damaged, unreadable
+from ..checks import Refused, complaints, damaged
 from .dicom_values import integer, silent_pydicom, text, value_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def list_series(folder: str | Path) -> list[Series]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"volume {folder} must be a folder of DICOM files, got none there")
-    with unreadable(folder):
+    with complaints(folder):
         return _found(folder)[0]
 
 
