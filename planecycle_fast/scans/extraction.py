@@ -150,7 +150,7 @@ def extract_files(
                     line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite, progress)}"
             except EXPECTED as error:
                 complaints.append(named(job.scan, str(error).strip() or type(error).__name__))
-            progress.finish()
+            progress.advance_scan()
             if line is not None and sys.stdout is not None:
                 print(line, flush=True)
     return complaints
@@ -221,12 +221,7 @@ def _one(
             raise ValueError("picture must be of one volume; index (--index) picks one")
         volumes = read_set(job.scan, settings.reading)
         progress.expect(len(volumes))
-        tensors, given = features_of(
-            volumes,
-            prepared,
-            lambda pixels: computed(pixels)[1],
-            progress.advance_scan,
-        )
+        tensors, given = features_of(volumes, prepared, lambda pixels: computed(pixels)[1], progress.advance_scan)
         scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
     else:
         scan, several = load_scan(job.scan, **vars(settings.reading)), {}

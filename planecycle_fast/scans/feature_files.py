@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..optional import require
+from ..optional import reason, require
 
 SUFFIXES = (".safetensors", ".npz")
 _METADATA = "metadata"  # the array of an npz that holds it, as JSON
@@ -66,39 +66,33 @@ def load_features(path: str | Path) -> FeatureFile:
         ValueError: another suffix, or a file that is missing, damaged, or not of `save_features`.
         MissingPackageError: a .safetensors without the package safetensors.
     """
-    with _opened(Path(path)) as file:
-        return FeatureFile({name: file.tensor(name) for name in file.names}, file.metadata)
+    with _opened(Path(path)) as (tensors, metadata):
+        return FeatureFile(dict(tensors), metadata)
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata alone, without reading tensors. Raises like `load_features`."""
-    with _opened(Path(path)) as file:
-        return file.metadata
-
-
-class _Opened(NamedTuple):
-    names: list[str]
-    metadata: dict[str, Any]
-    tensor: Callable[[str], Tensor]
+    with _opened(Path(path)) as (_, metadata):
+        return metadata
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Opened]:
+def _opened(path: Path) -> Iterator[tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]]:
+    """Tensors by name, each read when it is asked for, and metadata."""
     suffix = check_suffix(path)
     try:
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                names = [name for name in file.files if name != _METADATA]
-                yield _Opened(names, json.loads(str(file[_METADATA][()])), lambda name: torch.from_numpy(file[name]))
+                metadata = json.loads(str(file[_METADATA][()]))
+                yield ((name, torch.from_numpy(file[name])) for name in file.files if name != _METADATA), metadata
         else:
             with require("safetensors", "scans").safe_open(path, framework="pt") as file:
                 metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-                yield _Opened(list(file.keys()), metadata, file.get_tensor)
+                yield ((name, file.get_tensor(name)) for name in list(file.keys())), metadata
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"features {path} cannot be read: {reason}") from error
+        raise ValueError(f"features {path} cannot be read: {reason(error)}") from error
 
 
 def check_suffix(path: Path) -> str:

@@ -60,7 +60,7 @@ def sliding_window(
         accumulate_on: the device where features are summed, in float32 or the model's dtype if that is wider.
         progress: True: a bar on stderr, if that is a terminal; or a function, called with windows done and in all.
         max_memory: bytes that may be taken, on each device, besides the weights and the volume: windows in the model,
-            as `planning.plan` tells, and all of the features. A window that needs more is refused.
+            as `cost.planning.plan` tells, and all of the features. A window that needs more is refused.
 
     Returns VolumeFeatures of the volume's size, on `accumulate_on`; a list of them, one per layer, where layers are
     asked for.
@@ -100,7 +100,8 @@ def sliding_window(
     if max_memory is not None:
         from .window_memory import fitting_window  # planning takes time to import
 
-        of = fitting_window(inside, sizes, of, len(volume), batch, len(wanted), accumulate_on, volume.dtype, max_memory)
+        last, counts = inside.plane_after(len(inside.blocks) - 1), (len(volume), batch, len(wanted))
+        of = fitting_window(inside, last, sizes, of, *counts, accumulate_on, volume.dtype, max_memory)
     shared = _overlaps(overlap, of, sizes, patch)
     axes = [_axis(n, w, o, blend) for n, w, o in zip(sizes, of, shared)]  # per axis: starts, and their weights
     places = list(itertools.product(*[range(len(starts)) for starts, _ in axes]))

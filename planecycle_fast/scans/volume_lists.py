@@ -97,9 +97,7 @@ def _volume(given: Tensor | ModelInput | Scan, i: int, lifted: LiftedModel) -> T
             given = prepare(given, lifted)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if isinstance(given, ModelInput):
-        given = given.pixels
-    given = plain(given)
+    given = plain(given.pixels if isinstance(given, ModelInput) else given)
     if isinstance(given, Tensor) and given.ndim == 4:
         given = given[None]
     elif isinstance(given, Tensor) and given.ndim != 5:
