@@ -1,4 +1,4 @@
-"""What a pass over a volume will cost, before anything runs: FLOPs, bytes moved, peak memory, and the largest volume.
+"""What a pass over a volume will cost, before anything runs: FLOPs, bytes moved and peak memory.
 
 The lifted model's own code runs, on tensors without data: shapes, dtypes and lifetimes are those of a real pass, and
 `Meter` counts. For a CPU tensors are torch's fake ones, so that the code takes the paths that it takes there. For a GPU
@@ -70,7 +70,8 @@ def plan(
     """Plans one step of a lifted model; computes nothing and allocates nothing of the volume's size.
 
     Args:
-        model: a 2D vision transformer, which stays as it is, on any device, "meta" too; or a name for `models`.
+        model: a 2D vision transformer, which stays as it is, on any device, "meta" too; or a name for
+            `weights.load`.
         shape: of the volume, (B, channels, D, height, width) in pixels.
         mode, pool_method, backend, settings: as `lift` takes them.
         dtype: of weights and volume.
