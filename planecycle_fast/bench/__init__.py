@@ -14,6 +14,6 @@ It returns rows (`rows.py`). `sweep.py` measures all groups within a time that `
 earlier run has measured (`environment.py` says what that depends on). `report.py`, `plots.py` and `laws.py` show rows,
 `bars.py` holds them to what they should be, `table.py` writes Markdown and units.
 
-May import authors, cost, scans and what is below them; `commands` and `benchmarks/`, which holds scripts alone, import
+May import authors, cost and what is below them; `commands` and `benchmarks/`, which holds scripts alone, import
 this one.
 """

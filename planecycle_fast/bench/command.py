@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..inputs import usable_device
+from ..inputs import check_folder, usable_device
 from ..optional import MissingPackageError
-from ..scans.feature_files import check_folder
 from . import cells as which
 from .measure import FULL, QUICK
 from .plots import draw

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..engine.finite import check_features
 from ..features import VolumeFeatures
-from ..inputs import check_one_of, dtype_of, usable_device, wanted_layers
+from ..inputs import check_folder, check_one_of, dtype_of, usable_device, wanted_layers
 from ..lifted import LiftedModel
 from ..lifting import lift
 from ..optional import require
@@ -90,7 +90,7 @@ def jobs_for(scans: Sequence[Path], out: Path, format: str = "safetensors", seri
         if not folder.is_dir():
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
-        feature_files.check_folder(out, feature_files.SUFFIXES)
+        check_folder(out, feature_files.SUFFIXES)
         picked = "" if series is None else "_" + re.sub(r"[^\w.-]+", "_", series.strip())
         jobs, folder = [Job(scan, out / f"{scan_name(scan)}{picked}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,30 +106,6 @@ def check_suffix(path: Path) -> str:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"features must go to or come from a file ending in {', '.join(SUFFIXES)}, got {path}")
     return path.suffix.lower()
-
-
-_FILE = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*")
-
-
-def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
-    """Refuses what cannot be a folder to write to: a file, or a new name that looks like one's.
-
-    The name of a file is taken to end in a dot and a word, ``out.h5``, that begins with a letter: ``run.2`` may be a
-    folder. One that is there may be called anything.
-
-    Args:
-        path: that somebody gave as `out`.
-        files: suffixes that `out` could have instead.
-
-    Raises ValueError.
-    """
-    expected = "out must be a folder" + (f" or end in {', '.join(files)}" if files else "")
-    if path.is_dir():
-        return
-    if path.exists():
-        raise ValueError(f"{expected}, got the file {path}")
-    if _FILE.fullmatch(path.suffix) or path.name.lower() in files:
-        raise ValueError(f"{expected}, got {path}; a new folder whose name ends like a file's must be made before")
 
 
 @contextmanager
