@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..inputs import usable_device
 from ..runtime import native
 from ..version import versions
 
@@ -94,4 +95,4 @@ def folder_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    print(folder_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(folder_name(usable_device("auto")))

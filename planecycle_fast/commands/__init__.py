@@ -4,6 +4,6 @@ The highest floor: it may import everything, and nothing but `__main__` imports 
 called, so that `planecycle-fast --help` is quick; typer and rich are optional.
 
 Start with `cli.py`, where options are declared and errors become one line on stderr. `features.py` runs over many
-scans, and goes on after one that is refused; `demo.py`, `plan.py`, `verify.py`, `bench.py` and `info.py` are the
-others. `export` is in `planecycle_fast.export`, `build` in `runtime.native`.
+scans, and goes on after one that is refused. `demo.py`, `plan.py`, `verify.py` and `info.py` do what they say; what
+`series`, `bench`, `export` and `build` ask for is done in `scans`, `bench`, `export` and `runtime.native`.
 """

@@ -7,7 +7,8 @@ Start with `planning.plan`: the model's own code on tensors without data, watche
 
 | | |
 | --- | --- |
-| `planning.py` | what a pass costs, and who may be asked |
+| `planning.py` | what a pass costs |
+| `modes.py` | each mode's time on a machine, and the deepest volume that fits |
 | `meter.py`, `traffic.py` | FLOPs, living bytes; bytes read and written, copies and launches |
 | `workspaces.py` | what operations take beside their outputs, which no watcher sees |
 | `gpus.py` | what devices can do at most, and what a host takes |
