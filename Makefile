@@ -93,7 +93,7 @@ sanitize: $(VENV)/.pcf-test
 	PLANECYCLE_FAST_BUILD=require PLANECYCLE_FAST_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		$(RUN) -m pytest -s tests/ops/test_cpu_ops.py tests/engine/test_cpu_groups.py -m "not full" -k "(error_budget and not any_case) or \
-			layouts or zero_sizes or plain or in_place or threads or sanitizer or test_groups"
+			layouts or zero_sizes or plain or in_place or threads or sanitizer or test_cpu_groups"
 
 bench-cpu: $(VENV)/.pcf-test
 	$(RUN) -m benchmarks.cpu
