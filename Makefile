@@ -11,7 +11,7 @@ SETUP := constraints.txt pyproject.toml setup.py
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
-	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
+	@echo "make test-full  all tests, with long fuzzing and every variant; writes its result to benchmarks/results/test-full.txt"
 	@echo "make test-versions  hosts, parity and operations with other versions, each in a fresh .venvs/<set>; SETS=lowest picks"
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
 	@echo "make compile-check  torch.compile of whole models for a GPU that is not there, with a CUDA build of torch: TORCH=2.11.0 is its"
