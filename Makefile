@@ -11,7 +11,7 @@ SETUP := constraints.txt pyproject.toml setup.py
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
-	@echo "make test-full  the tests and long fuzzing; writes its result to benchmarks/results/test-full.txt"
+	@echo "make test-full  all tests, with long fuzzing and every variant; writes its result to benchmarks/results/test-full.txt"
 	@echo "make test-versions  hosts, parity and operations with other versions, each in a fresh .venvs/<set>; SETS=lowest picks"
 	@echo "make codegen    compiles all kernels for all GPUs; writes benchmarks/results/codegen.csv"
 	@echo "make compile-check  torch.compile of whole models for a GPU that is not there, with a CUDA build of torch: TORCH=2.11.0 is its"
@@ -93,7 +93,7 @@ sanitize: $(VENV)/.pcf-test
 	PLANECYCLE_FAST_BUILD=require PLANECYCLE_FAST_CXXFLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		$(RUN) -m pytest -s tests/ops/test_cpu_ops.py tests/engine/test_cpu_groups.py -m "not full" -k "(error_budget and not any_case) or \
-			layouts or zero_sizes or plain or in_place or threads or sanitizer or test_groups"
+			layouts or zero_sizes or plain or in_place or threads or sanitizer or test_cpu_groups"
 
 bench-cpu: $(VENV)/.pcf-test
 	$(RUN) -m benchmarks.cpu

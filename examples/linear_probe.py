@@ -1,4 +1,4 @@
-"""A linear probe on frozen features of volumes: ``python examples/linear_probe.py``, half a minute or less on a CPU.
+"""A linear probe on frozen features of volumes: ``python examples/linear_probe.py``, about half a minute on a CPU.
 
 Does a disc grow brighter or darker along D? Slice by slice, no probe can tell; PlaneCycle's layers see the slices
 together. Needs the demo's weights (`make demo`). docs/features.md has the task at its full size, with averages.

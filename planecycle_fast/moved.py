@@ -25,7 +25,7 @@ _MOVED = {
     "layer:stream module_tree report shared_module taps",
     "authors": "accelerated converter",
     "scans": "extract:extraction feature_files grids monai_transforms preprocess progress scan_checks:checks "
-    "scan_files:files scan_options:checks sliding viz volume_lists volume_sets volumes:scan windows",
+    "scan_files:files scan_options:checks sliding transforms viz volume_lists volume_sets volumes:scan windows",
     "scans.formats": "dicom_series",
     "cost": "gpus meter planning traffic",
     "commands": "cli demo info plan_table:plan verify",

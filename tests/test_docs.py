@@ -74,6 +74,11 @@ def test_what_is_not_there_is_noticed():
         assert not is_there(name)
 
 
+def test_tests_that_the_makefile_names_are_there():
+    words = set(re.findall(r"\btest_\w+", read("Makefile")))
+    assert words and words <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_the_readme_is_short():
     assert read("README.md").count("\n") <= 150
 

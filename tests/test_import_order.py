@@ -20,7 +20,6 @@ hosts
 inputs
 engine weights
 operator lifted
-lifting
 pretrained authors cost
 scans
 export bench
@@ -159,6 +158,13 @@ def test_a_package_says_what_it_is_for_and_where_to_start(package):
         ]  # fmt: skip
     elif "/" not in package:
         assert "Start with" in text and re.search(r"[Mm]ay\s+import", text)
+
+
+def test_contributing_lists_packages_in_this_order():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    height = {name: i for i, line in enumerate(ORDER) for name in line if (ROOT / name).is_dir()}
+    listed = re.findall(r"^\| `planecycle_fast/(\w+)/`", text, re.M)
+    assert sorted(listed) == sorted(height) and listed == sorted(listed, key=height.get)
 
 
 @pytest.mark.parametrize("package", ["", "ops"])

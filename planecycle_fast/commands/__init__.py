@@ -1,9 +1,10 @@
 """The command line: one file per verb, of which each says what it prints, and raises ValueError in one line.
 
-The highest floor: it may import everything, and nothing but `__main__` imports it. Verbs are imported when they are
-called, so that `planecycle-fast --help` is quick; typer and rich are optional.
+The highest floor: it may import everything, and nothing but `__main__` imports it. What a verb needs beyond the package
+is imported when it runs, so that `planecycle-fast --help` is quick; typer and rich are optional. `options.py` has the
+options that several of them take.
 
 Start with `cli.py`, where options are declared and errors become one line on stderr. `features.py` runs over many
-scans, and goes on after one that is refused; `demo.py`, `plan.py`, `verify.py`, `bench.py` and `info.py` are the
-others. `export` is in `planecycle_fast.export`, `build` in `runtime.native`.
+scans, and goes on after one that is refused. `demo.py`, `plan.py`, `verify.py` and `info.py` do what they say; what
+`series`, `bench`, `export` and `build` ask for is done in `scans`, `bench`, `export` and `runtime.native`.
 """

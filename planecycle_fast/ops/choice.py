@@ -50,18 +50,16 @@ class Choice:
         chosen = backend_of_rows(self.add_norm, self.asked, channels)
         return self if chosen == self.add_norm else replace(self, add_norm=chosen)
 
-    def on(self, device: torch.device, channels: int) -> Choice:
-        """The same for rows of so many channels on this device."""
-        if device == self.device:
-            return self
-        return Choice.of(self.asked, self.attention, self.strict, device).for_rows(channels)
-
-    def here(self) -> Choice:
-        """The same within what somebody has put around a block, which may have changed the mode."""
-        mode = _mode(self.device)
+    def here(
+        self,
+        x: Tensor,  # (..., C)
+    ) -> Choice:
+        """The same for rows like x, in the mode that is on now: hooks may have changed it, or the device."""
+        if x.device != self.device:
+            return Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+        grad, writes, autocast = mode = _mode(x.device)
         if mode == (self.grad, self.writes, self.autocast):
             return self
-        grad, writes, autocast = mode
         return replace(self, grad=grad, writes=writes, autocast=autocast)
 
     def plain(self) -> Choice:

@@ -19,6 +19,7 @@ SETTINGS = [  # of lifting, by turns
 ]  # fmt: skip
 
 
+TWINS = [f"timm-dinov3-{size}" for size in ("s+", "b", "l-qkvb", "h+")]  # of s, s-qkvb and 7b
 SHAPES = [(1, 3, (2, 5)), (2, 1, (3, 1)), (1, 4, (1, 3))]  # batch, depth, (H, W) in tokens
 
 
@@ -27,7 +28,8 @@ def _models():
         settings = SETTINGS[(i + 3 * j) % len(SETTINGS)]
         if settings.get("mode") == "flatten3d" and host.rope and host.head_dim % 16:
             settings = {}
-        yield pytest.param(host, settings, dtype, SHAPES[(i + j) % 3], id=f"{host.name} {dtype} {settings}")
+        name, marks = f"{host.name} {dtype} {settings}", [pytest.mark.full] if host.name in TWINS else []
+        yield pytest.param(host, settings, dtype, SHAPES[(i + j) % 3], id=name, marks=marks)
 
 
 @pytest.mark.parametrize("host, settings, dtype, shape", list(_models()))

@@ -120,7 +120,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+DEAR = [pytest.mark.full] if BACKEND == "triton" else []  # seconds in the interpreter
+
+
+@pytest.mark.parametrize("way", ["checkpointed", pytest.param("products kept", marks=DEAR)])
 def test_checkpointed_blocks(within, way):
     """What checkpointing keeps of a block is not changed under it."""
     host = BY_NAME["timm-dinov3-s-qkvb"]
