@@ -6,6 +6,7 @@ make bench
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,16 +15,14 @@ from planecycle_fast.ops import Norm, add_norm, add_norm_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
+from .op_cells import OURS, REFERENCE, STEPS, TRAINING, OpCell, Shape, backend_of, fixed
 
 EPS = 1e-5
 
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
-    for shape in shapes:
-        for rms in (False, True):
-            for step in (INFERENCE, TRAINING):
-                yield cell(shape, rms, step, device, dtype)
+    for shape, rms, step in product(shapes, (False, True), STEPS):
+        yield cell(shape, rms, step, device, dtype)
 
 
 def cell(shape: Shape, rms: bool, step: str, device: str, dtype: torch.dtype) -> OpCell:

@@ -21,13 +21,13 @@ from planecycle_fast.ops import Axial, attention, attention_ref, plane_switch, p
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, Maker, OpCell, Shape, backend_of, fixed
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, STEPS, TRAINING, Maker, OpCell, Shape, backend_of, fixed
 
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         shape = shape if shape.sequences[1] < 100 else shape._replace(batch=1)  # the reference holds all scores
-        for step in (INFERENCE, TRAINING):
+        for step in STEPS:
             yield alone(shape, step, dtype)
         yield along_another_plane(shape, device, dtype)
 
@@ -102,12 +102,10 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell
 
         return joined(copies, turn, peers.sdpa)
 
-    def flash_with_copies(name: str) -> Maker:
-        def make():
-            attend = peers.flash_attention(name)()
-            return joined(copies, peers.flash_rotary(tables, GLOBALS, dtype, device)(), attend)
-
-        return make
+    @peers.maker
+    def flash_with_copies(name: str):
+        attend = peers.flash_attention(name)()
+        return joined(copies, peers.flash_rotary(tables, GLOBALS, dtype, device)(), attend)
 
     return OpCell(
         "attention", f"{shape.label}, along DW of rows in HW order", INFERENCE, dtype,

@@ -8,19 +8,19 @@ make bench
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 
 from planecycle_fast.ops import gelu, gelu_ref
 
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
+from .op_cells import INFERENCE, OURS, REFERENCE, STEPS, TRAINING, OpCell, Shape, backend_of, fixed
 
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
-    for shape in shapes:
-        for step in (INFERENCE, TRAINING):
-            yield cell(shape, step, device, dtype)
+    for shape, step in product(shapes, STEPS):
+        yield cell(shape, step, device, dtype)
 
 
 def cell(shape: Shape, step: str, device: str, dtype: torch.dtype) -> OpCell:

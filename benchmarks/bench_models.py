@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
-import torch
 
 from planecycle_fast.bench.cells import ACCELERATED, OURS, Cell, quick
 from planecycle_fast.bench.measure import Effort, Group, Hosts
 from planecycle_fast.bench.rows import MEASURED, NOT_HERE
+from planecycle_fast.inputs import usable_device
 
 from .op_benchmark import CLOCK, play
 
-HOSTS = Hosts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+HOSTS = Hosts(usable_device("auto"))
 EFFORT = Effort("models", rounds=5, warmups=1, seconds=float("inf"), counted=False)
 
 

@@ -6,6 +6,7 @@ make bench
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from planecycle_fast.ops import Norm, plane_switch, plane_switch_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
+from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, STEPS, TRAINING, OpCell, Shape, backend_of, fixed
 
 EPS = 1e-5
 CHANGES = [(HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")]
@@ -25,9 +26,8 @@ CHANGES = [(HW, DW, "PCg"), (DW, DH, "PCg"), (DH, HW, "PCg"), (HW, DW, "PCm")]
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
-        for change in CHANGES if device == "cuda" else CHANGES[:2]:
-            for step in (INFERENCE, TRAINING):
-                yield cell(shape, change, True, step, device, dtype)
+        for change, step in product(CHANGES if device == "cuda" else CHANGES[:2], STEPS):
+            yield cell(shape, change, True, step, device, dtype)
         yield cell(shape, CHANGES[1], False, INFERENCE, device, dtype)
 
 

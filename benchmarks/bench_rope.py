@@ -16,7 +16,7 @@ from planecycle_fast.ops.rotary.rope_within import rope_within
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
+from .op_cells import GLOBALS, OURS, REFERENCE, STEPS, TRAINING, OpCell, Shape, backend_of, fixed
 
 
 def axial(shape: Shape, device: str) -> Axial:
@@ -27,7 +27,7 @@ def axial(shape: Shape, device: str) -> Axial:
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
         angles = axial(shape, device)
-        for step in (INFERENCE, TRAINING):
+        for step in STEPS:
             yield cell(shape, step, angles, device, dtype)
 
 

@@ -6,6 +6,7 @@ make bench
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 
@@ -13,14 +14,12 @@ from planecycle_fast.ops import swiglu, swiglu_ref
 
 from . import op_peers as peers
 from .op_benchmark import benchmark_of
-from .op_cells import INFERENCE, OURS, REFERENCE, TRAINING, OpCell, Shape, backend_of, fixed
+from .op_cells import INFERENCE, OURS, REFERENCE, STEPS, TRAINING, OpCell, Shape, backend_of, fixed
 
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
-    for shape in shapes:
-        for packed in (True, False):
-            for step in (INFERENCE, TRAINING):
-                yield cell(shape, packed, step, device, dtype)
+    for shape, packed, step in product(shapes, (True, False), STEPS):
+        yield cell(shape, packed, step, device, dtype)
 
 
 def cell(shape: Shape, packed: bool, step: str, device: str, dtype: torch.dtype) -> OpCell:

@@ -26,7 +26,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from time import perf_counter, sleep, time
 
 import torch
@@ -34,9 +33,8 @@ import torch
 from planecycle_fast.bench.table import markdown_table
 
 from .budget import Budget
-from .part_table import header, results_folder, write
+from .part_table import PROJECT, header, results_folder, write
 
-PROJECT = Path(__file__).parents[1]
 STAGES = {  # parts that run side by side: seconds of all of them
     ("smoke", "warm"): 50, ("models",): 165, ("tests",): 145, ("kernels",): 40, ("ops",): 30, ("sweep",): 40,
 }  # fmt: skip

@@ -143,14 +143,11 @@ def host_time() -> str:
             torch.cuda.synchronize()
             times.append(perf_counter() - began)
         found.append(sorted(times)[len(times) // 2] / len(lifted.blocks) * 1e6)
+    mark = "" if found[0] <= HOST_BAR else "**"
     return (
-        f"ViT-S, 1 x 16 x 64^2, bf16, per block: {_bold(found[0], found[0] <= HOST_BAR)} us from the host "
+        f"ViT-S, 1 x 16 x 64^2, bf16, per block: {mark}{found[0]:.0f}{mark} us from the host "
         f"(bar {HOST_BAR}), {found[1]:.0f} us as a CUDA graph ({found[0] / found[1]:.1f} times)\n"
     )
-
-
-def _bold(value: float, within: bool) -> str:
-    return f"{value:.0f}" if within else f"**{value:.0f}**"
 
 
 def time_call(op, label: str, channels: int, arguments: tuple) -> dict:
@@ -187,10 +184,9 @@ def table(rows: list[dict]) -> str:
     found = []
     for row in rows:
         ratio = f"**{row['ratio']:.0%}**" if row["ratio"] < BAR else f"{row['ratio']:.0%}"
-        rates = f"{row['bandwidth']:.2f}", f"{row['copy']:.2f}"
-        found.append(
-            [row["label"], row["channels"], f"{row['megabytes']:.1f}", f"{row['microseconds']:.1f}", *rates, ratio]
-        )
+        shown = [f"{row[name]:{form}}" for name, form in
+                 (("megabytes", ".1f"), ("microseconds", ".1f"), ("bandwidth", ".2f"), ("copy", ".2f"))]  # fmt: skip
+        found.append([row["label"], row["channels"], *shown, ratio])
     lines = [
         f"bf16, median of many runs with caches flushed. Bar: {BAR:.0%} of the copy; **bold** is below it.",
         "Bytes are those that the operation declares.\n",

@@ -28,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     part, run = Part(given.part, given.until - time()), RUN[given.part]
     ending = "txt" if run in (gpu_tests.run, gpu_sanitize.run) else "md"
-    status = run(
-        results_folder() / f"{part.name}.{ending}", header(f"python -m benchmarks.gpu --only {part.name}"), part
-    )
+    path = results_folder() / f"{part.name}.{ending}"
+    status = run(path, header(f"python -m benchmarks.gpu --only {part.name}"), part)
     print(part.note(), end="", flush=True)
     return status
 

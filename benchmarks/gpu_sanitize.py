@@ -17,8 +17,8 @@ from time import sleep, time
 from typing import NamedTuple
 
 from .budget import Part
-from .gpu_tests import NO_TESTS, PROJECT, SPARED
-from .part_table import PartTable, write
+from .gpu_tests import NO_TESTS, SPARED
+from .part_table import PROJECT, PartTable, write
 from .time_limit import REASON
 
 TOOLS = ("memcheck", "racecheck", "initcheck")

@@ -77,8 +77,7 @@ def checks(device: str) -> Iterator[tuple[str, tuple[str, Callable[[], str]]]]:
         ("CUDA graph of a training step", partial(model, device, code=GRAPH, step="finetune")),
         ("torch.compile", partial(model, device, code=COMPILED, depth=2)),
     ]  # fmt: skip
-    for each in found:
-        yield each[0], each
+    yield from [(name, (name, check)) for name, check in found]
 
 
 def backends(device: str) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from time import time
 
 from .budget import Part
+from .part_table import PROJECT
 from .time_limit import REASON
 
-PROJECT = Path(__file__).parents[1]
 SPARED = 4  # cores that run no tests
 RUNS = {  # of each part: marks and parts of names, as pytest takes them, and whether in parallel
     "tests": [("gpu and not alone", "", True), ("gpu and alone", "", False)],

@@ -19,9 +19,8 @@ from planecycle_fast.bench.table import markdown_table
 
 from . import gpu_kernels, gpu_models
 from .budget import Part
-from .part_table import PartTable
+from .part_table import PROJECT, PartTable
 
-PROJECT = Path(__file__).parents[1]
 SPARED = 2  # cores for what runs beside
 MEMORY = 76  # GiB of the GPU that all jobs of a moment may take
 SHARES = 10  # jobs that the kernels are shared out to

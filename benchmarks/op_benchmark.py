@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from .op_cells import DTYPES, SHAPES, OpCell, device_type
+from planecycle_fast.inputs import usable_device
+
+from .op_cells import DTYPES, SHAPES, OpCell
 from .op_measure import Result, measure
 
 
@@ -33,7 +35,7 @@ MEASURED: dict[str, dict[str, Result]] = {}  # of this process, by group
 
 def benchmark_of(cells: Callable[..., Iterator[OpCell]]) -> Callable[..., None]:
     """A test for pytest-benchmark of every contender of `cells(shapes, device, dtype)`, on the GPU if there is one."""
-    device = device_type()
+    device = usable_device("auto").type
     found = {cell.group: cell for cell in cells(SHAPES[device], device, DTYPES[device])}
 
     @pytest.mark.benchmark(timer=CLOCK.read)

@@ -16,7 +16,7 @@ from planecycle_fast.bench.cells import GLOBALS
 from planecycle_fast.runtime.backends import pick
 
 OURS, REFERENCE, COMPILED = "planecycle_fast", "reference", "reference, compiled"
-INFERENCE, TRAINING = "inference", "training"  # forward without gradients; forward, and backward for all inputs
+STEPS = INFERENCE, TRAINING = "inference", "training"  # without gradients; forward, and backward for all inputs
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LARGEST = 2**28  # elements of a tensor within an MLP
 
@@ -92,11 +92,6 @@ class OpCell:
     def input_bytes(self) -> int:
         """Of one set of inputs."""
         return sum([math.prod(shape) for shape in self.tensors.values()]) * self.dtype.itemsize
-
-
-def device_type() -> str:
-    """Where benchmarks of operations run: "cuda" if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def backend_of(device: str, op: str) -> str:

@@ -119,22 +119,19 @@ def _outputs(returned: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [returned] if isinstance(returned, Tensor) else list(returned)
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
-
-
 def _inputs(cell: OpCell, device: torch.device, seed: int) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
     return [
-        _random(shape, cell.dtype, device, generator) * cell.spread.get(name, 1)
+        torch.randn(shape, dtype=cell.dtype, device=device, generator=generator) * cell.spread.get(name, 1)
         for name, shape in cell.tensors.items()
-    ]  # fmt: skip
+    ]
 
 
 def _cotangents(cell: OpCell, shapes: Sequence[torch.Size], device: torch.device, seed: int) -> list[Tensor]:
     """Random gradients of the outputs, in training."""
     generator = torch.Generator(device).manual_seed(1000 + seed)
-    return [_random(shape, cell.dtype, device, generator) for shape in shapes if cell.step == TRAINING]
+    made = shapes if cell.step == TRAINING else ()
+    return [torch.randn(shape, dtype=cell.dtype, device=device, generator=generator) for shape in made]
 
 
 def _time(cell: OpCell, ready: dict, shapes: Sequence[torch.Size], device: torch.device) -> dict[str, Result]:

@@ -7,7 +7,8 @@ are imported when a contender is made, and called as their users do.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,30 +35,31 @@ def load(module: str, name: str, device: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        missing = error.name or package
-        raise NotHereError(f"{missing} is not installed") from None
+        raise NotHereError(f"{error.name or package} is not installed") from None
     except Exception as error:  # a broken installation raises anything
         raise NotHereError(f"importing {module} failed: {type(error).__name__}: {error}") from None
 
 
-def flash_attention(name: str) -> Maker:
-    """`flash_attn_func` of an installed FlashAttention, on (N, rows, heads, hd)."""
+def maker(function: Callable[..., Callable[..., Any]]) -> Callable[..., Maker]:
+    """`function`'s arguments give what makes a contender: nothing is imported before."""
+    return lambda *settings: partial(function, *settings)
 
-    def make() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        reason = why_not_attention(name)
+
+@maker
+def flash_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`flash_attn_func` of an installed FlashAttention, on (N, rows, heads, hd)."""
+    reason = why_not_attention(name)
+    if reason is not None:
+        raise NotHereError(reason)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        reason = why_not_for(name, q, k, v)
         if reason is not None:
             raise NotHereError(reason)
+        out = flash_function(name)(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
 
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            reason = why_not_for(name, q, k, v)
-            if reason is not None:
-                raise NotHereError(reason)
-            out = flash_function(name)(q, k, v)
-            return out[0] if isinstance(out, tuple) else out
-
-        return call
-
-    return make
+    return call
 
 
 def sdpa(
@@ -128,94 +130,73 @@ def rotate_half(
     return (x * wide[1] + torch.cat([-b, a], -1) * wide[0]).to(x.dtype)
 
 
-def flash_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Maker:
+@maker
+def flash_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Callable[..., Sequence[Tensor]]:
     """FlashAttention's Triton rotary, in place on a packed qkv (N, rows, 3*heads, hd)."""
-
-    def make() -> Callable[[Tensor], tuple[Tensor, ...]]:
-        turn = load("flash_attn.layers.rotary", "apply_rotary_emb_qkv_", device)
-        sin, cos = dense(tables, num_globals, dtype)
-        return lambda qkv: turn(qkv.unflatten(2, (3, -1)), cos, sin).unbind(2)
-
-    return make
+    turn = load("flash_attn.layers.rotary", "apply_rotary_emb_qkv_", device)
+    sin, cos = dense(tables, num_globals, dtype)
+    return lambda qkv: turn(qkv.unflatten(2, (3, -1)), cos, sin).unbind(2)
 
 
-def liger_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Maker:
+@maker
+def liger_rotary(tables: Tables, num_globals: int, dtype: torch.dtype, device: str) -> Callable[..., Sequence[Tensor]]:
     """Liger's rotary; it copies queries and keys out of a packed qkv (N, rows, 3*heads, hd)."""
+    turn = load("liger_kernel.transformers.rope", "liger_rotary_pos_emb", device)
+    sin, cos = (torch.cat([t, t], -1)[None] for t in dense(tables, num_globals, dtype))  # (1, rows, hd)
 
-    def make() -> Callable[[Tensor], tuple[Tensor, ...]]:
-        turn = load("liger_kernel.transformers.rope", "liger_rotary_pos_emb", device)
-        sin, cos = (torch.cat([t, t], -1)[None] for t in dense(tables, num_globals, dtype))  # (1, rows, hd)
+    def call(qkv: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = qkv.chunk(3, 2)
+        q, k = turn(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v
 
-        def call(qkv: Tensor) -> tuple[Tensor, ...]:
-            q, k, v = qkv.chunk(3, 2)
-            q, k = turn(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-            return q.transpose(1, 2), k.transpose(1, 2), v
-
-        return call
-
-    return make
+    return call
 
 
-def flash_add_norm(eps: float, device: str) -> Maker:
+@maker
+def flash_add_norm(eps: float, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """FlashAttention's Triton layer norm, which adds the residual; LayerScale takes a pass of its own."""
+    layer_norm = load("flash_attn.ops.triton.layer_norm", "layer_norm_fn", device)
 
-    def make() -> Callable[..., tuple[Tensor, Tensor]]:
-        layer_norm = load("flash_attn.ops.triton.layer_norm", "layer_norm_fn", device)
+    def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = layer_norm(branch * scale, weight, bias, residual=x, eps=eps, prenorm=True)
+        return total, normed
 
-        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            normed, total = layer_norm(branch * scale, weight, bias, residual=x, eps=eps, prenorm=True)
-            return total, normed
-
-        return call
-
-    return make
+    return call
 
 
-def liger_add_norm(eps: float, device: str) -> Maker:
+@maker
+def liger_add_norm(eps: float, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Liger's layer norm, after the sum."""
+    norm = load("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
 
-    def make() -> Callable[..., tuple[Tensor, Tensor]]:
-        norm = load("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
+    def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + branch * scale
+        return total, norm.apply(total, weight, bias, eps)
 
-        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            total = x + branch * scale
-            return total, norm.apply(total, weight, bias, eps)
-
-        return call
-
-    return make
+    return call
 
 
-def liger_add_rms_norm(eps: float, device: str) -> Maker:
+@maker
+def liger_add_rms_norm(eps: float, device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Liger's RMSNorm that adds the residual; LayerScale takes a pass of its own."""
+    norm = load("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)
 
-    def make() -> Callable[..., tuple[Tensor, Tensor]]:
-        norm = load("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction", device)
+    def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = norm.apply(branch * scale, x, weight, eps)
+        return total, normed
 
-        def call(x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            normed, total = norm.apply(branch * scale, x, weight, eps)
-            return total, normed
-
-        return call
-
-    return make
+    return call
 
 
-def liger_swiglu(device: str, packed: bool) -> Maker:
+@maker
+def liger_swiglu(device: str, packed: bool) -> Callable[..., Tensor]:
     """Liger's SwiGLU, of gate and value in one tensor (newer versions) or in two."""
-
-    def make() -> Callable[..., Tensor]:
-        name = "LigerFusedGateUpSiLUMulFunction" if packed else "LigerSiLUMulFunction"
-        return load("liger_kernel.ops.swiglu", name, device).apply
-
-    return make
+    name = "LigerFusedGateUpSiLUMulFunction" if packed else "LigerSiLUMulFunction"
+    return load("liger_kernel.ops.swiglu", name, device).apply
 
 
-def flash_swiglu(device: str, packed: bool) -> Maker:
+@maker
+def flash_swiglu(device: str, packed: bool) -> Callable[..., Tensor]:
     """FlashAttention's SwiGLU, by torch's jiterator."""
-
-    def make() -> Callable[..., Tensor]:
-        swiglu = load("flash_attn.ops.activations", "swiglu", device)
-        return (lambda joined: swiglu(*joined.chunk(2, -1))) if packed else swiglu
-
-    return make
+    swiglu = load("flash_attn.ops.activations", "swiglu", device)
+    return (lambda joined: swiglu(*joined.chunk(2, -1))) if packed else swiglu

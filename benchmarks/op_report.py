@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planecycle_fast.bench.report import NOT_MEASURED
-from planecycle_fast.bench.table import markdown_table
+from planecycle_fast.bench.table import markdown_table, with_unit
 
 from .op_cells import OURS
 from .op_measure import Result
@@ -25,9 +25,10 @@ def rows(results: Iterable[tuple[str, Mapping[str, Result]]]) -> list[tuple[str,
                 found.append((group, name, f"{NOT_MEASURED}: {why}", "", "", "", ""))
                 continue
             ratio = NOT_MEASURED if ours is None else f"{result.times.median / ours.median:.2f}"
-            spread = f"{_time(result.times.p20)} to {_time(result.times.p80)}"
-            rate, share = result_rate(result.info)
-            found.append((group, name, _time(result.times.median), spread, rate, share, ratio))
+            median, p20, p80 = [with_unit(seconds, "s") for seconds in result.times[:3]]
+            unit, info = "TFLOP/s" if "TFLOP/s" in result.info else "GB/s", result.info
+            share = f"{info['share']:.0%}" + (f" ({info['note']})" if "note" in info else "")
+            found.append((group, name, median, f"{p20} to {p80}", f"{info[unit]:.3g} {unit}", share, ratio))
     return found
 
 
@@ -38,13 +39,6 @@ def once(table: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
         found.append(row if row[0] != before else ("", *row[1:]))
         before = row[0]
     return found
-
-
-def result_rate(info: Mapping[str, Any]) -> tuple[str, str]:
-    """The rate, and its share of the ceiling, in words."""
-    unit = "TFLOP/s" if "TFLOP/s" in info else "GB/s"
-    note = f" ({info['note']})" if "note" in info else ""
-    return f"{info[unit]:.3g} {unit}", f"{info['share']:.0%}{note}"
 
 
 def markdown(results: Iterable[tuple[str, Mapping[str, Result]]]) -> str:
@@ -68,10 +62,3 @@ def ceilings(results: Iterable[tuple[str, Mapping[str, Result]]]) -> str:
     found = {("a copy", "GB/s", i["ceiling"]) if "GB/s" in i else ("a matrix product", "TFLOP/s", i["ceiling"])
              for i in infos}  # fmt: skip
     return "".join([f"Ceiling: {what}, {value:.4g} {unit}, in the same run.\n" for what, unit, value in sorted(found)])
-
-
-def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"

@@ -13,7 +13,8 @@ from planecycle_fast.bench.environment import about, folder_name
 
 from .budget import Part
 
-RESULTS = Path(__file__).parent / "results"
+PROJECT = Path(__file__).parents[1]
+RESULTS = PROJECT / "benchmarks" / "results"
 Item = TypeVar("Item")
 
 

@@ -13,8 +13,9 @@ from planecycle_fast.bench.report import NOT_MEASURED, bold_below_one, milliseco
 from planecycle_fast.bench.rows import MEASURED, Row, load
 from planecycle_fast.bench.table import markdown_table
 
-PROJECT = Path(__file__).parents[1]
-README, RESULTS = PROJECT / "README.md", PROJECT / "benchmarks" / "results"
+from .part_table import PROJECT, RESULTS
+
+README = PROJECT / "README.md"
 BEGIN = "<!-- results: written by python -m benchmarks.readme_table -->"
 END = "<!-- end of results -->"
 VOLUMES = (

@@ -9,7 +9,8 @@ authors' code.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -20,12 +21,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 import planecycle_fast as pcf
 from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
-from planecycle_fast.engine import block as stream
-from planecycle_fast.engine import branches
-from planecycle_fast.engine import stream as layer
+from planecycle_fast.engine import block, branches, stream
 from tests import peers
 
-OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "gelu", "swiglu")
+OPERATIONS = {  # and where the engine calls them
+    "plane_switch": [(stream, "switch_on")], "add_norm": [(block, "add_norm_on")],
+    "rope": [(branches, "rope_on"), (branches, "rope_within")],
+    "attention": [(branches, "attention_on"), (branches, "attention")],
+    "gelu": [(branches, "gelu_ref")], "swiglu": [(branches, "swiglu_on")],
+}  # fmt: skip
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
 CHANNELS, GLOBALS, PATCH = 384, 5, 16
 AUTHORS_PATCH = 4  # smaller pictures for the same tokens
@@ -43,14 +47,8 @@ class BlockTraffic(NamedTuple):
 
 
 @contextmanager
-def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
+def fused(traffic: Traffic, operations: Iterable[str] = OPERATIONS):
     """Counts these operations of the package as one pass each, and not what their reference does inside."""
-    found = [
-        (m, name, name) for name in operations for m in (layer, stream, branches) if hasattr(m, name)
-    ]  # where called
-    if "plane_switch" in operations:
-        found.append((layer, "switch_unchecked", "plane_switch"))
-    kept = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in found]
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -65,13 +63,11 @@ def fused(traffic: Traffic, operations: tuple[str, ...] = OPERATIONS):
 
         return call
 
-    for module, attribute, name in found:
-        setattr(module, attribute, counted(name, getattr(module, attribute)))
-    try:
+    with ExitStack() as stack:
+        for name in operations:
+            for module, called in OPERATIONS[name]:
+                stack.enter_context(patch.object(module, called, counted(name, getattr(module, called))))
         yield
-    finally:
-        for module, attribute, function in kept:
-            setattr(module, attribute, function)
 
 
 def of_call(
@@ -111,9 +107,9 @@ def lifted_rows(
     lifted, calls = pcf.lift(model.to(device), backend=backend, **settings), []
     take = pcf.LiftedBlock.take  # a hook would change what blocks hand on
 
-    def kept(block: pcf.LiftedBlock, held: list[pcf.Stream], at: layer.Layer, following: object = ()) -> tuple:
-        calls.append((block, pcf.Stream(*held[0]), at))
-        return take(block, held, at)
+    def kept(lifted_block: pcf.LiftedBlock, held: list[pcf.Stream], at: stream.Layer, following: object = ()) -> tuple:
+        calls.append((lifted_block, pcf.Stream(*held[0]), at))
+        return take(lifted_block, held, at)
 
     volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
@@ -122,8 +118,8 @@ def lifted_rows(
             lifted(volume)
         counted = torch.bfloat16 if autocast else dtype
         found = []
-        for block, came, at in calls[1:]:
-            call = partial(block.take, [came], at)
+        for lifted_block, came, at in calls[1:]:
+            call = partial(lifted_block.take, [came], at)
             found.append(of_call(code, f"{at.old} to {at.new}", call, rows, counted, operations, training))
     return [row for i, row in enumerate(found) if row not in found[:i]]
 
@@ -146,8 +142,8 @@ def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
     names = {"HW": "HW to HW", "DW": "HW to DW to HW", "DH": "HW to DH to HW"}
     return [
-        of_call("authors' code", names[block.plane], lambda: block(*args), rows, dtype)  # noqa: B023
-        for block, args in calls
+        of_call("authors' code", names[their_block.plane], partial(their_block, *args), rows, dtype)
+        for their_block, args in calls
     ]
 
 
@@ -163,11 +159,8 @@ def table(dtype: torch.dtype = torch.bfloat16) -> list[BlockTraffic]:
 def main() -> None:
     torch.manual_seed(0)
     rows = [(row.code, row.planes, f"{row.moved:.1f}", f"{row.weight_casts:.1f}", *row[4:]) for row in table()]
-    print(
-        "\n".join(
-            markdown_table(("code", "planes", "moved (C per row)", "weight casts", "launches", "copies"), rows, 2)
-        )
-    )
+    headings = ("code", "planes", "moved (C per row)", "weight casts", "launches", "copies")
+    print("\n".join(markdown_table(headings, rows, 2)))
     if "PLANECYCLE_REPO" not in os.environ:
         print("\nSet PLANECYCLE_REPO to a checkout of HINTLab/PlaneCycle for the authors' code.")
 

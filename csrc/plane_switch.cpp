@@ -40,10 +40,11 @@ void switch_globals(const Tensor& x, const Tensor& out, const RowMap& map, int64
 }
 
 Tensor plane_switch(
-    const Tensor& x,  // (B*P1, g + L1, C), contiguous
+    const Tensor& given,  // (B*P1, g + L1, C)
     std::string_view old, std::string_view next, at::IntArrayRef sizes, int64_t num_globals, int64_t via, bool mean,
     bool transposed_m) {  // -> (B*P2, g + L2, C)
-  TORCH_CHECK_VALUE(x.is_contiguous() && x.dim() == 3, "x must be contiguous (B*P, g + L, C), got strides ", x.strides());
+  TORCH_CHECK_VALUE(given.dim() == 3, "x must be (B*P, g + L, C), got ", given.sizes());
+  auto x = given.contiguous();
   auto before = Plane::named(old), after = Plane::named(next);
   RowMap map(x.size(0), x.size(1), before, after, sizes, num_globals);
   TORCH_CHECK_VALUE(via > 0, "via must be at least 1, got ", via);

@@ -115,8 +115,7 @@ void run(const Tensor& x, const Tensor& out, const Angles<A>& angles, const Head
 void turn_into(const Tensor& x, const Tensor& out, bool back, int64_t num_globals, int64_t turned, bool in_table_dtype,
                at::TensorList sin, at::TensorList cos) {
   TORCH_CHECK_VALUE(!sin.empty() && sin.size() == cos.size(), "sin and cos must be tables; make them of periods first");
-  TORCH_CHECK_VALUE(x.dim() == 4 && (x.size(3) < 2 || x.stride(3) == 1),
-                    "x must be (N, g + L, heads, hd) with channels next to each other, got strides ", x.strides());
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (N, g + L, heads, hd), got ", x.sizes());
   int64_t length = 1, half = 0;
   for (size_t i = 0; i < sin.size(); ++i) {
     TORCH_CHECK_VALUE(sin[i].dim() == 2 && sin[i].sizes() == cos[i].sizes(), "sin and cos must be (n, s) alike, got ", sin[i].sizes());
@@ -136,25 +135,29 @@ void turn_into(const Tensor& x, const Tensor& out, bool back, int64_t num_global
   });
 }
 
+bool is_dense(const Tensor& x) { return x.dim() == 0 || x.size(-1) < 2 || x.stride(-1) == 1; }
+
 Tensor rope(
-    const Tensor& x,  // (N, g + L, heads, hd), channels next to each other
+    const Tensor& x,  // (N, g + L, heads, hd)
     bool back, int64_t num_globals, int64_t turned, bool in_table_dtype, at::IntArrayRef,
     at::TensorList sin,  // per axis (n_i, s_i); their product is L, their sum hd/2
     at::TensorList cos,  // like sin
     at::TensorList, const c10::List<std::optional<Tensor>>&, std::string_view, bool, bool, at::ScalarType,
     at::ScalarType) {  // -> like x, contiguous
   auto out = at::empty(x.sizes(), x.options());
-  turn_into(x, out, back, num_globals, turned, in_table_dtype, sin, cos);
+  turn_into(is_dense(x) ? x : x.contiguous(), out, back, num_globals, turned, in_table_dtype, sin, cos);
   return out;
 }
 
 void rope_(
-    Tensor& x,  // (N, g + L, heads, hd), channels next to each other; no two elements share memory
+    Tensor& x,  // (N, g + L, heads, hd); no two elements share memory
     bool back, int64_t num_globals, int64_t turned, bool in_table_dtype, at::IntArrayRef,
     at::TensorList sin,  // per axis (n_i, s_i)
     at::TensorList cos,  // like sin
     at::TensorList, const c10::List<std::optional<Tensor>>&, std::string_view, bool, bool, at::ScalarType, at::ScalarType) {
-  turn_into(x, x, back, num_globals, turned, in_table_dtype, sin, cos);
+  auto dense = is_dense(x) ? x : x.contiguous();
+  turn_into(dense, dense, back, num_globals, turned, in_table_dtype, sin, cos);
+  if (!dense.is_same(x)) x.copy_(dense);
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -9,14 +9,14 @@ See the README, or the docstrings of `lift`, `LiftedModel` and `plane_cycle`.
 Packages and root modules, the lowest first; each imports only those above it in this list (tests/test_import_order.py),
 and has a docstring that says where to start reading:
 
-    optional, version, features   packages that may lack; this one's version; what a lifted model returns
+    optional, version, features   packages that may lack; versions; what a lifted model returns
     runtime                       which implementation runs here, and building it
     geometry                      where each token lies on each plane
     ops                           one folder per operation: reference, Triton, C++
     hosts                         what we know of each family of 2D models
     inputs                        checks that everything which takes a volume makes
     engine, weights               one pass of blocks on the stream; models by name
-    operator, lifted, lifting     `plane_cycle`; `LiftedModel`; `lift` and `unlift`
+    operator, lifted              `plane_cycle`; `lift`, `LiftedModel` and `unlift`
     pretrained, authors, cost     folders of lifted models; the authors' models; counting before running
     scans                         scans in, features out
     export, bench                 files that run without us; the timing suite
@@ -35,8 +35,7 @@ from .engine.stream import Stream
 from .export.exporting import export_model
 from .features import VolumeFeatures, pyramid
 from .hosts import Adapter
-from .lifted import LiftedModel
-from .lifting import lift, unlift
+from .lifted import LiftedModel, lift, unlift
 from .moved import MOVED, find_moved
 from .operator import plane_cycle
 from .pretrained import from_pretrained

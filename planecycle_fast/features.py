@@ -52,7 +52,7 @@ def traceable(features: VolumeFeatures) -> VolumeFeatures:
         return features
     present = {name: t for name, t in features._asdict().items() if t is not None}
     absent = dict.fromkeys([name for name in features._fields if name not in present])
-    kind = namedtuple("VolumeFeatures", present)
+    kind = namedtuple("VolumeFeatures", [*present])  # type: ignore[misc]  # known when it runs
     methods = {"pooled": VolumeFeatures.pooled, "maps": VolumeFeatures.maps}
     return type("VolumeFeatures", (kind,), absent | methods)(**present)
 
@@ -79,18 +79,17 @@ def pyramid(
         TypeError: features are no VolumeFeatures, or scales no numbers.
         ValueError: another number of layers than scales, or a scale that does not give whole numbers of cells.
     """
-    scales = _numbers(scales, "scales")
-    depths = _numbers(depth_scales, "depth_scales")
-    depths = depths * len(scales) if len(depths) == 1 else depths
-    layers = [features] if hasattr(features, "maps") else list(features)
+    levels, depths = _numbers(scales, "scales"), _numbers(depth_scales, "depth_scales")
+    depths = depths * len(levels) if len(depths) == 1 else depths
+    layers: list[Any] = [features] if hasattr(features, "maps") else list(features)
     for i, layer in enumerate(layers):
         if not hasattr(layer, "maps"):
             raise TypeError(f"features must be VolumeFeatures or a list of them, got {type(layer).__name__} at {i}")
-    layers = layers * len(scales) if len(layers) == 1 else layers
+    layers = layers * len(levels) if len(layers) == 1 else layers
     for name, given in (("features", layers), ("depth_scales", depths)):
-        if len(given) != len(scales):
-            raise ValueError(f"{name} must be one, or one for each of the {len(scales)} scales, got {len(given)}")
-    return [_scaled(layer.maps, (depth, scale, scale)) for layer, scale, depth in zip(layers, scales, depths)]
+        if len(given) != len(levels):
+            raise ValueError(f"{name} must be one, or one for each of the {len(levels)} scales, got {len(given)}")
+    return [_scaled(layer.maps, (depth, scale, scale)) for layer, scale, depth in zip(layers, levels, depths)]
 
 
 def _scaled(
@@ -98,7 +97,7 @@ def _scaled(
     scales: Sequence[Fraction],  # of D, H, W
 ) -> Tensor:  # (B, C, D', H', W')
     # n * a // b keeps sizes that are symbols as they are.
-    sizes = [n * scale.numerator // scale.denominator for n, scale in zip(maps.shape[2:], scales)]
+    sizes: Any = [n * scale.numerator // scale.denominator for n, scale in zip(maps.shape[2:], scales)]
     for axis, n, scale in zip("DHW", maps.shape[2:], scales):
         if n * scale.numerator % scale.denominator:
             raise ValueError(f"scale {float(scale):g} must give whole numbers of cells, got {n} patches along {axis}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -41,3 +43,14 @@ def reason(error: Exception) -> str:
 def shortened(error: BaseException, width: int = 400) -> str:
     """An error of a library in one line, of all that it says as much as fits; the name of its class if it is mute."""
     return textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def in_words(what: str, *stay: type[Exception]) -> Iterator[None]:
+    """Whatever a library raises in the block is a ValueError of one line that begins with `what`, but for `stay`."""
+    try:
+        yield
+    except stay:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{what}: {shortened(error)}") from error

@@ -12,8 +12,7 @@ from torch import nn
 
 from .geometry.planes import Plane
 from .hosts import Adapter
-from .lifted import LiftedModel
-from .lifting import check_names, lift
+from .lifted import LiftedModel, check_names, lift
 from .weights.hub import hub_file
 from .weights.load import load_model
 from .weights.saving import DEFAULTS, SETTINGS

@@ -20,7 +20,6 @@ hosts
 inputs
 engine weights
 operator lifted
-lifting
 pretrained authors cost
 scans
 export bench

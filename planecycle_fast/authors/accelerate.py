@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..hosts.dinov3 import BLOCK, CLASS, is_converted, is_dinov3, takes_volumes
+from ..hosts.dinov3 import BLOCK, CLASS, holds_converted, is_dinov3, takes_volumes
 from ..runtime.attentions import check_attention
 from ..runtime.backends import pick
 from .accelerated import METHODS, Method, plane_of
@@ -57,7 +57,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises ValueError for a model that is not accelerated, or that cannot run otherwise (a stock dinov3
     model with converted blocks: use `PlaneCycleConverter.restore`).
     """
-    if not _is_accelerated(model):
+    if not isinstance(model, nn.Module) or not any(isinstance(model.__dict__.get(name), Method) for name in METHODS):
         raise ValueError(f"model must be accelerated to be restored, got a {type(model).__name__} that is not")
     if not takes_volumes(model):
         raise ValueError(
@@ -77,10 +77,6 @@ def restore_methods(model: nn.Module) -> nn.Module:
     for name in METHODS:
         model.__dict__.pop(name, None)
     return model
-
-
-def _is_accelerated(model: nn.Module) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(model.__dict__.get(name), Method) for name in METHODS)
 
 
 def check_model(model: nn.Module, convertible: bool = False) -> None:
@@ -103,7 +99,7 @@ def check_model(model: nn.Module, convertible: bool = False) -> None:
 
 
 def _check_blocks(model: nn.Module) -> None:
-    name, converted = type(model).__name__, is_converted(model)
+    name, converted = type(model).__name__, holds_converted(model.blocks)
     if not takes_volumes(model):
         if not converted:
             raise ValueError(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..engine.passes import OnStream, Step, check_strict, run_pass
 from ..engine.report import table_of
-from ..engine.stream import Layer, SinCos, Stream, enter
+from ..engine.stream import Layer, Stream, enter
 from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
 from ..geometry.pooling import Transition, between
 from ..geometry.rope import PlaneAngles
 from ..hosts.description import BlockDescription, Reading, describe
-from ..hosts.dinov3 import BLOCK, block_parts, embed_parts, input_channels, norm_parts, takes_volumes
+from ..hosts.dinov3 import BLOCK, block_parts, common_norm, embed_parts, input_channels, norm_parts, takes_volumes
 from ..hosts.known import known_norm, why_called
 from ..inputs import check_volume, wanted_layers
 from ..ops import Norm
@@ -27,13 +27,13 @@ PLANES = ("HW", "DW", "DH")  # of a converted block
 
 
 class AuthorsBlock(OnStream):
-    """A block of the authors' model in one pass: by itself, or the 2D block within a converted one."""
+    """A block of the authors' model in one pass: by itself, or the 2D block within a converted one.
+
+    Hooks on it make it run as a whole, `AuthorsBlock.whole`.
+    """
 
     def __init__(self, reading: Reading, block: nn.Module, as_list: bool) -> None:
         self.reading, self.block, self.as_list = reading, block, as_list
-
-    def why_called(self) -> None:
-        return None  # hooks on the 2D block make it run as a whole, `AuthorsBlock.whole`
 
     def whole(self, tokens: Tensor, layer: Layer) -> Tensor:
         if self.as_list:  # as the authors' model calls it: hooks see that
@@ -79,11 +79,14 @@ class Method:
         masks: Tensor | None,
         wanted: set[int],
         as_list: bool = False,  # how blocks that are not converted are called: hooks see it
-        norm: Norm | None = None,
-    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Sizes]:
-        """Tokens after each layer wanted, in the order of the model's own; with a norm: and their norm. And sizes."""
+        norm: bool = True,
+        local: bool = False,  # see `norm_parts`
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Sizes]:
+        """Per layer wanted: tokens (N, g + L, C), in the order of the model's own; of them, or with `norm` of their
+        final norm, globals (N, g, C) and patches (N, L, C). And sizes.
+        """
         sizes, start = self._prepare(x, masks)
-        model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, _Tables()
+        model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, {}
         choice = Choice.of(self.backend, self.attention, self.strict, x.device)
         check_strict(choice, self.attention, self.descriptions)
         converted, readings, blocks = self._converted, self._readings(), [*model.blocks]
@@ -96,6 +99,14 @@ class Method:
         held, shape = [enter(patches, globals_, entering)], (x.shape[0], *sizes, patches.shape[2])
         del patches, globals_
 
+        def angles_of(rope: nn.Module | None, plane: Plane) -> PlaneAngles | None:
+            """By the model's own module: once per plane, or anew for every block while it may draw."""
+            if rope is not None and (rope.training or (rope, plane) not in tables):
+                grid = plane.grid(sizes)  # (n0, n1), or (D, H, W)
+                made = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
+                tables[rope, plane] = PlaneAngles(None, sincos=made)
+            return tables.get((rope, plane))
+
         def step(i: int) -> Step:
             block, plane, old = blocks[i], planes[i], planes[max(i - 1, 0)]
             rope = block.rope_embed if inside[i] else None if converted else model.rope_embed
@@ -105,9 +116,7 @@ class Method:
                 m = between(old, plane, sizes, pool_method)
                 if i == 0 or start == DHW:
                     m = Transition(plane.slices(sizes), plane.slices(sizes))
-                sincos = tables.get(rope, plane, sizes)
-                angles = None if sincos is None else PlaneAngles(None, sincos=sincos)
-                layers[key] = Layer(old, plane, sizes, g, m, choice, angles)
+                layers[key] = Layer(old, plane, sizes, g, m, choice, angles_of(rope, plane))
             if converted and not inside[i]:
                 return partial(_call_converted, block, shape), layers[key]
             inner, reading = readings[i]
@@ -115,11 +124,21 @@ class Method:
 
         def leave(i: int) -> tuple[Norm | None, Layer]:
             m = Transition(planes[i].slices(sizes), start.slices(sizes))
-            return norm, Layer(planes[i], start, sizes, g, m, choice)
+            return final, Layer(planes[i], start, sizes, g, m, choice)
+
+        def split(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            tokens, normed = out if isinstance(out, tuple) else (out, out)
+            if norm and final is None:
+                return tokens, *norm_parts(model, tokens, local)
+            return tokens, normed[:, :g], normed[:, g:]
+
+        common = common_norm(model, local) if norm else None
+        final = None if common is None else known_norm(common)[0]
 
         # RoPE and drop path draw in the order of the blocks.
         draws = model.training or (model.rope_embed is not None and model.rope_embed.training)
-        return run_pass(step, held, wanted, leave, lambda out, layer: out, draws), sizes
+        found = run_pass(step, held, wanted, leave, lambda out, layer: out, draws)
+        return [split(out) for out in found], sizes
 
     def _embed(
         self,
@@ -167,28 +186,7 @@ def _call_converted(
     return Stream(block(layer.switch(stream), shape))
 
 
-class Features(Method):
-    """What both methods that return features share: the final norm."""
-
-    def _norm(self, local: bool = False) -> Norm | None:
-        """The model's one norm for all tokens, as operations take it, or None."""
-        model = self.model
-        if model.untie_cls_and_patch_norms or (local and model.untie_global_and_local_cls_norm):
-            return None
-        return known_norm(model.norm)[0]
-
-    def _split(
-        self,
-        tokens: Tensor,  # (N, g + L, C)
-        normed: Tensor | None,  # (N, g + L, C), where it has been done
-        local: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # (N, g, C), (N, L, C)
-        """The final norm of globals and patches."""
-        g = self.model.n_storage_tokens + 1
-        return norm_parts(self.model, tokens, local) if normed is None else (normed[:, :g], normed[:, g:])
-
-
-class ForwardFeatures(Features):
+class ForwardFeatures(Method):
     """`forward_features_list` of an accelerated model."""
 
     def __call__(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
@@ -212,11 +210,7 @@ class ForwardFeatures(Features):
             return type(model).forward_features_list(model, x_list, masks_list)
         outputs = []
         for i, (x, masks) in enumerate(zip(x_list, masks_list)):
-            local = model.training and i == 1
-            norm = self._norm(local)
-            [tokens], _ = self._run(x, masks, {last}, as_list=True, norm=norm)
-            tokens, normed = tokens if norm is not None else (tokens, None)
-            globals_, patches = self._split(tokens, normed, local)
+            [(tokens, globals_, patches)], _ = self._run(x, masks, {last}, True, local=model.training and i == 1)
             outputs.append(
                 {
                     "x_norm_clstoken": globals_[:, 0],
@@ -229,7 +223,7 @@ class ForwardFeatures(Features):
         return outputs
 
 
-class IntermediateLayers(Features):
+class IntermediateLayers(Method):
     """`get_intermediate_layers` of an accelerated model."""
 
     def __call__(
@@ -250,16 +244,12 @@ class IntermediateLayers(Features):
         Raises ValueError or TypeError for layers that the model lacks or that are listed twice, or an x that
         is no volume for this model.
         """
-        model, g = self.model, self.model.n_storage_tokens + 1
-        wanted = wanted_layers(n, len(model.blocks))
+        wanted = wanted_layers(n, len(self.model.blocks))
         if isinstance(n, Sequence) and len(n) != len(wanted):
             raise ValueError(f"n must not list a layer twice, got {list(n)}")
-        final = self._norm() if norm else None
-        found, sizes = self._run(x, None, wanted, norm=final)
+        found, sizes = self._run(x, None, wanted, norm=norm)
         outputs = []
-        for out in found:
-            tokens, normed = out if final is not None else (out, None)
-            globals_, patches = self._split(tokens, normed) if norm else (tokens[:, :g], tokens[:, g:])
+        for _, globals_, patches in found:
             if reshape:
                 patches = patches.reshape(x.shape[0], *sizes, -1).permute(0, 4, 1, 2, 3).contiguous()
             parts = [patches]
@@ -293,24 +283,6 @@ METHODS = {  # by the name that each shadows
     "_replicate_for_data_parallel": Replicate,
     "report": Report,
 }
-
-
-class _Tables:
-    """RoPE tables by the model's own module: once per plane, or anew for every block while it may draw."""
-
-    def __init__(self) -> None:
-        self.rope: nn.Module | None = None
-        self.made: dict[Plane, SinCos] = {}
-
-    def get(self, rope: nn.Module | None, plane: Plane, sizes: Sizes) -> SinCos | None:  # (L, hd) each
-        if rope is None:
-            return None
-        if rope is not self.rope:  # blocks share one, usually
-            self.rope, self.made = rope, {}
-        if rope.training or plane not in self.made:
-            grid = plane.grid(sizes)  # (n0, n1), or (D, H, W)
-            self.made[plane] = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
-        return self.made[plane]
 
 
 def plane_of(block: nn.Module) -> Plane:

@@ -12,8 +12,7 @@ Start with `measure.py`: one group, made, compared, timed. It rests on
 
 It returns rows (`rows.py`). `sweep.py` measures all groups within a time that `estimate.py` foresees, and keeps what an
 earlier run has measured (`environment.py` says what that depends on). `report.py`, `plots.py` and `laws.py` show rows,
-`bars.py` holds them to what they should be, `table.py` writes Markdown.
+`bars.py` holds them to what they should be, `table.py` writes Markdown and units.
 
-Lower packages (geometry, runtime, ops, hosts, engine, weights, cost and the root's own modules) are imported here;
-`commands` and `benchmarks/`, which holds scripts alone, import this one.
+May import all packages but `scans`, `export` and `commands`; `commands` and `benchmarks/`, scripts alone, use it.
 """

@@ -9,13 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..cost.modes import MODES
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = {  # name: settings of `lift`
-    "slice2d": {"mode": "slice2d"},
-    "PCg": {"mode": "planecycle", "pool_method": "PCg"},
-    "PCm": {"mode": "planecycle", "pool_method": "PCm"},
-    "flatten3d": {"mode": "flatten3d"},
-}
 FAST, REFERENCE, GRAPH, COMPILED = "fast", "reference", "fast, CUDA graph", "fast, compiled"
 AUTHORS, AUTHORS_COMPILED = "authors", "authors, compiled"
 OURS = (FAST, GRAPH, COMPILED)
@@ -27,6 +23,10 @@ STEPS = ("inference", "probe", "finetune")
 VITS = ("ViT-S", "ViT-B", "ViT-L", "ViT-7B")
 PEERS = ("3D ResNet-50", "ACS ResNet-50", "ViViT-B")
 PEER = "peer"  # the code of a cell of one of them
+CODE_NAMES = {FAST: "planecycle_fast", GRAPH: "planecycle_fast, CUDA graph", COMPILED: "planecycle_fast, compiled",
+              REFERENCE: "plain PyTorch", AUTHORS: "authors' code", AUTHORS_COMPILED: "authors' code, compiled",
+              ACCELERATED: "authors' code, accelerated",
+              PEER: ""}  # floors are called by their code  # fmt: skip
 PATCH, GLOBALS = 16, 5  # of all these models: pixels along a patch; class and register tokens of a slice
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from ..inputs import usable_device
+from ..inputs import check_folder, usable_device
 from ..optional import MissingPackageError
-from ..scans.feature_files import check_folder
 from . import cells as which
 from .measure import FULL, QUICK
+from .plots import draw
 from .report import report_of
 from .rows import FAILED, REFUSED
 from .sweep import run_sweep
@@ -59,19 +58,12 @@ def run_suite(
     except KeyboardInterrupt:
         print(f"\nwhat was measured is in {out / 'rows.jsonl'}; the same command goes on from there", file=sys.stderr)
         raise
-    pictures, missing = _pictures(rows, out)
+    try:
+        pictures, missing = draw(rows, out), []
+    except MissingPackageError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+        pictures, missing = [], [f"No pictures: {error}."]
     (out / "report.md").write_text(report_of(rows, pictures, missing), encoding="utf-8")
     for path in (out / "report.md", *[picture.path for picture in pictures]):
         print(path)
     return int(any([row["status"] in (FAILED, REFUSED) for row in rows]))
-
-
-def _pictures(rows: Sequence[dict], out: Path) -> tuple[list, list[str]]:
-    """The pictures, and why there are none."""
-    from .plots import draw
-
-    try:
-        return draw(rows, out), []
-    except MissingPackageError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-        return [], [f"No pictures: {error}."]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..authors.accelerate import accelerate
 from ..engine.cuda_graphs import cuda_graph
-from ..lifting import lift
+from ..lifted import lift
 from ..optional import require
 from ..weights.checkpoints import convert_state_dict
 from .cells import ACCELERATED, AUTHORS, AUTHORS_COMPILED, COMPILED, FAST, GRAPH, MODES, PATCH, REFERENCE

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cost.meter import Meter
+from ..cost.planning import GpuAttention
+from ..cost.workspaces import allocations
 from .cells import DTYPES, PEER, PEERS, REFERENCE, Cell, parse_volume
 from .contenders import vit
 from .networks import network
@@ -64,22 +64,12 @@ def _without_data(
 
 
 def count(run: Callable[[Tensor], Any], volume: Tensor) -> Flops:
-    """What torch.utils.flop_counter counts of one call."""
-    with FlopCounterMode(display=False) as counter, _FusedAttention():
+    """What torch.utils.flop_counter counts of one call; on device meta attention is a fused one."""
+    with FlopCounterMode(display=False) as counter, GpuAttention():
         run(volume)
     by_operation = {str(op): number for op, number in counter.get_flop_counts()["Global"].items()}
     attention = [number for op, number in by_operation.items() if any([part in op for part in ATTENTION])]
     return Flops(counter.get_total_flops(), sum(attention))
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Torch's attention on device meta as the fused one that runs elsewhere: its backward computes scores again."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention or args[0].device.type != "meta":
-            return func(*args, **(kwargs or {}))
-        keeps = torch.is_grad_enabled() and any([t.requires_grad for t in args[:3]])
-        return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, keeps)[0]
 
 
 def peak_bytes(run: Callable[[Tensor], Any], volume: Tensor) -> int:
@@ -94,15 +84,7 @@ def peak_bytes(run: Callable[[Tensor], Any], volume: Tensor) -> int:
         before = torch.cuda.memory_allocated(volume.device)
         run(volume)
         return torch.cuda.max_memory_allocated(volume.device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print a line each time
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run(volume)
-    alive = highest = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            highest = max(highest, alive)
-    return highest
+    return max(accumulate(allocations(lambda: run(volume)), initial=0))
 
 
 def launches(run: Callable[[Tensor], Any], volume: Tensor) -> int:
@@ -131,14 +113,12 @@ def free_bytes(device: torch.device) -> int | None:
     return psutil.virtual_memory().available
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # of RuntimeErrors, on a CPU and MPS
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how a device says that it has no more memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any([words in str(error) for words in OUT_OF_MEMORY])
+    said = ("can't allocate memory", "not enough memory", "out of memory")  # on a CPU and MPS
+    return isinstance(error, RuntimeError) and any([words in str(error) for words in said])
 
 
 def release(device: torch.device) -> None:

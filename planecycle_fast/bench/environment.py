@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ..inputs import usable_device
 from ..runtime import native
-from ..runtime.versions import versions
+from ..version import versions
 
 PACKAGES = ("planecycle-fast", "python", "torch", "triton", "timm", "transformers", "torchvision")
 SHOWING = ("bench/plots.py", "bench/report.py", "bench/laws.py", "bench/table.py", "bench/bars.py", "bench/command.py",
@@ -94,4 +95,4 @@ def folder_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    print(folder_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(folder_name(usable_device("auto")))

@@ -7,6 +7,7 @@ All n^3 tokens in one sequence: n^6. PlaneCycle's attention costs D-fold less.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,8 +35,7 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
             f"sizes must be two different ones or more, with one positive value each, got {sizes}, {values}"
         )
     x, y = ([math.log(value) for value in found] for found in (sizes, values))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum([(a - mean_x) * (b - mean_y) for a, b in zip(x, y)]) / sum([(a - mean_x) ** 2 for a in x])
+    return statistics.linear_regression(x, y).slope
 
 
 def cube(n: int) -> str:

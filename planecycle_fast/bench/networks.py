@@ -37,4 +37,4 @@ def network(
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum([t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())])
+    return sum([t.nbytes for t in (*module.parameters(), *module.buffers())])

@@ -7,13 +7,14 @@ volumes (B, 3, D, height, width) and returns one vector per volume.
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import PEERS, Volume
-from .contenders import NotHereError
+from .contenders import Contender, NotHereError
 
 WIDTH = {"3D ResNet-50": 2048, "ACS ResNet-50": 2048, "ViViT-B": 768}
 
@@ -28,22 +29,8 @@ def peer(name: str, volume: Volume, device: torch.device | str, dtype: torch.dty
     with torch.device(device):
         torch.manual_seed(0)
         made = {"3D ResNet-50": _resnet3d, "ACS ResNet-50": _resnet_acs, "ViViT-B": _vivit}[name](volume)
-    return _Pooled(made).to(device, dtype).eval()
-
-
-class _Pooled(nn.Module):
-    """Gives its vector twice: in the place of patch tokens too, so that peers run like everything else."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        volume: Tensor,  # (B, 3, D, height, width)
-    ) -> tuple[Tensor, Tensor]:  # twice the same (B, C)
-        out = self.model(volume)
-        return out, out
+    twice = Contender(made, lambda vectors, _: (vectors, vectors))  # as patches too: peers run like everything else
+    return twice.to(device, dtype).eval()
 
 
 def _imported(name: str):
@@ -55,11 +42,8 @@ def _imported(name: str):
 
 def _resnet3d(volume: Volume) -> nn.Module:
     """MONAI's where it is installed, else torchvision's video ResNet with bottlenecks and full 3D convolutions."""
-    try:
+    with suppress(NotHereError):
         monai = _imported("monai.networks.nets")
-    except NotHereError:
-        pass
-    else:
         return monai.resnet50(spatial_dims=3, n_input_channels=3, feed_forward=False, pretrained=False)
     video = _imported("torchvision.models.video.resnet")
     made = video.VideoResNet(video.Bottleneck, [video.Conv3DSimple] * 4, [3, 4, 6, 3], video.BasicStem)

@@ -100,17 +100,10 @@ def _cost(series: Mapping[tuple[str, str], list[Point]], model: str, dtype: str,
         law = [cycle[-1].row[what] / unit * n / sizes[-1] for n in sizes]
         left.plot(sizes, law, color="0.2", linestyle="--", linewidth=1.2, label="in proportion to the volume")
     left.set_ylabel("time for one volume (ms)" if timed else "peak memory above weights and volume (MiB)")
-    _finish(
-        left,
-        sizes,
-        [p.depth for p in cycle],
-        "measured time" if timed else "",
-        "upper left" if timed else "lower right",
-    )
-    label = f"{model}, {dtype}, inference"
-    title = f"{'Time' if timed else 'Memory'} against the size of the volume: {label}"
-    figure.suptitle(title, fontsize=13)
+    _finish(left, cycle, "measured time" if timed else "", "upper left" if timed else "lower right")
     stem = "time" if timed else "memory"
+    title = f"{stem.capitalize()} against the size of the volume: {model}, {dtype}, inference"
+    figure.suptitle(title, fontsize=13)
     path = _save(figure, folder / f"{stem}-{model.lower()}-{dtype}.png", cycle[-1].row)
     return Picture(path, title, _TIME if timed else _MEMORY)
 
@@ -149,13 +142,13 @@ def _attention(axis: Any, series: Mapping[tuple[str, str], list[Point]]) -> None
     law = [p.depth * p.row["attention_flops"] / 1e9 for p in cycle]
     axis.plot([p.patches for p in cycle], law, color="0.2", linestyle="--", linewidth=1.2, label="D times PlaneCycle's")
     axis.set_ylabel("FLOPs of attention (GFLOP)")
-    _finish(axis, [p.patches for p in cycle], [p.depth for p in cycle], "arithmetic of attention alone", "upper left")
+    _finish(axis, cycle, "arithmetic of attention alone", "upper left")
 
 
-def _finish(axis: Any, sizes: Sequence[int], depths: Sequence[int], title: str, legend: str) -> None:
+def _finish(axis: Any, points: Sequence[Point], title: str, legend: str) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(sizes, [f"{n:,}\n({d} slices)" for n, d in zip(sizes, depths)])
+    axis.set_xticks([p.patches for p in points], [f"{p.patches:,}\n({p.depth} slices)" for p in points])
     axis.minorticks_off()
     ticker = require("matplotlib.ticker", "bench")
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -198,10 +191,8 @@ def _save(figure: Any, path: Path, row: Row | None, about: str = "") -> Path:
     """Writes the picture with what it is of, as text below and within the file."""
     text = about or origin(row)
     figure.tight_layout(rect=(0, 0.07, 1, 0.98))
-    wide = int(figure.get_figwidth() * 15)
-    figure.text(
-        0.01, 0.012, "\n".join(textwrap.wrap(text, wide, break_on_hyphens=False)), fontsize=7, color="0.35", va="bottom"
-    )
+    below = textwrap.fill(text, int(figure.get_figwidth() * 15), break_on_hyphens=False)
+    figure.text(0.01, 0.012, below, fontsize=7, color="0.35", va="bottom")
     figure.savefig(path, dpi=110, metadata={"Description": text})
     require("matplotlib.pyplot", "bench").close(figure)
     return path

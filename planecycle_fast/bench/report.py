@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .cells import (
-    ACCELERATED,
-    AUTHORS,
-    AUTHORS_COMPILED,
-    CODES,
-    COMPILED,
-    FAST,
-    GLOBALS,
-    GRAPH,
-    PEER,
-    REFERENCE,
-    parse_volume,
-)
+from .cells import CODE_NAMES, CODES, FAST, GLOBALS, PEER, parse_volume
 from .laws import CUBES, DEPTHS, FIXED, fit_exponent, fit_laws
 from .plots import Picture, origin
 from .rows import MEASURED, Row
 from .table import markdown_table
 
 NOT_MEASURED = "not measured"
-CODE_NAMES = {FAST: "planecycle_fast", GRAPH: "planecycle_fast, CUDA graph", COMPILED: "planecycle_fast, compiled",
-              REFERENCE: "plain PyTorch", AUTHORS: "authors' code", AUTHORS_COMPILED: "authors' code, compiled",
-              ACCELERATED: "authors' code, accelerated",
-              PEER: ""}  # fmt: skip
 WHERE = ("network", "dtype", "volume", "step")
 STEP_NAMES = {"inference": "inference", "probe": "linear probe", "finetune": "fine-tuning"}
 
@@ -298,7 +282,7 @@ def contender_name(mode: str, code: str) -> str:
 
 
 def _code_name(code: str) -> str:
-    return CODE_NAMES.get(code, code)  # floors are called by their code
+    return CODE_NAMES.get(code, code)
 
 
 def milliseconds(seconds: float | None) -> str:

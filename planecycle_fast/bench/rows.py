@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,6 @@ def mend(path: Path) -> None:
 
 def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(**row["cell"])
-
-
-def of_environment(rows: Iterable[Row], environment: Mapping[str, Any], effort: str) -> list[Row]:
-    """Rows measured by the same code and versions on the same device, as thoroughly."""
-    return [row for row in rows if row["environment"] == dict(environment) and row["effort"] == effort]
 
 
 def kept(rows: Sequence[Row], group: Sequence[Cell]) -> list[Row] | None:

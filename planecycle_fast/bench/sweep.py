@@ -31,13 +31,13 @@ def run_sweep(
     """The rows of all cells, in their order.
 
     Groups that `folder`/rows.jsonl has whole, of the same code, versions and device, are kept. Other rows in there
-    stay where they are. With a `limit` of seconds groups run in the
-    order of their estimated time, and those that would probably end later are left out.
+    stay where they are. With a `limit` of seconds groups run in the order of their estimated time, and those that
+    would probably end later are left out.
     """
     began = perf_counter()
     path, here = folder / "rows.jsonl", environment_of(device)
     files.mend(path)
-    before = files.of_environment(files.load(path), here, effort.name)
+    before = [row for row in files.load(path) if (row["environment"], row["effort"]) == (here, effort.name)]
     todo, found, note = [], {}, ""
     for group in groups(cells):
         rows = files.kept(before, group)
@@ -83,10 +83,7 @@ def _left_out(group: Sequence[Cell]) -> list[files.Row]:
 
 
 def _ceilings(device: torch.device, dtype: str) -> dict[str, float]:
-    return {
-        "ceiling_flops": ceiling_flops(device, DTYPES[dtype]),
-        "ceiling_bandwidth": ceiling_bandwidth(device),
-    }
+    return {"ceiling_flops": ceiling_flops(device, DTYPES[dtype]), "ceiling_bandwidth": ceiling_bandwidth(device)}
 
 
 @contextmanager

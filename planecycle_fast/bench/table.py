@@ -1,7 +1,8 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and numbers with units."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -13,3 +14,9 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]], wo
 
 def _line(cells: Iterable[object]) -> str:
     return "|" + "".join([f" {cell} |" if cell != "" else " |" for cell in cells])
+
+
+def with_unit(value: float, unit: str = "") -> str:
+    """Three significant digits, with a prefix of the SI."""
+    power = max(-2, min(5, math.floor(math.log10(value) / 3))) if value > 0 else 0
+    return f"{value / 1000**power:.3g} {['u', 'm', '', 'k', 'M', 'G', 'T', 'P'][power + 2]}{unit}".strip()

@@ -40,17 +40,10 @@ class Agreement(NamedTuple):
 
 
 def interleaved(
-    contenders: Mapping[Any, Callable[..., Any]],
-    inputs: Sequence[tuple],
-    *,
-    device: torch.device | str,
-    rounds: int = ROUNDS,
-    warmups: int = WARM_UPS,
-    seconds: float | None = None,
+    contenders: Mapping[Any, Callable[..., Any]], inputs: Sequence[tuple], **settings: Any
 ) -> dict[Any, CallTimes]:
     """Medians and percentiles of every contender, all in turn; of `by_turns`, whose arguments and errors these are."""
-    found = by_turns(contenders, inputs, device=device, rounds=rounds, warmups=warmups, seconds=seconds)
-    return {name: summary(of_one) for name, of_one in found.items()}
+    return {name: summary(of_one) for name, of_one in by_turns(contenders, inputs, **settings).items()}
 
 
 def by_turns(

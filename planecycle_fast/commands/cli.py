@@ -66,15 +66,9 @@ def _collected():
     ) -> None:
         pass
 
-    app.command("demo")(demo.run_demo)
-    app.command("features")(features.run_features)
-    app.command("series")(series.run_series)
-    app.command("bench")(bench.run_bench)
-    app.command("verify")(verify.run_verify)
-    app.command("plan")(plan.run_plan)
-    app.command("export")(export.run_export)
-    app.command("build")(build.run_build)
-    app.command("info")(info.run_info)
+    for run in (demo.run_demo, features.run_features, series.run_series, bench.run_bench, verify.run_verify,
+                plan.run_plan, export.run_export, build.run_build, info.run_info):  # fmt: skip
+        app.command(run.__name__.removeprefix("run_"))(run)
     return typer.main.get_command(app)
 
 

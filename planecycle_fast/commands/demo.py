@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.finite import check_features
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..optional import MissingPackageError, require
 from ..runtime.backends import pick
 from ..scans.checks import warnings_printed
@@ -28,7 +27,7 @@ from ..scans.viz import adjacent_cosine, foreground, pca_colours, three_views
 from ..scans.windows import PERCENTILES
 from ..weights.load import DEMO_MODEL, load_model
 from ..weights.normalisation import normalisation_by_name
-from .options import MODEL, FillNan, Index, Option, Series
+from .options import MODEL, FillNan, Index, Option, WhichSeries
 
 MODES = ("slice2d", "planecycle")
 CUT_AT = (0.5, 0.5, 0.43)  # of D, H, W; a little beside the midline, where a brain shows more
@@ -63,7 +62,7 @@ def run_demo(
     fill_nan: FillNan = None,
     index: Index = None,
     array: Annotated[Optional[str], Option(help="Which array of an .npz.")] = None,
-    series: Series = None,
+    series: WhichSeries = None,
 ) -> list[ModeRun]:
     """Features of a volume, slice by slice and by PlaneCycle: a table and a picture."""
     console = require("rich.console", "demo").Console()
@@ -114,34 +113,30 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _measure(model: LiftedModel, pixels: Tensor) -> tuple[Tensor, float, int]:
     """Patches (D, H, W, C) of one volume (1, channels, D, height, width), seconds, and bytes at the peak."""
-    with torch.inference_mode(), _PeakMemory() as memory:
+    with torch.inference_mode(), _watched_memory() as memory:
         start = time.perf_counter()
         patches = model(pixels).patches[0]
         seconds = time.perf_counter() - start
-    return patches.clone(), seconds, memory.peak
+    return patches.clone(), seconds, max(memory)
 
 
-class _PeakMemory:
-    """Highest resident memory of this process above its start, sampled every 5 ms."""
+@contextmanager
+def _watched_memory() -> Iterator[list[int]]:
+    """Resident memory of this process above its start, sampled every 5 ms into the list that it gives."""
+    process, stop = require("psutil", "demo").Process(), threading.Event()
+    start, found = process.memory_info().rss, [0]
 
-    peak = 0
+    def watch() -> None:
+        while not stop.wait(0.005):
+            found.append(process.memory_info().rss - start)
 
-    def __enter__(self) -> _PeakMemory:
-        process = require("psutil", "demo").Process()
-        start = process.memory_info().rss
-        self._stop = threading.Event()
-
-        def watch() -> None:
-            while not self._stop.wait(0.005):
-                self.peak = max(self.peak, process.memory_info().rss - start)
-
-        self._thread = threading.Thread(target=watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from ..export.exporting import check_path, export_model, parse_dynamic
 from ..export.formats import FORMATS, check_tools
 from ..inputs import dtype_of, parse_shape, usable_device, with_channels
-from ..lifting import lift
+from ..lifted import lift
 from ..pretrained import settings_of
 from ..weights.load import check_found, load_model
 from ..weights.normalisation import normalisation_by_name

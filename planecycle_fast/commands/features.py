@@ -36,7 +36,7 @@ def run_features(
     fill_nan: options.FillNan = None,
     index: options.Index = None,
     array: Annotated[Optional[str], Option(help="Which array of an .npz; all volumes, where it holds several.")] = None,
-    series: options.Series = None,
+    series: options.WhichSeries = None,
     spacing: Annotated[
         Optional[str],
         Option(
@@ -65,12 +65,10 @@ def run_features(
     """Features of scans, with the affine that places them. Run it again to finish what was interrupted."""
     from ..scans.extraction import ExtractionSettings, extract_files, jobs_for
 
+    lifting = dict(mode=mode, cycle_order=cycle_order, pool_method=pool_method, globals_at=globals_at)
     settings = ExtractionSettings(
         model=model,
-        mode=mode,
-        cycle_order=cycle_order,
-        pool_method=pool_method,
-        globals_at=globals_at,
+        **lifting,
         depth_position=depth_position,
         layers=None if layers is None else _indices(layers),
         pool=pool,

@@ -13,7 +13,7 @@ from ..optional import require, shortened
 from ..runtime import native
 from ..runtime.attentions import attentions
 from ..runtime.backends import backends
-from ..runtime.versions import versions
+from ..version import versions
 
 
 def devices() -> dict[str, str]:

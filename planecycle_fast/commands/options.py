@@ -34,7 +34,7 @@ DepthPosition = Annotated[
 # Of reading a scan
 FillNan = Annotated[Optional[float], Option(help="Takes the place of NaN voxels, which else are refused.")]
 Index = Annotated[Optional[int], Option(help="Which volume of a file of several, from 0.")]
-Series = Annotated[
+WhichSeries = Annotated[
     Optional[str],
     Option(help="Of DICOM folders with several: number, UID, its end, or description, as `series` lists them."),
 ]

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Optional
 import torch
 from torch import nn
 
+from ..bench.table import with_unit
 from ..cost import gpus
 from ..cost.gpus import BANDWIDTH, HOST, KNOWN_DTYPES, MEASURED_HOST, PASSES, PRODUCTS, USABLE, Machine
 from ..inputs import dtype_of, parse_shape, with_channels
-from ..lifting import lift
+from ..lifted import lift
 from ..weights.load import model_without_weights
 from .options import VOLUME, Argument, Option
 
@@ -56,9 +57,9 @@ def run_plan(
             print(f"{title}\n{_line(COLUMNS)}")
         p, times = cost.planned, cost.times
         row = (
-            cost.mode, _si(p.flops), _si(p.read + p.written, "B"), str(p.launches),
-            _si(times.shortest, "s"), _si(times.longest, "s"), times.limit,
-            _si(p.peak_bytes, "B"), _si(p.total_bytes, "B"), f"{cost.depth:,}",
+            cost.mode, with_unit(p.flops), with_unit(p.read + p.written, "B"), str(p.launches),
+            with_unit(times.shortest, "s"), with_unit(times.longest, "s"), times.limit,
+            with_unit(p.peak_bytes, "B"), with_unit(p.total_bytes, "B"), f"{cost.depth:,}",
         )  # fmt: skip
         print(_line(row), flush=True)
         found.append(cost)
@@ -67,14 +68,14 @@ def run_plan(
     one = found[0].planned
     products, bandwidth = machine.reached
     print(
-        f"Weights: {_si(one.weight_bytes, 'B')}. Peak: what lives above weights and volume. In all: with\n"
+        f"Weights: {with_unit(one.weight_bytes, 'B')}. Peak: what lives above weights and volume. In all: with\n"
         f"both, and in training with AdamW's moments. Planned are the operations of: {one.path}.\n"
         f"Time is a range from a roofline, not a measurement: products and bandwidth at once, at\n"
         f"{products:.0%} and {bandwidth:.0%}, or one after the other at {PRODUCTS:.0%} and {BANDWIDTH:.0%}, and "
         f"{machine.launch[1] * 1e6:.0f} us per launch.\n"
         f"{_about_host(machine)}Limit: what takes longest at best.\n"
         f"Slices: of the deepest volume as wide as this one, as many in a batch, that fits into {USABLE:.0%} of\n"
-        f"{_si(machine.memory, 'B')} of memory, and that operations take."
+        f"{with_unit(machine.memory, 'B')} of memory, and that operations take."
     )
     return int(any([cost.planned.total_bytes > USABLE * machine.memory for cost in found]))
 
@@ -134,9 +135,3 @@ def _about_host(machine: Machine) -> str:
         f"The host takes {launch:.0f} us per launch and {block:.0f} us per block, in finetune {PASSES['finetune']} "
         f"times\nthe latter, at worst as if {HOST:.0%} as fast: {source}.\n"
     )
-
-
-def _si(value: float, unit: str = "") -> str:
-    """Three significant digits, with a prefix of the SI."""
-    power = max(-2, min(5, math.floor(math.log10(value) / 3))) if value > 0 else 0
-    return f"{value / 1000**power:.3g} {['u', 'm', '', 'k', 'M', 'G', 'T', 'P'][power + 2]}{unit}".strip()

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..cost.gpus import KNOWN_DTYPES
 from ..engine.stream import Layer, Stream
 from ..inputs import dtype_of, parse_shape, usable_device, with_channels
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..optional import require
 from ..pretrained import settings_of
 from ..runtime.backends import pick
@@ -120,9 +119,8 @@ def _watched(
     volume: Tensor,  # (B, channels, D, height, width)
 ) -> tuple[list[Layer], list[Stream]]:
     """What each block is called with in a pass without gradients."""
-    calls, handles = [], []
-    for block in lifted.blocks:
-        handles.append(block.register_forward_pre_hook(lambda module, args: calls.append(args)))
+    calls = []
+    handles = [block.register_forward_pre_hook(lambda _, args: calls.append(args)) for block in lifted.blocks]
     try:
         with torch.no_grad():
             lifted(volume)
@@ -223,7 +221,6 @@ def run_verify(
         table.add_row(row.what, f"{row.error:.2e}", f"{row.reference:.2e}", f"{row.share:.0%}", verdict)
     require("rich.console", "bench").Console().print(table)
     wrong = [row.what for row in rows if not row.within]
-    print(
-        f"out of the budget: {', '.join(wrong)}" if wrong else "within the budget: at most twice the reference's error"
-    )
+    within = "within the budget: at most twice the reference's error"
+    print(f"out of the budget: {', '.join(wrong)}" if wrong else within)
     return int(bool(wrong))

@@ -14,7 +14,7 @@ from ..runtime.repeats import first_rounds_only
 from .gpus import BANDWIDTH, HOST, PRODUCTS, USABLE, Machine
 from .planning import Planned, plan
 
-MODES = {
+MODES = {  # name: settings of `lift`
     "slice2d": {"mode": "slice2d"},
     "PCg": {"pool_method": "PCg"},
     "PCm": {"pool_method": "PCm"},

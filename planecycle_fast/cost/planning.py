@@ -1,4 +1,4 @@
-"""What a pass over a volume will cost, before anything runs: FLOPs, bytes moved, peak memory, and the largest volume.
+"""What a pass over a volume will cost, before anything runs: FLOPs, bytes moved and peak memory.
 
 The lifted model's own code runs, on tensors without data: shapes, dtypes and lifetimes are those of a real pass, and
 `Meter` counts. For a CPU tensors are torch's fake ones, so that the code takes the paths that it takes there. For a GPU
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import check_one_of
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..lifted import LiftedModel, lift
 from ..ops.choice import OPERATIONS, Choice
 from ..runtime.backends import meta_stands_for_cuda
 from ..weights.load import model_without_weights
@@ -71,7 +69,8 @@ def plan(
     """Plans one step of a lifted model; computes nothing and allocates nothing of the volume's size.
 
     Args:
-        model: a 2D vision transformer, which stays as it is, on any device, "meta" too; or a name for `models`.
+        model: a 2D vision transformer, which stays as it is, on any device, "meta" too; or a name for
+            `weights.load`.
         shape: of the volume, (B, channels, D, height, width) in pixels.
         mode, pool_method, backend, settings: as `lift` takes them.
         dtype: of weights and volume.
@@ -112,11 +111,11 @@ def plan(
             launches=meter.launches,
             blocks=PASSES[step] * len(lifted.blocks),
             peak_bytes=meter.peak,
-            weight_bytes=sum([_bytes(t) for t in weights]),
-            volume_bytes=_bytes(volume),
-            optimizer_bytes=2 * sum([_bytes(p) for p in trained if p.requires_grad]),
+            weight_bytes=sum([t.nbytes for t in weights]),
+            volume_bytes=volume.nbytes,
+            optimizer_bytes=2 * sum([p.nbytes for p in trained if p.requires_grad]),
             path=_path(lifted, planned_device),
-            output_bytes=sum([_bytes(t) for t in out if t is not None]) if step == "inference" else 0,
+            output_bytes=sum([t.nbytes for t in out if t is not None]) if step == "inference" else 0,
         )
 
 
@@ -160,15 +159,15 @@ def _without_data(kind: str) -> Iterator[torch.device]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield torch.device("cpu")
     else:
-        with meta_stands_for_cuda(), _GpuAttention():
+        with meta_stands_for_cuda(), GpuAttention():
             yield torch.device("meta")
 
 
-class _GpuAttention(TorchFunctionMode):
+class GpuAttention(TorchFunctionMode):
     """On "meta" torch's attention is the plain one, with all scores in memory; on an NVIDIA GPU it is one of these."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
             return _gpu_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -206,7 +205,3 @@ def _path(lifted: LiftedModel, device: torch.device) -> str:
     found = {getattr(choice, op) for op in OPERATIONS}
     own = any([block.kept for block in lifted.descriptions()])
     return " and ".join([*sorted(found), *(["the model's own code"] if own else [])])
-
-
-def _bytes(t: Tensor) -> int:
-    return math.prod(t.shape) * t.element_size()

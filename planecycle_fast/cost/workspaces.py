@@ -48,7 +48,7 @@ def workspace(func: Any, args: tuple, kwargs: dict) -> int:
     key = (func, key, few, torch.get_num_threads())
     if key not in _found:
         with _disable_current_modes(), torch.no_grad():
-            _found[key] = _allocations(func, make(few), kwargs), _allocations(func, make(few + 1), kwargs)
+            _found[key] = _of_second_call(func, make(few), kwargs), _of_second_call(func, make(few + 1), kwargs)
     return _peak(*_found[key], few, many)
 
 
@@ -69,26 +69,30 @@ def _of_linear(func: Any, args: tuple, kwargs: dict) -> int:
     rows = x.numel() // x.shape[-1]
     tried = min(rows, ROWS)
     if tried * weight.numel() > AT_MOST:
-        return weight.numel() * weight.element_size() if x.dtype == torch.bfloat16 else 0
+        return weight.nbytes if x.dtype == torch.bfloat16 else 0
     rest = [repr(a) for a in args if not isinstance(a, Tensor)]
     key = (func, tried, weight.shape, weight.stride(), x.dtype, *rest, torch.get_num_threads())
     if key not in _found:
         with _disable_current_modes(), torch.no_grad():
             made = [_like(a, *a.shape) if isinstance(a, Tensor) and a is not x else a for a in args]
             made[_LINEAR[func]] = torch.zeros(tried, x.shape[-1], dtype=x.dtype)
-            found = _allocations(func, tuple(made), kwargs)
+            found = _of_second_call(func, tuple(made), kwargs)
         _found[key] = found, found
     return _peak(*_found[key], tried, tried)
 
 
-def _allocations(func: Any, args: tuple, kwargs: dict) -> list[int]:
-    """Sizes in order; releases are negative. Of the second call, as the first fills caches of libraries."""
-    for _ in range(2):
-        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            out = func(*args, **kwargs)
-        found = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-        del out  # not while it is recorded
-    return found
+def _of_second_call(func: Any, args: tuple, kwargs: dict) -> list[int]:
+    """Allocations, as the first call fills caches of libraries."""
+    func(*args, **kwargs)
+    return allocations(lambda: func(*args, **kwargs))
+
+
+def allocations(run: Callable[[], Any]) -> list[int]:
+    """Bytes of all allocations on the CPU in one call, in order; releases are negative, that of the result is none."""
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = run()
+    del out  # not while it is recorded
+    return [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 @contextlib.contextmanager

@@ -30,9 +30,7 @@ class AttentionMap(NamedTuple):
     layer: int  # its index, from 0
     plane: str  # the layer's, such as "DW"
     cls: Tensor | None  # (B, heads, D, H, W): from the class token of the patch's own sequence; None without one
-    patch: (
-        Tensor | None
-    )  # (B, heads, D, H, W): from the chosen patch, 0 off the plane through it; None if not asked for
+    patch: Tensor | None  # (B, heads, D, H, W): from the chosen patch, 0 off its plane; None if not asked for
 
 
 named_in_programs(AttentionMap)

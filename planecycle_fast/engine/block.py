@@ -35,7 +35,7 @@ def run_block(
     block: BlockDescription,
     held: list[Stream],
     layer: Layer,
-    call: Callable[[Tensor], Tensor],
+    call: Callable[[Tensor, Layer], Tensor],
     following: Iterable[Following] = (),
 ) -> tuple[Stream | tuple[Tensor, Tensor], int]:
     """A block on the stream: part by part, what can be replaced by operations, the rest by the host.
@@ -48,11 +48,11 @@ def run_block(
     Returns: the stream, or after a last norm the tokens and their norm; and how many steps that were.
     """
     if block.whole is not None:
-        return Stream(call(layer.switch(held.pop()))), 1
+        return Stream(call(layer.switch(held.pop()), layer)), 1
     if (done := run_in_groups(block, held, layer, following)) is not None:
         return done
     choice = layer.choice
-    x, normed = _normed(block.norm1, choice, lambda *norm: layer.switch(held.pop(), *norm))
+    x, normed = _normed(block.norm1, block.plain_qkv, choice, lambda *norm: layer.switch(held.pop(), *norm))
     branch = attention_branch(block, normed, layer)
     branch, gamma = (branch, block.scale1.gamma) if "scale1" not in block.kept else (block.scale1.own(branch), None)
 
@@ -60,7 +60,7 @@ def run_block(
         check_stream(x, branch, gamma, *norm)  # the branch is the host's
         return add_norm_on(choice.add_norm, x, branch, gamma, *norm) if norm else add_ref(x, branch, gamma)
 
-    x, normed = _normed(block.norm2, choice, add)
+    x, normed = _normed(block.norm2, block.plain_first, choice, add)
     branch = mlp_branch(block, normed, layer)
     return (
         Stream(x, branch, block.scale2.gamma) if "scale2" not in block.kept else Stream(x, block.scale2.own(branch))
@@ -69,6 +69,7 @@ def run_block(
 
 def _normed(
     norm: NormPart,
+    plain: bool,  # whether all linear layers after it would cast it under autocast
     choice: Choice,
     add: Callable[..., Any],  # the sum; with a norm: and its norm
 ) -> tuple[Tensor, Tensor]:
@@ -77,5 +78,6 @@ def _normed(
         x = add()
         return x, norm.module(x)
     # What autocast would make of the norm in each of the next linear layers: it is written as that at once.
-    casts = norm.cast and choice.autocast is not None and norm.known.weight.dtype != torch.float64  # type: ignore[union-attr]  # a norm that is cast has one
+    weight = norm.known.weight
+    casts = plain and choice.autocast is not None and weight is not None and weight.dtype != torch.float64
     return add(norm.known, choice.autocast if casts else None)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts.description import BlockDescription
-from ..hosts.packing import PLAIN
+from ..hosts.description import PLAIN, BlockDescription
 from ..ops import Norm
 from ..runtime.repeats import most_rounds
 from .stream import Layer, Own, Stream

@@ -24,8 +24,6 @@ from ..geometry.planes import Plane, Sizes
 from ..geometry.rope import PlaneAngles, PlaneTables, coordinates, make_periods
 from ..hosts import Adapter
 from ..hosts.wrapped import read
-from ..ops.choice import Choice
-from .embedding import embed
 from .lifted_block import LiftedBlock
 
 KINDS = ("none", "sincos", "rope1d")
@@ -59,18 +57,6 @@ def amplitude(
     """The root mean square of learned positions about their mean, in at least float32."""
     wide = positions.detach().to(torch.promote_types(positions.dtype, torch.float32))
     return (wide - wide.mean(0)).square().mean().sqrt()
-
-
-def embed_with_depth(
-    depth_position: str,
-    depth: int,  # D
-    adapter: Adapter,
-    images: Tensor,  # (B*D, in_channels, height, width)
-    choice: Choice,
-) -> tuple[Tensor, Tensor]:  # patches (B*D, L, C), any strides; globals (B*D, g, C), or (1, g, C)
-    """`embed`, with the code of each slice on its patches for "sincos". Raises ValueError like `add_depth`."""
-    patches, globals_ = embed(adapter, images, choice)
-    return add_depth(patches, depth, adapter) if depth_position == "sincos" else patches, globals_
 
 
 def add_depth(

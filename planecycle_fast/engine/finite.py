@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .stream import Stream
 
-if TYPE_CHECKING:
-    from ..lifted import LiftedModel
-
 
 def check_features(
-    model: LiftedModel,
+    model: Any,  # a LiftedModel
     pixels: Tensor,  # (B, channels, D, height, width), finite
     features: Mapping[str, Tensor],  # what the model made of them, any shapes
     again: Callable[[], object] | None = None,
@@ -34,9 +31,9 @@ def check_features(
             )
 
 
-def _beginning(model: LiftedModel, again: Callable[[], object]) -> str:
+def _beginning(model: Any, again: Callable[[], object]) -> str:
     """Where the first ones are, seen in another pass through the model."""
-    found = []
+    found: list[str] = []
 
     def look(place: str) -> Callable[[Stream], None]:
         def see(stream: Stream) -> None:

@@ -26,9 +26,9 @@ class OnStream:
     reading: Reading
     __call__: Callable[..., Any]  # of modules, which blocks are
 
-    @abstractmethod
     def why_called(self) -> str | None:
         """Why somebody could tell, or None."""
+        return None
 
     @abstractmethod
     def whole(
@@ -50,20 +50,16 @@ class OnStream:
         With it the steps that are `following` which can run in the same call; and how many steps that were. The stream
         that goes out may hold this block's LayerScale, for a block that follows without being called.
         """
-
-        def call(tokens: Tensor) -> Tensor:  # (B*P, g + L, C) to the same
-            return self.whole(tokens, layer)
-
         block, checkpoint = self.reading.now(), self.checkpoint()  # for all of this call
         if checkpoint is None or not torch.is_grad_enabled() or block.whole is not None:
-            return run_block(block, held, layer, call, following)
+            return run_block(block, held, layer, self.whole, following)
         make_tables(layer)
 
         def run(*stream: Any) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)
             # Read when it runs: again in backward, with other tensors if it is sharded.
             came = Stream(*stream)
             here = layer.here(came)
-            out = run_block(self.reading.anew(), [came], here, call)[0]
+            out = run_block(self.reading.anew(), [came], here, self.whole)[0]
             return here.one(out, here.new).residual  # type: ignore[arg-type]  # nothing follows: it is a stream
 
         return Stream(checkpoint(run, *held.pop())), 1  # tensors one by one: some ways of checkpointing see no others
@@ -120,15 +116,15 @@ def _run_next(steps: list[Step], held: list[Stream]) -> Stream | tuple[Tensor, T
     """
     out: Stream | tuple[Tensor, Tensor]
     step, layer = steps[0]
+    layer = layer.here(held[0])  # hooks on those before may have changed the mode, or the device
     if isinstance(step, Norm):
-        out, ran = layer.here(held[0]).switch(held.pop(), step), 1
+        out, ran = layer.switch(held.pop(), step), 1
     elif _is_taken(step):
         out, ran = step.take(held, layer, _following(steps))
     else:
-        here = layer.here(held[0])
         if torch.is_grad_enabled():  # it may be checkpointed
-            make_tables(here)
-        out, ran = step(here.one(held.pop(), layer.old), layer), 1  # hooks may keep the stream, or change it
+            make_tables(layer)
+        out, ran = step(layer.one(held.pop(), layer.old), layer), 1  # hooks may keep the stream, or change it
         if not isinstance(out, Stream):
             raise TypeError(
                 f"stream must be a planecycle_fast.Stream, got {type(out).__name__}; hooks must return one, and "

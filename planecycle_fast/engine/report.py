@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from ..hosts.description import BlockDescription
@@ -29,13 +30,11 @@ class ReportRow(NamedTuple):
 def rows(blocks: Sequence[BlockDescription], choice: Choice) -> list[ReportRow]:
     """The report of a model's blocks, neighbours alike in one row."""
     per_block = [_rows(block.kept, choice) for block in blocks]
-    found, start = [], 0
-    for i, described in enumerate(per_block):
-        if i + 1 < len(per_block) and per_block[i + 1] == described:
-            continue
-        numbers = str(start) if start == i else f"{start}-{i}"
+    found = []
+    for described, alike in groupby(range(len(blocks)), lambda i: per_block[i]):
+        first, *rest = alike
+        numbers = f"{first}-{rest[-1]}" if rest else str(first)
         found += [ReportRow(numbers, *row) for row in described]
-        start = i + 1
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from torch import Tensor
 from ..geometry.planes import Plane, Sizes
 from ..geometry.pooling import Transition
 from ..geometry.rope import PlaneAngles
+from ..hosts.adapter import SinCos
 from ..ops import Norm
 from ..ops.choice import Choice
 from ..ops.plane_change.plane_switch import check_switch, switch_on
 from ..ops.residual.norm import add_ref
-
-SinCos = tuple[Tensor, Tensor]  # (L, hd) each
 
 
 class Stream(NamedTuple):
@@ -70,18 +69,7 @@ class Layer:
             return 0
         return m.num_prev if m.via is None else m.via
 
-    @overload
-    def switch(self, stream: Stream) -> Tensor: ...
-
-    @overload
-    def switch(self, stream: Stream, norm: Norm, norm_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]: ...
-
-    @overload
-    def switch(self, stream: Stream, norm: Norm | None) -> Tensor | tuple[Tensor, Tensor]: ...
-
-    def switch(
-        self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def switch(self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None) -> Any:
         """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""
         args = (self.old, self.new, self.sizes, self.num_globals, self.transition, *stream[1:], norm, None, norm_dtype)
         if type(stream) is not Own:
@@ -94,7 +82,7 @@ class Layer:
         """The same within a block's call: for a stream on its device, in the mode that is on now."""
         residual = stream.residual
         angles = None if self.angles is None else self.angles.on(residual.device)
-        choice = self.choice.on(residual.device, residual.shape[-1]).here()
+        choice = self.choice.here(residual)
         if angles is self.angles and choice is self.choice:
             return self
         return replace(self, angles=angles, choice=choice)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.finite import check_features
 from ..inputs import check_one_of
 from ..lifted import LiftedModel
-from ..optional import MissingPackageError, shortened
+from ..optional import MissingPackageError, in_words
 from ..runtime.backends import asked_for
 from ..version import __version__
 from ..weights.saving import DEFAULTS
@@ -97,15 +97,11 @@ def export_model(
             raise ValueError(f"dynamic {','.join(axes)} is not possible for this model: {error}") from error
     check_features(lifted, other, expected)
     metadata = described(lifted, volume, axes) | dict(metadata or {})
-    wanted = Wanted(
-        module,
-        _example(volume, axes),
-        axes,
-        tuple(expected),
-        json.dumps(metadata),
-    )
+    wanted = Wanted(module, _example(volume, axes), axes, tuple(expected), json.dumps(metadata))
+    which = f" with dynamic {','.join(axes)}" if axes else ""
+    what = f"to {to!r} of this model in {str(volume.dtype).removeprefix('torch.')}{which} is not possible"
     with _whole(path) as temporary:
-        with torch.no_grad(), _in_words(to, axes, volume.dtype):
+        with torch.no_grad(), in_words(what, OSError, MemoryError, MissingPackageError):
             FORMATS[to].write(wanted, temporary)
             got = FORMATS[to].load(temporary)(other)
         outputs = _compared(got if isinstance(got, Mapping) else dict(zip(expected, got)), expected)
@@ -229,17 +225,3 @@ def _whole(path: Path) -> Iterator[Path]:
             old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _in_words(to: str, axes: tuple[str, ...], dtype: torch.dtype) -> Iterator[None]:
-    """Exporters raise anything, over many lines: a ValueError in one."""
-    try:
-        yield
-    except (OSError, MemoryError, MissingPackageError):
-        raise
-    except Exception as error:
-        which = f" with dynamic {','.join(axes)}" if axes else ""
-        raise ValueError(
-            f"to {to!r} of this model in {str(dtype).removeprefix('torch.')}{which} is not possible: {shortened(error)}"
-        ) from error

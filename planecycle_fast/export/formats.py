@@ -22,7 +22,6 @@ from ..runtime.compiling import compiler
 KEY = "planecycle_fast"  # of the JSON text
 AXES = {"B": 0, "D": 2, "H": 3, "W": 4}  # of the volume, that may be dynamic
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights beside the graph in one file: protobuf's limit is 2 GiB
-Tensors = dict[str, Tensor]
 
 
 class NamedTensors(nn.Module):
@@ -35,9 +34,8 @@ class NamedTensors(nn.Module):
     def forward(
         self,
         volume: Tensor,  # (B, channels, D, height, width)
-    ) -> (
-        Tensors
-    ):  # patches (B, D, H, W, C); as far as there are any, cls (B, S, C), registers (B, S, r, C); pooled (B, C)
+    ) -> dict[str, Tensor]:
+        """patches (B, D, H, W, C), pooled (B, C); as far as there are any, cls (B, S, C), registers (B, S, r, C)."""
         features = self.lifted(volume)
         named = {"patches": features.patches, "cls": features.cls, "registers": features.registers}
         return {name: t for name, t in (named | {"pooled": features.pooled()}).items() if t is not None}
@@ -63,7 +61,6 @@ class Wanted(NamedTuple):
 class Format(NamedTuple):
     """One kind of file."""
 
-    what: str
     suffix: str
     dynamic: bool  # whether sizes may be
     packages: tuple[str, ...]  # that it needs, of the extra `export`
@@ -113,15 +110,11 @@ def _write_trace(wanted: Wanted, path: Path) -> None:
 
 
 FORMATS = {
-    "onnx": Format("ONNX", ".onnx", True, ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
-    "export": Format(
-        "torch.export", ".pt2", True, (), _write_program, lambda path: torch.export.load(path).module()
-    ),
-    "aoti": Format(
-        "AOTInductor", ".pt2", True, (), _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path))
-    ),
-    "jit": Format("torch.jit.trace", ".pt", False, (), _write_trace, lambda path: torch.jit.load(str(path))),
-}  # fmt: skip
+    "onnx": Format(".onnx", True, ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
+    "export": Format(".pt2", True, (), _write_program, lambda path: torch.export.load(path).module()),
+    "aoti": Format(".pt2", True, (), _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path))),
+    "jit": Format(".pt", False, (), _write_trace, lambda path: torch.jit.load(str(path))),
+}
 
 
 def check_tools(to: str) -> None:

@@ -198,16 +198,21 @@ class Rope:
 
     def halves(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:
         """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
-        tables = self.angles(grid, augmentation)
-        angles = torch.cat(
-            [
-                table.view([-1 if a == axis else 1 for a in range(len(grid))] + [table.shape[1]]).expand(*grid, -1)
-                for axis, table in enumerate(tables)
-            ],
-            dim=-1,
-        ).flatten(0, len(grid) - 1)  # (L, hd/2)
+        angles = dense_table(self.angles(grid, augmentation), grid)  # (L, hd/2)
         sin, cos = angles.sin(), angles.cos()
         return sin.to(self.table_dtype or sin.dtype), cos.to(self.table_dtype or cos.dtype)
+
+
+def dense_table(
+    tables: Sequence[Tensor],  # per axis (n_i, s_i)
+    grid: Sequence[int],  # the n_i
+) -> Tensor:  # (L, sum of s_i), L = product of n_i
+    """One table of all tokens, row-major, from those of the axes."""
+    wide = []
+    for axis, table in enumerate(tables):
+        shape = [n if a == axis else 1 for a, n in enumerate(grid)]
+        wide.append(table.view([*shape, table.shape[1]]).expand(*grid, -1))
+    return torch.cat(wide, -1).flatten(0, -2)
 
 
 class PlaneAngles:

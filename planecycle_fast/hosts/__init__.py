@@ -11,7 +11,7 @@ Start with `adapter.Adapter`, whose docstring shows one; then the family you kno
 
 | | |
 | --- | --- |
-| `description.py`, `parts.py`, `known.py`, `packing.py`, `huggingface_parts.py` | blocks taken apart |
+| `description.py`, `parts.py`, `known.py`, `huggingface_parts.py` | blocks taken apart |
 | `wrapped.py`, `placement.py` | modules as frameworks leave them: wrapped, compiled, sharded, offloaded |
 | `buffers.py` | buffers that a model computes and does not save, refused where they hold something else |
 """
@@ -79,14 +79,10 @@ def find_adapter(model: nn.Module) -> type[Adapter]:
 
 def supported_parts(model: nn.Module) -> list[str]:
     """Names of the supported modules in a model that are not within each other; [""] of a model that is one itself."""
-    if _known(model):
+    if any(adapter.matches(model) for adapter in ADAPTERS):
         return [""]
     inner = [(name, supported_parts(child)) for name, child in model.named_children()]
     return [f"{name}.{part}".rstrip(".") for name, parts in inner for part in parts]
-
-
-def _known(module: nn.Module) -> bool:
-    return any(adapter.matches(module) for adapter in ADAPTERS)
 
 
 __all__ = ["ADAPTERS", "Adapter", "find_adapter", "supported_parts"]

@@ -7,16 +7,13 @@ knows how to fill them. Features are then wrong without a word.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..ops.registry import transforms_active
-
-if TYPE_CHECKING:
-    from . import Adapter
 
 ROUNDED = 2.0**-7  # relative error of what was cast to 16 bits, perhaps more than once
 
@@ -47,7 +44,7 @@ class BufferCheck:
         self._seen: list[tuple[Tensor, int]] = []  # computed buffers and their versions; none: not checked yet
         self._checked = False
 
-    def __call__(self, adapter: Adapter) -> None:
+    def __call__(self, adapter: Any) -> None:  # an `Adapter`
         """Raises ValueError, with the buffer's name, for one that holds NaN or is not what it should be."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return

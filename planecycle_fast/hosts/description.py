@@ -1,13 +1,13 @@
 """What a block consists of, and which of its parts the host's own code runs: read once, for everybody.
 
-`engine.block` runs what a description says, `report` prints it, `packing` makes of it what csrc takes. Parts follow
+`engine.block` runs what a description says, `report` prints it, `pack` makes of it what csrc takes. Parts follow
 every module, its class's forward, hook, parameter, buffer and setting of a block. Reading them takes hundreds of
 calls; seeing that everything is still the same object as before is one comparison (`Reading`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -15,16 +15,55 @@ from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import Norm
-from .known import HOOKS, LINEAR, why_called
-from .packing import Packed, pack
+from .known import HOOKS, LINEAR, known_norm, why_called
 from .parts import NOTHING, Attention, BlockParts, Mlp, Scale
 
 _FORWARD = attrgetter("__class__.forward")  # which somebody may replace in a class
 _END = object()  # of what was seen: nothing equals it but itself
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # other subclasses, quantised or sharded, have their own ways
+WeightAndBias = tuple[Tensor, "Tensor | None"]  # (out, in), (out,)
+
+
+class PackedSettings(NamedTuple):
+    """What blocks have to agree in to run in one call."""
+
+    num_qkv: int  # one packed layer, or three
+    num_first: int  # one layer; gated two, or one that is twice as wide
+    norms: tuple[str, str]  # "layer" or "rms", norm1 and norm2
+    eps: tuple[float, float]
+    heads: int
+    scale: float | None  # of scores
+    in_table_dtype: bool  # see `ops.rope`
+    gated: bool  # SwiGLU instead of GELU
+
+
+class Packed(NamedTuple):
+    """What a block that runs in groups is made of."""
+
+    settings: PackedSettings
+    linears: Sequence[Tensor | None]  # weights (out, in) and biases (out,): qkv, out, first, last
+    made: Sequence[tuple[int, Callable[[], WeightAndBias]]]  # of these, by position: those that are made when needed
+    vectors: Sequence[Tensor | None]  # (C,): norm1's weight and bias, gamma, norm2's weight and bias, gamma
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor | None] | None:
+        """All of them as they are now, or None where they are not of a stream's dtype.
+
+        A LayerScale may be of another that does not widen the sum.
+        """
+        linears = [*self.linears]
+        for position, make in self.made:
+            linears[position : position + 2] = make()
+        if not all([t is None or (t.dtype is dtype and type(t) in PLAIN) for t in linears]):
+            return None
+        for gamma in self.vectors[2::3]:
+            if gamma is not None and gamma.dtype is not dtype and torch.promote_types(dtype, gamma.dtype) != dtype:
+                return None
+        return [*linears, *self.vectors]
 
 
 class NormPart(NamedTuple):
@@ -32,7 +71,6 @@ class NormPart(NamedTuple):
 
     module: nn.Module  # the host's own
     known: Norm | None  # as operations take it; None: it is called
-    cast: bool  # whether all linear layers after it would cast it under autocast
 
 
 @dataclass(frozen=True)
@@ -73,12 +111,13 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     if whole is not None:
         return BlockDescription(NOTHING if isinstance(parts, str) else parts, {"block": whole})
     attention, mlp, scale1, scale2 = parts.attention(), parts.mlp(), parts.scale(1), parts.scale(2)
-    norms, reasons = zip(parts.norm_or_reason(1), parts.norm_or_reason(2))
+    norms = [parts.norm(1), parts.norm(2)]
+    (known1, reason1), (known2, reason2) = map(known_norm, norms)
     found = {
-        "norm1": reasons[0],
+        "norm1": reason1,
         "attention": attention.part.why_not(),
         "scale1": scale1.part.why_not(),
-        "norm2": reasons[1],
+        "norm2": reason2,
         "mlp": mlp.part.why_not(),
         "scale2": scale2.part.why_not(),
     }
@@ -88,20 +127,58 @@ def describe(parts: BlockParts | str) -> BlockDescription:
     lasts = () if "attention" in kept or "mlp" in kept else (attention.output, mlp.last)
     return BlockDescription(
         parts, kept,
-        norm1=_norm_part(parts.norm(1), norms[0], plain_qkv), attention=attention, scale1=scale1,
-        norm2=_norm_part(parts.norm(2), norms[1], plain_first), mlp=mlp, scale2=scale2,
+        norm1=NormPart(norms[0], known1), attention=attention, scale1=scale1,
+        norm2=NormPart(norms[1], known2), mlp=mlp, scale2=scale2,
         plain_qkv=plain_qkv, plain_first=plain_first,
         plain_last=len(lasts) > 0 and all([is_plain(linear) for linear in lasts]),
     )  # fmt: skip
 
 
-def _norm_part(module: nn.Module, known: Norm | None, plain: bool) -> NormPart:
-    return NormPart(module, known, plain and known is not None and known.weight is not None)
-
-
 def is_plain(linear: Any) -> bool:
     """Whether a linear layer may be replaced by its weight and bias; what is no module says so itself."""
     return why_called(linear, *LINEAR) is None if isinstance(linear, nn.Module) else linear.is_plain
+
+
+def pack(block: BlockDescription) -> Packed | None:
+    """None where a part is left to the host or unknown to csrc, or a linear layer is more than its weight and bias."""
+    attention, mlp = block.attention, block.mlp
+    if block.kept or attention.qk_norm or not (block.plain_qkv and block.plain_first and block.plain_last):
+        return None
+    linears, made = [], []
+    for i, linear in enumerate((*attention.qkv, attention.output, *mlp.first, mlp.last)):
+        if type(linear) is nn.Linear:
+            linears += [linear.weight, linear.bias]
+        else:
+            linears += [None, None]
+            made.append((2 * i, weight_and_bias(linear)))
+    norms = [block.norm1.known, block.norm2.known]
+    vectors = [
+        t for norm, scale in zip(norms, (block.scale1, block.scale2)) for t in (norm.weight, norm.bias, scale.gamma)
+    ]
+    if not all([t is None or type(t) in PLAIN for t in vectors]):
+        return None
+    settings = PackedSettings(
+        len(attention.qkv),
+        len(mlp.first),
+        tuple(["rms" if norm.rms else "layer" for norm in norms]),
+        tuple([norm.eps for norm in norms]),
+        attention.heads,
+        attention.scale,
+        attention.in_table_dtype,
+        mlp.activation == "swiglu",
+    )
+    return Packed(settings, linears, made, vectors)
+
+
+def weight_and_bias(linear: Any) -> Callable[[], WeightAndBias]:
+    """Reads those of a plain linear layer; ``LinearKMaskedBias`` of dinov3 masks its bias."""
+    if hasattr(linear, "weight_and_bias"):
+        return linear.weight_and_bias
+    weight, bias = linear.weight, linear.bias
+    if type(linear) is nn.Linear or bias is None:
+        return lambda: (weight, bias)
+    mask = linear.bias_mask
+    return lambda: (weight, bias * (mask if mask.dtype is bias.dtype else mask.to(bias.dtype)))
 
 
 class Reading:

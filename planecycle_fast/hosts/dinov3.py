@@ -46,11 +46,6 @@ def takes_volumes(model: nn.Module) -> bool:
     return hasattr(model, "block_type")
 
 
-def is_converted(model: nn.Module) -> bool:
-    """Whether a PlaneCycleConverter wrapped the blocks of a DINOv3."""
-    return holds_converted(model.blocks)
-
-
 def holds_converted(blocks: nn.Module) -> bool:
     """Whether any of these is a converted block, of a class made from it (FSDP), or wrapped in something else."""
     return any(cls.__name__ == BLOCK for module in blocks.modules() for cls in type(module).__mro__)
@@ -70,13 +65,17 @@ def norm_parts(
 
     `local` chooses the norm for the globals of local crops, where the model has one.
     """
-    g = model.n_storage_tokens + 1
-    if local and model.untie_global_and_local_cls_norm:
-        return model.local_cls_norm(tokens[:, :g]), model.norm(tokens[:, g:])
-    if model.untie_cls_and_patch_norms:
-        return model.cls_norm(tokens[:, :g]), model.norm(tokens[:, g:])
+    g, untied = model.n_storage_tokens + 1, local and model.untie_global_and_local_cls_norm
+    if common_norm(model, local) is None:
+        return (model.local_cls_norm if untied else model.cls_norm)(tokens[:, :g]), model.norm(tokens[:, g:])
     normed = model.norm(tokens)
     return normed[:, :g], normed[:, g:]
+
+
+def common_norm(model: nn.Module, local: bool = False) -> nn.Module | None:
+    """The final norm of a DINOv3 where all tokens have one."""
+    untied = model.untie_cls_and_patch_norms or (local and model.untie_global_and_local_cls_norm)
+    return None if untied else model.norm
 
 
 class FacebookBlock(BlockParts):
@@ -143,7 +142,7 @@ class FacebookDINOv3(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        if is_converted(model):
+        if holds_converted(model.blocks):
             raise ValueError(
                 "model has blocks that a PlaneCycleConverter wrapped; use planecycle_fast.accelerate(model) for it, "
                 "or lift the model that was converted"
@@ -174,12 +173,11 @@ class FacebookDINOv3(Adapter):
         return block(tokens, sincos)
 
     def final_norm(self) -> nn.Module | None:
-        return None if self.model.untie_cls_and_patch_norms else self.model.norm
+        return common_norm(self.model)
 
     def norm(self, tokens: Tensor) -> Tensor:
-        if self.model.untie_cls_and_patch_norms:
-            return torch.cat(norm_parts(self.model, tokens), dim=1)
-        return self.model.norm(tokens)
+        norm = common_norm(self.model)
+        return torch.cat(norm_parts(self.model, tokens), dim=1) if norm is None else norm(tokens)
 
     def rope(self, dtype: torch.dtype) -> Rope | None:
         if self.model.rope_embed is None:

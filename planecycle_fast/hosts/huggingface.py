@@ -69,7 +69,8 @@ class HuggingFace(Adapter):
         return block_parts(block)
 
     def norm(self, tokens: Tensor) -> Tensor:
-        return self.core.layernorm(tokens)
+        found = self.final_norm()
+        return tokens if found is None else found(tokens)
 
     def final_norm(self) -> nn.Module | None:
         return self.core.layernorm

@@ -33,9 +33,6 @@ class HuggingFaceSiglip(LearnedPositions):
         found = self.core.embeddings
         return [Computed(found, "position_ids", lambda: torch.arange(found.position_ids.shape[-1])[None])]
 
-    def norm(self, tokens: Tensor) -> Tensor:
-        return self.core.post_layernorm(tokens)
-
     def final_norm(self) -> nn.Module | None:
         return self.core.post_layernorm
 
@@ -55,9 +52,6 @@ class HuggingFaceCLIP(HuggingFaceSiglip):
 
     def _is_known(self, found: nn.Module) -> bool:
         return super()._is_known(found) and why_called(self.core.pre_layrnorm) is None
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        return tokens
 
     def final_norm(self) -> None:
         return None

@@ -47,9 +47,6 @@ class HuggingFaceDINOv3(HuggingFace):
         patches = found.patch_embeddings(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
         return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)
 
-    def norm(self, tokens: Tensor) -> Tensor:
-        return self.model.norm(tokens)
-
     def final_norm(self) -> nn.Module:
         return self.model.norm
 
@@ -97,9 +94,6 @@ class HuggingFaceDinov2Backbone(HuggingFaceDinov2):
     """
 
     names = ("Dinov2Backbone", "Dinov2WithRegistersBackbone")
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        return self.model.layernorm(tokens) if self.config.apply_layernorm else tokens
 
     def final_norm(self) -> nn.Module | None:
         return self.model.layernorm if self.config.apply_layernorm else None

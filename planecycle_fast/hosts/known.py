@@ -6,7 +6,7 @@ compute something else. Then the host's own module is called.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops import Norm
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Contents = tuple[frozenset[str], frozenset[str]]  # names of children, parameters and buffers: needed, optional
 LINEAR = (nn.Linear, "LinearKMaskedBias")  # the second is of facebookresearch/dinov3, which is no package
 _NORMS = ("LayerNorm of torch or timm", "RMSNorm of torch")
 _IDLE = "transformers.utils.output_capturing"  # leaves hooks behind, which record only in the 2D model's own forward
@@ -66,16 +67,9 @@ def is_of(module: nn.Module, *kinds: type | str) -> bool:
     return cls in kinds or cls.__name__ in kinds or (kind in kinds and comes_from(module, (f"{kind.split('.')[0]}.",)))
 
 
-class Contents(NamedTuple):
-    """Names of children, parameters and buffers."""
-
-    needed: frozenset[str]
-    optional: frozenset[str]
-
-
 def contents(needed: str, optional: str = "") -> Contents:
     """From names separated by spaces."""
-    return Contents(frozenset(needed.split()), frozenset(optional.split()))
+    return frozenset(needed.split()), frozenset(optional.split())
 
 
 def consists_of(module: nn.Module, known: Contents) -> bool:
@@ -89,9 +83,10 @@ def consists_of(module: nn.Module, known: Contents) -> bool:
         for name, value in held.items()
         if value is not None
     }
-    names = known.needed | known.optional
+    needed, optional = known
+    names = needed | optional
     held |= {name for name in names if isinstance(module.__dict__.get(name), Tensor)}
-    return known.needed <= held <= names
+    return needed <= held <= names
 
 
 def known_norm(module: nn.Module) -> tuple[Norm | None, str | None]:

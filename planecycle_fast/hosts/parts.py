@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import Norm
-from .known import is_identity, kind_of, known_dropout, known_norm, why_called
+from .known import is_identity, kind_of, known_dropout, why_called
 
 WHOLE = "its adapter does not take blocks apart"
 NOTHING: Any = None  # in the place of what is not taken apart: nobody asks for it there
@@ -106,10 +105,6 @@ class BlockParts(ABC):
     def norm(self, number: int) -> nn.Module:
         """norm1 or norm2."""
         return getattr(self.block, f"norm{number}")
-
-    def norm_or_reason(self, number: int) -> tuple[Norm | None, str | None]:
-        """norm1 or norm2 as operations take it, or the reason why it must be called."""
-        return known_norm(self.norm(number))
 
     @abstractmethod
     def call_attention(

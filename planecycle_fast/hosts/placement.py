@@ -100,17 +100,14 @@ def run_placed(
     """
     check_sharded(lifted, method)
     hooks = [found for found in hooks_of(lifted) if method != "forward" or found[0] is not lifted]
-    read = [found for found in map(lifted.host._modules.get, READ) if found is not None and _has_hooks(found)]
-    placed = _with_weights(run, read) if read else run
-    return _with_hooks(hooks, placed, volume)
+    found = [module for module in map(lifted.host._modules.get, READ) if module is not None]
+    read = [module for module in found if any([_HOOK in inner.__dict__ for inner in module.modules()])]
 
-
-def _with_weights(run: Callable[[Tensor], Any], read: Sequence[nn.Module]) -> Callable[[Tensor], Any]:
     def with_weights(volume: Tensor) -> Any:  # (B, C, D, height, width)
         with brought(*read):
             return run(volume)
 
-    return with_weights
+    return _with_hooks(hooks, with_weights if read else run, volume)
 
 
 def _with_hooks(
@@ -123,10 +120,6 @@ def _with_hooks(
     (module, hook), *rest = hooks
     (volume,), _ = hook.pre_forward(module, volume)
     return hook.post_forward(module, _with_hooks(rest, run, volume))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any([_HOOK in inner.__dict__ for inner in module.modules()])
 
 
 def check_sharded(lifted: nn.Module, method: str) -> None:

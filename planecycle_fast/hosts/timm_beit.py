@@ -106,9 +106,7 @@ def relative_bias(
     steps = [torch.arange(n, device=table.device) for n in grid]
     rows, columns = [at[:, None] - at + n - 1 for at, n in zip(steps, grid)]  # (n, n): where displacements are
     patches = by_displacement[:, rows[:, None, :, None], columns[None, :, None, :]]  # (heads, n0, n1, n0, n1)
-    first = torch.cat(
-        [itself[:, None], to_patch[:, None].expand(-1, length)], dim=1
-    )  # (heads, 1 + L), of the class token
+    first = torch.cat([itself[:, None], to_patch[:, None].expand(-1, length)], dim=1)  # (heads, 1 + L)
     rest = torch.cat([to_class[:, None, None].expand(-1, length, 1), patches.reshape(heads, length, length)], dim=2)
     return torch.cat([first[:, None], rest], dim=1)
 

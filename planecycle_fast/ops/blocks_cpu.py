@@ -38,10 +38,9 @@ def blocks_in_place(
     most_groups: int,  # that run, 0: all; see `repeats`
 ) -> tuple[Tensor, Tensor]:  # (B*P, g + L, C) each: the residual and the last MLP's branch; or their sum and its norm
     """Blocks of plain linear layers, all of x's dtype; in bfloat16 with fewer roundings than one by one."""
-    final: tuple[Tensor | None, Tensor | None, str, float] = (None, None, "none", 0.0)
-    if last is not None:
-        final = (last.weight, last.bias, "rms" if last.rms else "layer", last.eps)
+    weight, bias, eps = (None, None, 0.0) if last is None else last[:3]
+    kind = "none" if last is None else "rms" if last.rms else "layer"
     return OP(
-        x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, means, *final,
-        [table[0] for table in angles], [table[1] for table in angles], group_bytes, most_groups,
+        x, normed, [*chain.from_iterable(tensors)], *settings, fused, planes, sizes, num_globals, vias, means,
+        weight, bias, kind, eps, [sin for sin, _ in angles], [cos for _, cos in angles], group_bytes, most_groups,
     )  # fmt: skip

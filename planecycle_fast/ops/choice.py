@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.backends import HAS, asked_for, choose
+from ..runtime.backends import LACKS, asked_for, choose
 from ..runtime.tracing import may_write
 from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
@@ -40,8 +40,7 @@ class Choice:
         """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
-        alike = all([op in HAS.get(first, OPERATIONS) for op in OPERATIONS])
-        chosen = [first if alike else choose(asked, device, op, strict) for op in OPERATIONS]
+        chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
         return Choice(asked, strict, device, *by, *_mode(device))
@@ -51,18 +50,16 @@ class Choice:
         chosen = backend_of_rows(self.add_norm, self.asked, channels)
         return self if chosen == self.add_norm else replace(self, add_norm=chosen)
 
-    def on(self, device: torch.device, channels: int) -> Choice:
-        """The same for rows of so many channels on this device."""
-        if device == self.device:
-            return self
-        return Choice.of(self.asked, self.attention, self.strict, device).for_rows(channels)
-
-    def here(self) -> Choice:
-        """The same within what somebody has put around a block, which may have changed the mode."""
-        mode = _mode(self.device)
+    def here(
+        self,
+        x: Tensor,  # (..., C)
+    ) -> Choice:
+        """The same for rows like x, in the mode that is on now: hooks may have changed it, or the device."""
+        if x.device != self.device:
+            return Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+        grad, writes, autocast = mode = _mode(x.device)
         if mode == (self.grad, self.writes, self.autocast):
             return self
-        grad, writes, autocast = mode
         return replace(self, grad=grad, writes=writes, autocast=autocast)
 
     def plain(self) -> Choice:

@@ -39,5 +39,5 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap)
-    OPS[name] = CustomOp(name, overload, None, overload, overload)
+    OPS[name] = CustomOp(name, overload, None, overload)
     return OPS[name]

@@ -55,7 +55,7 @@ def register(
     if vmap is not None:
         definition.register_vmap(vmap)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    OPS[name] = CustomOp(name, body, cost, definition, overload)
+    OPS[name] = CustomOp(name, body, cost, overload)
     return OPS[name]
 
 

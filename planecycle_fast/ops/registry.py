@@ -31,11 +31,10 @@ class CustomOp:
     name: str
     body: Callable[..., Any]  # what runs: allocates outputs, launches kernels, nothing else
     cost: Callable[..., Cost] | None  # same arguments as the body; None of csrc's
-    definition: Any  # torch's CustomOpDef
     overload: Any  # torch.ops.planecycle_fast.<name>.default
 
     def __call__(self, *args: Any) -> Any:
-        return self.definition(*args)
+        return self.overload(*args)
 
 
 def refuse_transforms(name: str, backend: str = "triton") -> None:
@@ -47,15 +46,15 @@ def refuse_transforms(name: str, backend: str = "triton") -> None:
         )
 
 
-def refused_again(name: str, backend: str) -> dict[str, Callable[..., None]]:
-    """`setup_context` and `backward` of what a backward calls: NotImplementedError for who differentiates it again."""
+def refused_again(name: str, backend: str) -> Callable[..., None]:
+    """`backward` of what a backward calls: raises NotImplementedError for who differentiates it again."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             f"{name} is differentiated twice, which backend {backend!r} does not do; use backend='reference'"
         )
 
-    return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
+    return backward
 
 
 def linear(
@@ -63,7 +62,6 @@ def linear(
     operation: Any,
     adjoint: Callable[..., tuple[Any, ...]],
     vmap: Callable[..., Any],
-    taken: Callable[[Tensor], Tensor] | None = None,
     **others: Any,
 ) -> tuple[CustomOp, Callable[..., Tensor]]:
     """Registers an operation that is linear in its first argument alone, with every kind of derivative.
@@ -75,7 +73,6 @@ def linear(
         register, operation, others: a backend's `register`, and what it takes.
         adjoint: the arguments with which the operation, ``op(x, *arguments)``, is its own transpose.
         vmap: ``vmap(function, in_dim, x, *arguments)`` calls `function` on x with the extra dimension folded in.
-        taken: x as the operation takes it, with the strides it can read; None: any.
 
     Returns:
         the operation, and ``call(x, *arguments)``, to be used instead of it.
@@ -89,15 +86,14 @@ def linear(
         return call(grad, *adjoint(*ctx.arguments)), *nothing
 
     def many(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-        return vmap(run, in_dims[0], x, *arguments)
+        return vmap(op, in_dims[0], x, *arguments)
 
     op = register(operation, setup_context=keep, backward=backward, vmap=many, **others)
-    run = op if taken is None else lambda x, *arguments: op(taken(x), *arguments)
 
     class Linear(torch.autograd.Function):
         @staticmethod
         def forward(x: Tensor, *arguments: Any) -> Tensor:
-            return run(x, *arguments)
+            return op(x, *arguments)
 
         setup_context = staticmethod(keep)
 
@@ -116,7 +112,7 @@ def linear(
     def call(x: Tensor, *arguments: Any) -> Tensor:
         if transforms_active():
             return Linear.apply(x, *arguments)
-        return run(x, *arguments)
+        return op(x, *arguments)
 
     return op, call
 

@@ -39,11 +39,9 @@ TABLE: dict[tuple[str, int], Tile] = {
 
 def tile(kernel: str, channels: int) -> Tile:
     """The tile of a kernel ("forward", "backward") for rows of `channels`."""
-    return TABLE.get((kernel, channels)) or _by_rule(kernel, channels)
-
-
-def _by_rule(kernel: str, channels: int) -> Tile:
-    """4 warps, and more for long rows. Backward keeps sums of columns as well, so a thread gets fewer elements."""
+    if found := TABLE.get((kernel, channels)):
+        return found
+    # 4 warps, and more for long rows. Backward keeps sums of columns as well, so a thread gets fewer elements.
     head, tail = pieces(channels)
     elements, thread = (3072, 24) if kernel == "forward" else (2048, 16)
     rows = max(1, min(8, _power_of_two_below(elements // (head + tail))))

@@ -12,5 +12,5 @@ Start with `backends.pick`: what "auto" becomes. Whatever cannot run has a reaso
 | `compiling.py` | csrc into one library; read by setup.py too, by itself |
 | `native.py` | that library: found, built on first use, trusted or not, loaded |
 | `repeats.py` | loops over groups that are all alike, of which a plan runs the first round |
-| `torchvision_fix.py`, `versions.py` | a torchvision of another build; what is installed |
+| `torchvision_fix.py` | a torchvision of another build |
 """

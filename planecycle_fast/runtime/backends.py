@@ -18,7 +18,7 @@ from . import native
 from .tracing import constant_when_compiled, recorder, transforms_active
 
 BACKENDS = ("triton", "cpu", "reference")
-HAS = dict.fromkeys(("triton", "cpu"), ("plane_switch", "add_norm", "rope", "gelu", "swiglu"))  # operations
+LACKS: dict[str, tuple[str, ...]] = {"triton": (), "cpu": (), "reference": ()}  # operations
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 NO_CUDA = "no CUDA device was found"
 RECORDED = "{}, which records torch's own operations, is running; while it does, 'auto' is the reference"
@@ -41,20 +41,17 @@ def why_not(backend: str, device: torch.device | None = None, op: str | None = N
         return None
     if (recording := recorder()) is not None:
         return RECORDED.format(recording)
-    if backend == "triton":
-        reason = _why_not_triton()
-        if _planned and (device is None or device.type == "meta"):
-            return None if reason == NO_CUDA else reason
-        if reason is None and device is not None and device.type != "cuda" and not _interpreted():
-            reason = f"it needs tensors on a CUDA device, got {device}"
-        if reason is None and op is not None and op not in HAS[backend]:
-            reason = f"it has no {op} yet"
-        return reason
-    if device is not None and device.type != "cpu":
-        return f"it needs tensors on the CPU, got {device}"
-    if op is not None and op not in HAS[backend]:
+    if op in LACKS[backend]:
         return f"it has no {op} yet"
-    return native.why_not_native()
+    if backend == "cpu":
+        elsewhere = device is not None and device.type != "cpu"
+        return f"it needs tensors on the CPU, got {device}" if elsewhere else native.why_not_native()
+    reason = _why_not_triton()
+    if _planned and (device is None or device.type == "meta"):
+        return None if reason == NO_CUDA else reason
+    if reason is None and device is not None and device.type != "cuda" and not _interpreted():
+        reason = f"it needs tensors on a CUDA device, got {device}"
+    return reason
 
 
 def backends() -> dict[str, str | None]:
@@ -76,7 +73,8 @@ def pick(backend: str = "auto", device: torch.device | None = None, op: str | No
     if reason is None and not _loads(backend):
         reason = why_not(backend, device, op)
     if reason is not None:
-        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {_usable(device, op)}")
+        usable = ", ".join([name for name in BACKENDS if why_not(name, device, op) is None])
+        raise ValueError(f"backend {backend!r} is not usable: {reason}; usable: {usable}")
     return backend
 
 
@@ -118,21 +116,14 @@ def meta_stands_for_cuda() -> Iterator[None]:
 
 def _takes(backend: str, device: torch.device | None, op: str | None) -> bool:
     """Whether "auto" takes a backend. One that had to be built and could not be says so, once."""
-    if backend == "cpu" and device is not None and device.type == "cpu" and op in (None, *HAS["cpu"]):
+    if backend == "cpu" and device is not None and device.type == "cpu" and op not in LACKS["cpu"]:
         return recorder() is None and native.ready()
-    return why_not(backend, device, op) is None and not _is_slow(backend) and _loads(backend)
+    usable = why_not(backend, device, op) is None and _loads(backend)
+    return usable and (backend != "triton" or not _interpreted())  # triton's interpreter runs by name only
 
 
 def _loads(backend: str) -> bool:  # builds what is built on first use
     return backend != "cpu" or native.ready()
-
-
-def _is_slow(backend: str) -> bool:  # kernels in triton's interpreter run when asked for by name only
-    return backend == "triton" and _interpreted()
-
-
-def _usable(device: torch.device | None, op: str | None) -> str:
-    return ", ".join([name for name in BACKENDS if why_not(name, device, op) is None])
 
 
 @constant_when_compiled

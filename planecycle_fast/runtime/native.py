@@ -32,9 +32,8 @@ CHOICES = ("auto", "never", "require")
 LOCK_LIMIT = 900  # seconds to wait for another process that builds
 log = logging.getLogger("planecycle_fast")
 
-_state: dict[
-    str, str | None
-] = {}  # "reason": why it is not usable, or None once it is loaded; "library": what is loaded
+# "reason": why it is not usable, or None once it is loaded; "library": what is loaded
+_state: dict[str, str | None] = {}
 _lock = threading.RLock()
 
 
@@ -132,11 +131,9 @@ def _load() -> str | None:
     """Why nothing could be loaded, or None."""
     try:
         library = shipped()
-        if library is None:
-            library = _cached()
-            if not _is_whole(library) and build_setting() == "never":
-                return _why_not_built()
-            library = build(say=True)
+        if library is None and found() is None and build_setting() == "never":
+            return _why_not_built()
+        library = library or build(say=True)
         torch.ops.load_library(str(library))
     except (BuildError, OSError, RuntimeError) as error:
         text = f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
@@ -153,9 +150,8 @@ def build(say: bool = False) -> Path:
     """
     library = _cached()
     if _is_whole(library):
-        for folder in (cache(), library.parent):
-            if (reason := _distrust(folder)) is not None:
-                raise BuildError(reason)
+        if (reason := _distrust(cache()) or _distrust(library.parent)) is not None:
+            raise BuildError(reason)
         return library
     if compiler() is None and (reason := _why_not_built()) is not None:
         raise BuildError(reason)

@@ -121,7 +121,9 @@ def regridded(
     shifts = places[:, :2] @ inverse  # (k, 2), of each plane, in old voxels
     lowest = voxels.min()
     for number, target in enumerate(new):
-        below, share = _between(places[:, 2], number * step)
+        place = np.interp(number * step, places[:, 2], range(count))  # among the old planes
+        place = round(place) if abs(place - round(place)) < 1e-6 else place
+        below, share = math.floor(place), place - math.floor(place)
         total, inside = np.zeros(size), np.ones(size, bool)
         for k, weight in ((below, 1 - share), (below + 1, share)):
             if weight:
@@ -133,15 +135,6 @@ def regridded(
     turned[:3, :3] = frame * [*steps, step]
     turned[:3, 3] = origin + frame[:, :2] @ (begin * steps)
     return new.transpose(1, 2, 0), turned
-
-
-def _between(heights: np.ndarray, height: float) -> tuple[int, float]:
-    """The plane at or below a height, and the share of the next one; no share within rounding of a plane."""
-    if len(heights) == 1:
-        return 0, 0.0
-    below = int(np.clip(np.searchsorted(heights, height, "right") - 1, 0, len(heights) - 2))
-    share = (height - heights[below]) / (heights[below + 1] - heights[below])
-    return (below + round(share), 0.0) if min(abs(share), abs(share - 1)) < 1e-6 else (below, float(share))
 
 
 def _sampled(

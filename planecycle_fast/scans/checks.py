@@ -14,21 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from ..optional import one_line, reason, require
+from ..optional import MissingPackageError, one_line, reason
 from .orientation import check_axes
 
 DAMAGED = "cannot be read, it may be truncated or damaged"
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-ITK_DTYPES = {f"{bits}-bit signed integer": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
-ITK_DTYPES |= {f"{bits}-bit unsigned integer": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
-ITK_DTYPES |= {"32-bit float": "f4", "64-bit float": "f8"}
-
-
-LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -197,18 +190,6 @@ def check_gzip(path: Path, begin: int, size: int, more: int = 0) -> None:
 
 
 @contextmanager
-def quiet_itk() -> Iterator[ModuleType]:
-    """SimpleITK, whose C++ warnings do not reach stderr. Raises MissingPackageError."""
-    sitk = require("SimpleITK", "scans")
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield sitk
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-
-
-@contextmanager
 def silent(logger: logging.Logger) -> Iterator[None]:
     """Within the block it says nothing."""
     was, logger.disabled = logger.disabled, True
@@ -230,11 +211,21 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def unreadable(path: Path) -> Iterator[None]:
-    """Within the block what the system or Refused says is a ValueError that begins with the scan's name."""
+def complaints(path: str | Path) -> Iterator[None]:
+    """What goes wrong in reading a scan becomes a ValueError of one line that begins with its name."""
     try:
-        yield
-    except OSError as error:
-        raise ValueError(f"volume {path} cannot be read: {error.strerror or error}") from error
-    except Refused as error:
-        raise ValueError(f"volume {path} {one_line(str(error))}") from error
+        with np.errstate(over="ignore", invalid="ignore"):  # of casts to float32, whose results are looked at
+            yield
+    except MissingPackageError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in the libraries that read it
+        raise ValueError(f"volume {path} {one_line(_complaint(Path(path), error))}") from error
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # the system's, not a library's
+        where = f" (file {Path(error.filename).name})" if error.filename and Path(error.filename) != path else ""
+        return f"cannot be read: {error.strerror}{where}"
+    return f"{DAMAGED}: {reason(error)}"

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..engine.finite import check_features
 from ..features import VolumeFeatures
-from ..inputs import check_one_of, dtype_of, usable_device, wanted_layers
-from ..lifted import LiftedModel
-from ..lifting import lift
+from ..inputs import check_folder, check_one_of, dtype_of, usable_device, wanted_layers
+from ..lifted import LiftedModel, lift
 from ..optional import require
 from ..pretrained import DEFAULTS, settings_of
 from ..version import __version__
@@ -90,7 +89,7 @@ def jobs_for(scans: Sequence[Path], out: Path, format: str = "safetensors", seri
         if not folder.is_dir():
             raise ValueError(f"out must be in an existing folder, got {out}")
     else:
-        feature_files.check_folder(out, feature_files.SUFFIXES)
+        check_folder(out, feature_files.SUFFIXES)
         picked = "" if series is None else "_" + re.sub(r"[^\w.-]+", "_", series.strip())
         jobs, folder = [Job(scan, out / f"{scan_name(scan)}{picked}.{format}") for scan in scans], out.absolute()
         first: dict[Path, Path] = {}
@@ -151,7 +150,7 @@ def extract_files(
                     line = f"{job.out}  {_one(job, lifted, settings, identity, picture, overwrite, progress)}"
             except EXPECTED as error:
                 complaints.append(named(job.scan, str(error).strip() or type(error).__name__))
-            progress.finish()
+            progress.advance_scan()
             if line is not None and sys.stdout is not None:
                 print(line, flush=True)
     return complaints
@@ -222,12 +221,7 @@ def _one(
             raise ValueError("picture must be of one volume; index (--index) picks one")
         volumes = read_set(job.scan, settings.reading)
         progress.expect(len(volumes))
-        tensors, given = features_of(
-            volumes,
-            prepared,
-            lambda pixels: computed(pixels)[1],
-            progress.advance_scan,
-        )
+        tensors, given = features_of(volumes, prepared, lambda pixels: computed(pixels)[1], progress.advance_scan)
         scan, several = volumes[0], {"volumes": len(volumes), "split": volumes.split}
     else:
         scan, several = load_scan(job.scan, **vars(settings.reading)), {}

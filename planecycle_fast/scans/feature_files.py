@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..optional import require
+from ..optional import reason, require
 
 SUFFIXES = (".safetensors", ".npz")
 _METADATA = "metadata"  # the array of an npz that holds it, as JSON
@@ -67,39 +66,33 @@ def load_features(path: str | Path) -> FeatureFile:
         ValueError: another suffix, or a file that is missing, damaged, or not of `save_features`.
         MissingPackageError: a .safetensors without the package safetensors.
     """
-    with _opened(Path(path)) as file:
-        return FeatureFile({name: file.tensor(name) for name in file.names}, file.metadata)
+    with _opened(Path(path)) as (tensors, metadata):
+        return FeatureFile(dict(tensors), metadata)
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata alone, without reading tensors. Raises like `load_features`."""
-    with _opened(Path(path)) as file:
-        return file.metadata
-
-
-class _Opened(NamedTuple):
-    names: list[str]
-    metadata: dict[str, Any]
-    tensor: Callable[[str], Tensor]
+    with _opened(Path(path)) as (_, metadata):
+        return metadata
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Opened]:
+def _opened(path: Path) -> Iterator[tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]]:
+    """Tensors by name, each read when it is asked for, and metadata."""
     suffix = check_suffix(path)
     try:
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                names = [name for name in file.files if name != _METADATA]
-                yield _Opened(names, json.loads(str(file[_METADATA][()])), lambda name: torch.from_numpy(file[name]))
+                metadata = json.loads(str(file[_METADATA][()]))
+                yield ((name, torch.from_numpy(file[name])) for name in file.files if name != _METADATA), metadata
         else:
             with require("safetensors", "scans").safe_open(path, framework="pt") as file:
                 metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-                yield _Opened(list(file.keys()), metadata, file.get_tensor)
+                yield ((name, file.get_tensor(name)) for name in list(file.keys())), metadata
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"features {path} cannot be read: {reason}") from error
+        raise ValueError(f"features {path} cannot be read: {reason(error)}") from error
 
 
 def check_suffix(path: Path) -> str:
@@ -107,30 +100,6 @@ def check_suffix(path: Path) -> str:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"features must go to or come from a file ending in {', '.join(SUFFIXES)}, got {path}")
     return path.suffix.lower()
-
-
-_FILE = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*")
-
-
-def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
-    """Refuses what cannot be a folder to write to: a file, or a new name that looks like one's.
-
-    The name of a file is taken to end in a dot and a word, ``out.h5``, that begins with a letter: ``run.2`` may be a
-    folder. One that is there may be called anything.
-
-    Args:
-        path: that somebody gave as `out`.
-        files: suffixes that `out` could have instead.
-
-    Raises ValueError.
-    """
-    expected = "out must be a folder" + (f" or end in {', '.join(files)}" if files else "")
-    if path.is_dir():
-        return
-    if path.exists():
-        raise ValueError(f"{expected}, got the file {path}")
-    if _FILE.fullmatch(path.suffix) or path.name.lower() in files:
-        raise ValueError(f"{expected}, got {path}; a new folder whose name ends like a file's must be made before")
 
 
 @contextmanager

@@ -7,24 +7,20 @@ left to right, so that each slice is an axial picture with the face up, unless o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..optional import MissingPackageError, one_line, reason
+from ..optional import one_line
 from .affines import regridded, shear_of
-from .checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, unreadable, warn
+from .checks import Refused, ScanOptions, complaints, warn
 from .formats import metaimage, nrrd
 from .formats.arrays import read_npy, read_npz
 from .formats.dicom import read_dicom
 from .formats.dicom_series import files_of
-from .formats.metaimage import read_metaimage
 from .formats.nifti import pair, read_freesurfer, read_nifti
-from .formats.nrrd import read_nrrd
-from .orientation import AXIAL, spans_space, turned
+from .orientation import AXIAL, LPS_TO_RAS, spans_space, turned
 from .scan import MAX_BYTES, Scan
 
 
@@ -80,18 +76,6 @@ def load_scan(
         return checked(_read(Path(path), options, max_bytes))
 
 
-@contextmanager
-def complaints(path: str | Path) -> Iterator[None]:
-    """What goes wrong in reading a scan becomes a ValueError of one line that begins with its name."""
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # of casts to float32, whose results are looked at
-            yield
-    except MissingPackageError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in the libraries that read it
-        raise ValueError(f"volume {path} {one_line(_complaint(Path(path), error))}") from error
-
-
 def checked(scan: Scan) -> Scan:
     """A scan whose voxels are finite, and not all alike. Raises Refused."""
     if not torch.isfinite(scan.voxels).all():
@@ -105,15 +89,6 @@ def checked(scan: Scan) -> Scan:
     return scan
 
 
-def _complaint(path: Path, error: Exception) -> str:
-    if isinstance(error, Refused):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:  # the system's, not a library's
-        where = f" (file {Path(error.filename).name})" if error.filename and Path(error.filename) != path else ""
-        return f"cannot be read: {error.strerror}{where}"
-    return f"{DAMAGED}: {reason(error)}"
-
-
 def scan_name(path: str | Path) -> str:
     """The name of a scan's file without its suffix, or of its folder: `ct.nii.gz` is `ct`."""
     path = Path(path)
@@ -124,7 +99,7 @@ def scan_name(path: str | Path) -> str:
 
 def other_file(path: Path) -> Path | None:
     """The file beside a scan's own with its voxels, or its header; None where it needs none, or it is not there."""
-    find = None if path.is_dir() else _OTHERS.get(_suffix(path.name))
+    _, find = (None, None) if path.is_dir() else _READERS.get(_suffix(path.name), (None, None))
     try:
         return None if find is None else find(path)
     except (Refused, OSError):  # of which `load_scan` says more
@@ -139,7 +114,7 @@ def digest_of_scan(scan: Path, series: str | None = None) -> str:
     Raises ValueError for a path that cannot be read.
     """
     digest = hashlib.sha256()
-    with unreadable(scan):
+    with complaints(scan):
         beside = other_file(scan)
         for file in files_of(scan, series) if scan.is_dir() else [scan] if beside is None else [scan, beside]:
             with file.open("rb") as opened:
@@ -168,7 +143,8 @@ def _read(path: Path, options: ScanOptions, max_bytes: int) -> Scan:
         file.read(1)
     if options.array is not None and suffix != ".npz":
         raise Refused(f"must be an .npz to hold an array called {options.array[:50]!r}")
-    voxels, place = _READERS[suffix](path, options, max_bytes)
+    read, _ = _READERS[suffix]
+    voxels, place = read(path, options, max_bytes)
     voxels = filled(voxels, options)
     if place.shape == (4, 4):
         return _oriented(path, voxels, place, options, max_bytes)
@@ -235,21 +211,13 @@ def _tensor(voxels: np.ndarray) -> torch.Tensor:
 
 
 # Voxels, and either (i, j, k) with the affine (4, 4) to RAS+, or (D, H, W) with the millimetres along them.
+# And what finds the other file of a scan that may be two.
 _READERS = {
-    ".nii": read_nifti,
-    ".nii.gz": read_nifti,
-    ".hdr": read_nifti,
-    ".img": read_nifti,
-    ".mgz": read_freesurfer,
-    ".mgh": read_freesurfer,
-    ".nrrd": read_nrrd,
-    ".nhdr": read_nrrd,
-    ".mha": read_metaimage,
-    ".mhd": read_metaimage,
-    ".npy": read_npy,
-    ".npz": read_npz,
+    **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".img"), (read_nifti, pair)),
+    **dict.fromkeys((".mgz", ".mgh"), (read_freesurfer, None)),
+    **dict.fromkeys((".nrrd", ".nhdr"), (nrrd.read_nrrd, nrrd.data_file)),
+    **dict.fromkeys((".mha", ".mhd"), (metaimage.read_metaimage, metaimage.data_file)),
+    ".npy": (read_npy, None),
+    ".npz": (read_npz, None),
 }
 SUFFIXES = tuple(_READERS)
-# The other file of a scan that may be two.
-_OTHERS = {".hdr": pair, ".img": pair, ".nrrd": nrrd.data_file, ".nhdr": nrrd.data_file}
-_OTHERS |= {".mha": metaimage.data_file, ".mhd": metaimage.data_file}

@@ -20,13 +20,12 @@ import torch
 from torch import nn
 
 from ..inputs import check_one_of
-from ..lifting import lifted_in
+from ..lifted import lifted_in
 from ..optional import require
 from ..weights.normalisation import normalisation_of
-from .checks import LPS_TO_RAS
 from .files import load_scan
 from .grids import scaled, to_scan
-from .orientation import AXIAL, check_axes, spans_space, turned
+from .orientation import AXIAL, LPS_TO_RAS, check_axes, spans_space, turned
 from .preprocess import FITS, prepare
 from .scan import Scan
 from .windows import PERCENTILES, Window, as_spacing, as_window

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 PAIRS = ("RL", "AP", "SI")  # of each axis x, y, z of RAS+ millimetres: its positive end, its negative end
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # of affines
 AXIAL = "SPR"  # slices from feet to head, each a picture with the face up and the patient's left on the left
 
 

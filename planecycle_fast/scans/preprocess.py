@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..hosts.placement import running_place
 from ..inputs import check_one_of
-from ..lifting import lifted_in
+from ..lifted import lifted_in
 from ..weights.normalisation import normalisation_of
+from .checks import gib
 from .grids import scaled
 from .scan import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, Scan
 from .transforms import Array, as_scan, channels, pad, resize, size_at
@@ -100,7 +101,7 @@ def prepare(
     if len(mean) * 4 * math.prod(padded) > max_bytes:
         size = " x ".join(map(str, padded))
         raise ValueError(
-            f"scan must make a volume of at most {max_bytes / 2**30:.3g} GiB for the model, got {size} pixels; "
+            f"scan must make a volume of at most {gib(max_bytes)} for the model, got {size} pixels; "
             "a larger spacing makes it smaller"
         )
     image = pad(resize(scan if window is None else windowed(scan, window), shape), padded, where="end", value=0.0)

@@ -37,9 +37,6 @@ class Progress:
         self.bars.advance(self.scan_task)
         self.bars.reset(self.layer_task, total=self.layers)
 
-    def finish(self) -> None:
-        self.bars.advance(self.scan_task)
-
 
 @contextmanager
 def progress_of(model: LiftedModel, scans: int, tiled: bool = False) -> Iterator[Progress]:

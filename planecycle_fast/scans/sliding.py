@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..features import VolumeFeatures
-from ..geometry.planes import HW, Plane, Sizes
+from ..geometry.planes import Plane, Sizes
 from ..hosts.placement import running_place
 from ..inputs import check_one_of, check_volume, plain, usable_device, wanted_layers
-from ..lifted import LiftedModel
-from ..lifting import lifted_in
+from ..lifted import lifted_in
 from .progress import window_bar
 
 BLENDS = ("constant", "linear", "gaussian")
@@ -61,7 +60,7 @@ def sliding_window(
         accumulate_on: the device where features are summed, in float32 or the model's dtype if that is wider.
         progress: True: a bar on stderr, if that is a terminal; or a function, called with windows done and in all.
         max_memory: bytes that may be taken, on each device, besides the weights and the volume: windows in the model,
-            as `planning.plan` tells, and all of the features. A window that needs more is refused.
+            as `cost.planning.plan` tells, and all of the features. A window that needs more is refused.
 
     Returns VolumeFeatures of the volume's size, on `accumulate_on`; a list of them, one per layer, where layers are
     asked for.
@@ -101,7 +100,8 @@ def sliding_window(
     if max_memory is not None:
         from .window_memory import fitting_window  # planning takes time to import
 
-        of = fitting_window(inside, sizes, of, len(volume), batch, len(wanted), accumulate_on, volume.dtype, max_memory)
+        last, counts = inside.plane_after(len(inside.blocks) - 1), (len(volume), batch, len(wanted))
+        of = fitting_window(inside, last, sizes, of, *counts, accumulate_on, volume.dtype, max_memory)
     shared = _overlaps(overlap, of, sizes, patch)
     axes = [_axis(n, w, o, blend) for n, w, o in zip(sizes, of, shared)]  # per axis: starts, and their weights
     places = list(itertools.product(*[range(len(starts)) for starts, _ in axes]))
@@ -121,7 +121,7 @@ def sliding_window(
                 rows = slice(number * len(volume), (number + 1) * len(volume))
                 for layer, each, total in zip(wanted, features, sums):
                     part = VolumeFeatures(*[None if tensor is None else tensor[rows] for tensor in each])
-                    _add(total, part, weights, begin, sizes, plane_after(inside, layer), accumulate_on)
+                    _add(total, part, weights, begin, sizes, inside.plane_after(layer), accumulate_on)
             done(first + len(some), len(places))
     results = [VolumeFeatures(*total) for total in sums]
     return results[0] if layers is None else results
@@ -153,11 +153,6 @@ def _add(
             total[i] = torch.zeros(len(tensor), *whole, *tensor.shape[1 + len(whole) :], dtype=dtype, device=device)
         share = share.to(total[i]).view(1, *share.shape, *[1] * (tensor.ndim - 1 - share.ndim))
         total[i][(slice(None), *places)] += tensor.to(total[i]) * share
-
-
-def plane_after(lifted: LiftedModel, layer: int) -> Plane:
-    """The plane whose slices have a set of globals each, in the features after a layer."""
-    return HW if lifted.globals_at == "depth" else lifted.planes[layer % len(lifted.planes)]
 
 
 def _axis(size: int, window: int, shared: int, blend: str) -> tuple[list[int], list[Tensor]]:

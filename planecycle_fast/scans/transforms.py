@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import check_one_of
-from . import scan as volumes
 from .grids import MODES, scaled, shifted
 from .orientation import check_axes, spans_space
-from .scan import Scan
+from .scan import IMAGENET_MEAN, IMAGENET_STD, Scan, in_channels
+from .scan import resample as resampled
 from .windows import PERCENTILES, Window, as_spacing, as_window
 
 WHERE = ("centre", "end")
@@ -115,7 +115,7 @@ def resize(
     if size == list(scan.voxels.shape):
         return scan
     if mode == "linear":
-        voxels = volumes.resample(scan.voxels, tuple(size))
+        voxels = resampled(scan.voxels, tuple(size))
     else:
         voxels = F.interpolate(scan.voxels[None, None], tuple(size), mode="nearest-exact")[0, 0]
     return Scan(voxels, scan.affine @ scaled([old / new for old, new in zip(scan.voxels.shape, size)]), scan.axes)
@@ -185,14 +185,14 @@ def pad_or_crop(
 
 def channels(
     scan: Scan | Array,  # (D, H, W) in [0, 1], as of `window`
-    mean: Sequence[float] = volumes.IMAGENET_MEAN,
-    std: Sequence[float] = volumes.IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:  # (1, C, D, H, W)
     """The one channel as C equal ones, less `mean` and divided by `std` of each: a model's volume.
 
-    Raises ValueError as `volumes.in_channels`.
+    Raises ValueError as `scan.in_channels`.
     """
-    return volumes.in_channels(as_scan(scan).voxels, tuple(mean), tuple(std))
+    return in_channels(as_scan(scan).voxels, tuple(mean), tuple(std))
 
 
 def _sizes(given: Sizes, name: str, least: int = 1) -> list[int]:

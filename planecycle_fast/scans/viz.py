@@ -142,8 +142,7 @@ def three_views(
             ax = places[row, column]
             ax.imshow(cut(cells, row, at[row], axes).numpy(), interpolation="nearest", aspect="auto")
             ax.set_box_aspect(heights[row])
-            ax.set_xticks([])
-            ax.set_yticks([])
+            ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(name, fontsize=17)
             if column == 0:

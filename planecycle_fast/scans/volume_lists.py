@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..features import VolumeFeatures
 from ..inputs import check_volume, plain, wanted_layers
-from ..lifted import LiftedModel
-from ..lifting import lifted_in
+from ..lifted import LiftedModel, lifted_in
 from .preprocess import ModelInput, prepare
 from .scan import Scan
 
@@ -98,9 +97,7 @@ def _volume(given: Tensor | ModelInput | Scan, i: int, lifted: LiftedModel) -> T
             given = prepare(given, lifted)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if isinstance(given, ModelInput):
-        given = given.pixels
-    given = plain(given)
+    given = plain(given.pixels if isinstance(given, ModelInput) else given)
     if isinstance(given, Tensor) and given.ndim == 4:
         given = given[None]
     elif isinstance(given, Tensor) and given.ndim != 5:

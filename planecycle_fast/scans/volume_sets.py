@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import Refused, ScanOptions, ScanWarning, gib, warn
-from .files import check_no_series, checked, complaints, filled, in_place
+from .checks import Refused, ScanOptions, ScanWarning, complaints, gib, warn
+from .files import check_no_series, checked, filled, in_place
 from .formats.arrays import read_volumes
 from .preprocess import ModelInput
 from .scan import MAX_BYTES, Scan

@@ -8,17 +8,17 @@ import math
 import torch
 
 from ..cost.planning import plan
-from ..geometry.planes import Sizes
+from ..geometry.planes import Plane, Sizes
 from ..hosts.placement import running_place
 from ..lifted import LiftedModel
 from .checks import gib
-from .sliding import plane_after
 
 SLICES = 8  # of a window, before it is cut within slices: examples/sliding_window.py shows what either costs
 
 
 def fitting_window(
     lifted: LiftedModel,
+    plane: Plane,  # whose slices have a set of globals each, after the last layer
     sizes: Sizes,  # of the volume, in patches
     window: Sizes | None,  # in patches; None: it is chosen
     volumes: int,
@@ -45,7 +45,6 @@ def fitting_window(
     wide = torch.promote_types(dtype, torch.float32).itemsize / dtype.itemsize
     together = device.type == accumulate_on.type
     globals_ = lifted.adapter.num_globals
-    plane = plane_after(lifted, len(lifted.blocks) - 1)
 
     @functools.cache
     def needed(of: Sizes) -> int:

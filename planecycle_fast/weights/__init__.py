@@ -1,7 +1,7 @@
 """Models by name, whether their weights are what they should be, and models written to folders.
 
 May import `inputs`, `hosts` and what is below them; transformers, timm, peft and safetensors when they are needed.
-`from_pretrained`, commands and `cost` use it; scans take the mean and deviation of pixels from it.
+`from_pretrained`, `cost`, `bench`, `export` and commands use it; scans take the mean and deviation of pixels from it.
 
 Start with `load.load_model`: a folder, a hub's name, or a known configuration with random weights.
 

@@ -9,28 +9,37 @@ import torch
 from torch import Tensor
 
 PERIODS = "rope_embed.periods"
-Tables = tuple[list[dict[str, str]], list[dict[str, str]]]  # of the root and of a block, see `_rename`
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 TRAINING_ONLY = re.compile(r"mask_token|local_cls_norm\..+")
 KEPT_BLOCKS = re.compile(r"_blocks_original\.(.+)")  # PlaneCycleConverter(keep_original=True)
 
-# dinov3's names of one block to those of others; {} is weight or bias
-_TIMM_BLOCK = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
-_TIMM_SWIGLU = {"mlp.w1.{}": "mlp.fc1_g.{}", "mlp.w2.{}": "mlp.fc1_x.{}", "mlp.w3.{}": "mlp.fc2.{}"}
-_TIMM_ROOT = {"storage_tokens": "reg_token"}
-_HF_BLOCK = {
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-    "attn.proj.{}": "attention.o_proj.{}",
+# dinov3's names to those of others: of the root, of a block, of its MLP and of a SwiGLU; {} is weight or bias
+_NAMES: dict[str, list[dict[str, str]]] = {
+    "timm": [
+        {"storage_tokens": "reg_token"},
+        {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"},
+        {},
+        {"mlp.w1.{}": "mlp.fc1_g.{}", "mlp.w2.{}": "mlp.fc1_x.{}", "mlp.w3.{}": "mlp.fc2.{}"},
+    ],
+    "huggingface": [
+        {
+            "storage_tokens": "embeddings.register_tokens",
+            "cls_token": "embeddings.cls_token",
+            "mask_token": "embeddings.mask_token",
+            "patch_embed.proj.{}": "embeddings.patch_embeddings.{}",
+        },
+        {
+            "ls1.gamma": "layer_scale1.lambda1",
+            "ls2.gamma": "layer_scale2.lambda1",
+            "attn.proj.{}": "attention.o_proj.{}",
+        },
+        {"mlp.fc1.{}": "mlp.up_proj.{}", "mlp.fc2.{}": "mlp.down_proj.{}"},
+        {"mlp.w1.{}": "mlp.gate_proj.{}", "mlp.w2.{}": "mlp.up_proj.{}", "mlp.w3.{}": "mlp.down_proj.{}"},
+    ],
 }
-_HF_MLP = {"mlp.fc1.{}": "mlp.up_proj.{}", "mlp.fc2.{}": "mlp.down_proj.{}"}
-_HF_SWIGLU = {"mlp.w1.{}": "mlp.gate_proj.{}", "mlp.w2.{}": "mlp.up_proj.{}", "mlp.w3.{}": "mlp.down_proj.{}"}
-_HF_ROOT = {
-    "storage_tokens": "embeddings.register_tokens",
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "patch_embed.proj.{}": "embeddings.patch_embeddings.{}",
-}
+# Their blocks, and the part of an MLP that only a SwiGLU has: in their keys, in dinov3's.
+_BLOCKS = {"timm": _BLOCK, "huggingface": re.compile(r"(?:model\.)?layer\.(\d+)\.(.+)")}
+_GATES = (".mlp.fc1_g.", ".mlp.gate_proj.", ".mlp.w1.")
 
 
 def naming(keys: Mapping[str, Tensor]) -> str | None:
@@ -46,22 +55,15 @@ def naming(keys: Mapping[str, Tensor]) -> str | None:
     return "dinov3" if any(key.startswith("blocks.0.") and ".attn.qkv.weight" in key for key in keys) else None
 
 
-def is_planecycle(keys: Mapping[str, Tensor]) -> bool:
-    return any(".blk2d." in key for key in keys)
+def _tables(names: str, keys: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """From dinov3's names to others, of the root and of a block, for weights under either."""
+    root, block, mlp, swiglu = _NAMES[names]
+    return root, block | (swiglu if any(gate in key for key in keys for gate in _GATES) else mlp)
 
 
-def _rename(key: str, tables: list[dict[str, str]]) -> str:
+def _rename(key: str, table: dict[str, str]) -> str:
     stem, _, last = key.rpartition(".")
-    for table in tables:
-        if key in table:
-            return table[key]
-        if f"{stem}.{{}}" in table:
-            return table[f"{stem}.{{}}"].format(last)
-    return key
-
-
-def _inverse(tables: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{new: old for old, new in table.items()} for table in tables]
+    return table[f"{stem}.{{}}"].format(last) if f"{stem}.{{}}" in table else table.get(key, key)
 
 
 # From others to dinov3
@@ -69,11 +71,8 @@ def _inverse(tables: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = naming(state)
-    if names == "timm":
-        return _from_others(state, _timm_tables(any(".mlp.fc1_g." in key for key in state)), _BLOCK.pattern)
-    if names == "huggingface":
-        tables = _huggingface_tables(any(".mlp.gate_proj." in key for key in state))
-        return _from_others(state, tables, r"(?:model\.)?layer\.(\d+)\.(.+)")
+    if names in _NAMES:
+        return _from_others(state, names)
     weights = {}
     for key, tensor in state.items():
         if (match := KEPT_BLOCKS.fullmatch(key)) is not None:
@@ -87,19 +86,11 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _timm_tables(swiglu: bool) -> Tables:
-    return [_TIMM_ROOT], [_TIMM_BLOCK, *([_TIMM_SWIGLU] if swiglu else [])]
-
-
-def _huggingface_tables(swiglu: bool) -> Tables:
-    return [_HF_ROOT], [_HF_BLOCK, _HF_SWIGLU if swiglu else _HF_MLP]
-
-
-def _from_others(state: Mapping[str, Tensor], tables: Tables, block: str) -> dict[str, Tensor]:
-    root, inner = (_inverse(t) for t in tables)
+def _from_others(state: Mapping[str, Tensor], names: str) -> dict[str, Tensor]:
+    root, inner = ({theirs: ours for ours, theirs in table.items()} for table in _tables(names, state))
     weights, attention = {}, {}  # attention: (block, "q" and so on, "weight" or "bias")
     for key, tensor in state.items():
-        if (match := re.fullmatch(block, key)) is None:
+        if (match := _BLOCKS[names].fullmatch(key)) is None:
             name = _rename(key, root)
             if name == "storage_tokens" and tensor.shape[1] == 0:  # Hugging Face keeps none as a tensor
                 continue
@@ -123,10 +114,6 @@ def _from_others(state: Mapping[str, Tensor], tables: Tables, block: str) -> dic
 # From dinov3 to others
 
 
-def thirds(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return t.chunk(3)
-
-
 def effective_bias(weights: Mapping[str, Tensor], key: str) -> Tensor:
     """A qkv bias as the model adds it: times its mask, where it has one."""
     mask = weights.get(f"{key}_mask")
@@ -145,9 +132,9 @@ def to_planecycle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _to_others(weights: dict[str, Tensor], tables: Tables, block: str) -> dict[str, Tensor]:
+def _to_others(weights: dict[str, Tensor], names: str, block: str) -> dict[str, Tensor]:
     """Everything under the other names, but for the packed qkv bias and its mask."""
-    root, inner = tables
+    root, inner = _tables(names, weights)
     converted = {}
     for key, tensor in weights.items():
         if key == PERIODS or key.endswith((".qkv.bias", ".qkv.bias_mask")) or key.startswith("local_cls_norm."):
@@ -159,10 +146,11 @@ def _to_others(weights: dict[str, Tensor], tables: Tables, block: str) -> dict[s
 
 def _biases(weights: dict[str, Tensor], target: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The q, k and v biases that the target has. `name` has a place for the block and one for q, k or v."""
-    converted = {}
+    every = re.compile(name.format(r"\d+", "[qkv]"))
+    converted = {key: torch.zeros_like(tensor) for key, tensor in target.items() if every.fullmatch(key)}
     for key in [key for key in weights if key.endswith("attn.qkv.bias")]:
         block = _BLOCK.fullmatch(key)[1]
-        for which, bias in zip("qkv", thirds(effective_bias(weights, key))):
+        for which, bias in zip("qkv", effective_bias(weights, key).chunk(3)):
             if (theirs := name.format(block, which)) in target:
                 converted[theirs] = bias
             elif bias.any():
@@ -174,29 +162,20 @@ def _biases(weights: dict[str, Tensor], target: Mapping[str, Tensor], name: str)
 
 
 def to_timm(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    converted = _to_others(weights, _timm_tables(any(".mlp.w1." in key for key in weights)), "blocks")
+    converted = _to_others(weights, "timm", "blocks")
     converted.pop("mask_token", None)
-    converted |= _biases(weights, target, "blocks.{}.attn.{}_bias")
-    return _zero_biases(converted, target, r"blocks\.\d+\.attn\.[qv]_bias")
+    return converted | _biases(weights, target, "blocks.{}.attn.{}_bias")
 
 
 def to_huggingface(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     block = "model.layer" if any(key.startswith("model.layer.") for key in target) else "layer"
-    converted = _to_others(weights, _huggingface_tables(any(".mlp.w1." in key for key in weights)), block)
+    converted = _to_others(weights, "huggingface", block)
     for key in [key for key in converted if key.endswith(".attn.qkv.weight")]:
         stem = key.removesuffix("attn.qkv.weight")
-        for which, weight in zip("qkv", thirds(converted.pop(key))):
+        for which, weight in zip("qkv", converted.pop(key).chunk(3)):
             converted[f"{stem}attention.{which}_proj.weight"] = weight
-    converted |= _biases(weights, target, block + ".{}.attention.{}_proj.bias")
     registers, mask = "embeddings.register_tokens", "embeddings.mask_token"
     if registers not in converted and target[registers].shape[1] == 0:
         converted[registers] = target[registers]
     converted[mask] = converted[mask][None] if mask in converted else target[mask]
-    return _zero_biases(converted, target, r".+\.attention\.[qkv]_proj\.bias")
-
-
-def _zero_biases(converted: dict[str, Tensor], target: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    for key, tensor in target.items():
-        if key not in converted and re.fullmatch(name, key):
-            converted[key] = torch.zeros_like(tensor)
-    return converted
+    return converted | _biases(weights, target, block + ".{}.attention.{}_proj.bias")

@@ -22,9 +22,7 @@ from .checkpoint_keys import (
     PERIODS,
     TRAINING_ONLY,
     effective_bias,
-    is_planecycle,
     naming,
-    thirds,
     to_dinov3,
     to_huggingface,
     to_planecycle,
@@ -84,7 +82,7 @@ def convert_state_dict(
 def _for_model(weights: dict[str, Tensor], to: str, model: nn.Module) -> dict[str, Tensor]:
     """Weights under dinov3's keys to exactly the keys of `model`."""
     target, name = model.state_dict(), type(model).__name__
-    if (to == "planecycle") != is_planecycle(target):
+    if (to == "planecycle") != any(".blk2d." in key for key in target):
         state = "whose blocks are converted" if to == "host" else "whose blocks no PlaneCycleConverter wrapped"
         raise ValueError(f"model must have the keys asked for, to={to!r}, got a {name} {state}")
     _check_periods(weights, model)
@@ -134,15 +132,11 @@ def _fitted(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[st
                 raise ValueError(f"model must hold its {key}, which the state_dict lacks, got it on the meta device")
             weights[key] = tensor
         elif key.endswith("attn.qkv.bias"):
-            weights[key] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+            weights[key] = torch.zeros_like(tensor, device=device)
         elif key.endswith("attn.qkv.bias_mask"):
-            bias, mask = (
-                weights.get(key.removesuffix("_mask")),
-                torch.ones(tensor.shape, dtype=tensor.dtype, device=device),
-            )
-            if bias is None or not thirds(bias)[1].any():
-                thirds(mask)[1].zero_()
-            weights[key] = mask
+            bias, weights[key] = weights.get(key.removesuffix("_mask")), torch.ones_like(tensor, device=device)
+            if bias is None or not bias.chunk(3)[1].any():
+                weights[key].chunk(3)[1].zero_()
     for key in list(weights):
         if key not in target and (key == PERIODS or TRAINING_ONLY.fullmatch(key)):
             del weights[key]

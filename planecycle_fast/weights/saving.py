@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..geometry.planes import DEFAULT_CYCLE
-from ..hosts import Adapter, find_adapter
+from ..hosts import find_adapter
 from ..hosts.wrapped import own_class
-from ..optional import require
+from ..optional import in_words, require
 from ..version import __version__
 from .hub import WEIGHTS
 from .load import model_without_weights, quiet
@@ -69,7 +70,8 @@ def save_pretrained(lifted: nn.Module, folder: str | os.PathLike, **options: Any
     part, is_new = folder / f".{os.getpid()}.part", not folder.exists()  # its place may be a file system of its own
     try:
         part.mkdir(parents=True)
-        _in_words(write, part)
+        with in_words("model cannot be saved by its library", OSError, TypeError):
+            write(part)
         if not any([(part / file).is_file() for file in WEIGHTS]):
             raise ValueError(f"options must not give files of weights other names than {', '.join(WEIGHTS)}")
         _check_comes_back(host, part)
@@ -105,14 +107,10 @@ def _described(lifted: nn.Module) -> dict[str, Any]:
     names = DEFAULTS if lifted.mode == "planecycle" else ("mode", "depth_position")
     described = {"planecycle_fast": __version__} | {name: getattr(lifted, name) for name in names}
     adapter = type(lifted.adapter)
-    return described if adapter in _own_adapters(lifted.adapter.model) else described | {"adapter": adapter.__name__}
-
-
-def _own_adapters(host: nn.Module) -> Iterator[type[Adapter]]:
-    try:
-        yield find_adapter(host)
-    except ValueError:  # of no known class
-        return
+    with suppress(ValueError):  # of no known class
+        if find_adapter(lifted.adapter.model) is adapter:
+            return described
+    return described | {"adapter": adapter.__name__}
 
 
 def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
@@ -138,32 +136,19 @@ def _writer(host: nn.Module, options: dict[str, Any]) -> Callable[[Path], None]:
     if "transformers" in packages and hasattr(host, "save_pretrained"):
         if "state_dict" in options:  # under its own keys: Trainer gives it, and resumes by `load_state_dict`
             options = {"save_original_format": False} | options
-        return lambda folder: _write_quietly(host, folder, options)
+
+        def write(folder: Path) -> None:
+            with quiet(require("transformers", "hf")):
+                host.save_pretrained(folder, **options)
+
+        return write
     if "timm" in packages and hasattr(host, "pretrained_cfg"):
         rest = {name: value for name, value in options.items() if name != "is_main_process"}
-        return lambda folder: require("timm", "timm").models.save_for_hf(
-            host, folder, **({"safe_serialization": True} | rest)
-        )
+        return partial(require("timm", "timm").models.save_for_hf, host, **({"safe_serialization": True} | rest))
     raise ValueError(
         f"model must be of Hugging Face or timm to be saved as a folder, got {type(host).__name__}: save "
         "lifted.state_dict() by safetensors, and load it into a model that your own code builds and lifts"
     )
-
-
-def _write_quietly(host: nn.Module, folder: Path, options: dict[str, Any]) -> None:
-    with quiet(require("transformers", "hf")):
-        host.save_pretrained(folder, **options)
-
-
-def _in_words(write: Callable[[Path], None], folder: Path) -> None:
-    """What a library raises when it cannot write a model is a ValueError in one line; OSError and TypeError stay."""
-    try:
-        write(folder)
-    except (OSError, TypeError):
-        raise
-    except Exception as error:
-        text = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"model cannot be saved by its library: {text}") from error
 
 
 def _checked_folder(given: str | os.PathLike) -> Path:

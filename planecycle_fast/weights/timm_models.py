@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..optional import require
-from .hub import WEIGHTS, cached, hub_file, hub_reachable
+from .hub import WEIGHTS, cached, hub_file, hub_reachable, local_file
 from .loaded_keys import check_keys, check_plain, keys_of_error, shapes_of
 
 CONFIG = "config.json"
@@ -26,17 +26,10 @@ class Source(NamedTuple):
     file: str | None  # on this machine
     hub: bool  # whether timm can load the weights from the hub, where it is reached
 
-    @property
-    def overlay(self) -> dict[str, Any]:
-        """Of timm's configuration: the weights are this file's, else those of the hub."""
-        if self.file is None:
-            return {}
-        return {"file": self.file, "source": None, "custom_load": self.file.endswith(".npz")}
-
 
 def timm_config(name: str) -> dict[str, Any] | None:
     """The configuration of a folder, or of a model of the hub, if it is in timm's layout: it names an architecture."""
-    file = Path(name, CONFIG) if Path(name).is_dir() else hub_file(name, CONFIG)
+    file = hub_file(name, CONFIG)
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
     except (OSError, ValueError):  # whoever loads it says so
@@ -68,10 +61,7 @@ def by_config(name: str, config: dict[str, Any]) -> Source:
     settings.pop("num_classes", None)  # said by the configuration itself
     if config.get("global_pool") is not None:
         settings.setdefault("global_pool", config["global_pool"])
-    if Path(name).is_dir():
-        files = [str(Path(name, file)) for file in WEIGHTS[::2] if Path(name, file).is_file()]
-        return Source(architecture, settings, num_classes, files[0] if files else None, hub=False)
-    return Source(architecture, settings, num_classes, cached(name, WEIGHTS[::2]), hub=True)
+    return Source(architecture, settings, num_classes, local_file(name, WEIGHTS[::2]), hub=not Path(name).is_dir())
 
 
 def load_timm(name: str, source: Source) -> tuple[nn.Module, str]:
@@ -81,9 +71,11 @@ def load_timm(name: str, source: Source) -> tuple[nn.Module, str]:
     """
     if Path(name).is_dir() and source.file is None:
         raise ValueError(f"model {name} must have weights beside its {CONFIG}: {' or '.join(WEIGHTS[::2])}")
-    reachable = source.hub and hub_reachable()
-    if source.file is not None or reachable:
-        return _checked(name, source, source.overlay), "the local cache" if source.file else "the hub"
+    if source.file is not None:
+        overlay = {"file": source.file, "source": None, "custom_load": source.file.endswith(".npz")}
+        return _checked(name, source, overlay), "the local cache"
+    if source.hub and hub_reachable():
+        return _checked(name, source, {}), "the hub"
     torch.manual_seed(0)
     return _without_head(source, pretrained=False), "random"
 

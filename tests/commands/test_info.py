@@ -9,7 +9,7 @@ from planecycle_fast.commands import info
 from planecycle_fast.commands.cli import main
 from planecycle_fast.runtime.attentions import ATTENTIONS, attentions
 from planecycle_fast.runtime.backends import backends
-from planecycle_fast.runtime.versions import versions
+from planecycle_fast.version import versions
 
 
 def test_everything_is_listed(capsys, monkeypatch, tmp_path):

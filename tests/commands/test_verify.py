@@ -73,9 +73,9 @@ def test_a_fault_of_gradients_alone(model, monkeypatch):
 
     real = stream.mlp_branch
 
-    def faulty(parts, todo, normed, layer):
-        out = real(parts, todo, normed, layer)
-        return Fault.apply(out) if layer.backend == "cpu" and hasattr(parts.block, "is_faulty") else out
+    def faulty(block, normed, layer):
+        out = real(block, normed, layer)
+        return Fault.apply(out) if layer.choice.add_norm == "cpu" and hasattr(block.parts.block, "is_faulty") else out
 
     monkeypatch.setattr(stream, "mlp_branch", faulty)
     found = wrong(compare(model, shape(), backend="cpu", seeds=2))
@@ -87,9 +87,9 @@ def test_a_fault_of_gradients_alone(model, monkeypatch):
 def test_what_is_not_finite_is_found(model, monkeypatch):
     real = stream.run_in_groups
 
-    def faulty(parts, *rest):
-        done = real(parts, *rest)
-        if done is not None and hasattr(parts.block, "is_faulty"):
+    def faulty(block, *rest):
+        done = real(block, *rest)
+        if done is not None and hasattr(block.parts.block, "is_faulty"):
             done[0][1].view(-1)[7] = float("nan")
         return done
 

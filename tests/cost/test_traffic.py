@@ -156,11 +156,11 @@ def test_weight_casts_under_autocast_stand_alone():
 def test_a_copy_between_operations_would_be_seen(monkeypatch):
     from planecycle_fast.engine import branches
 
-    own = branches.attention
-    monkeypatch.setattr(branches, "attention", lambda *args: own(*args))
+    own = branches.attention_on
+    monkeypatch.setattr(branches, "attention_on", mine := lambda *args: own(*args))
     with table.fused(Traffic()):
-        pass
-    assert branches.attention is not own  # what was there is put back
+        assert branches.attention_on is not mine
+    assert branches.attention_on is mine  # what was there is put back
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: own_linear(self, x.clone()))
     row = table.lifted_rows("ours", torch.bfloat16, mode="slice2d")[0]
     assert row.copies == 4 and row.moved > 48

@@ -1,15 +1,15 @@
 """Blocks on the residual stream: the host's result whatever is done to its parts, and a report that says what runs."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import planecycle_fast as pcf
-from planecycle_fast.engine import block as stream
 from planecycle_fast.hosts import find_adapter
+from planecycle_fast.ops.choice import OPERATIONS
+from planecycle_fast.runtime import backends
 from planecycle_fast.runtime.attentions import check_attention
 
 from ..host_models import BY_NAME, HOSTS
@@ -182,20 +182,10 @@ def test_an_attention_by_name_never_falls_back():
         toy_lift(ToyViT(rope=False), attention="sdpa")(torch.randn(1, 3, 2, 4, 6))
 
 
-@pytest.fixture
-def complete_backend(monkeypatch):
-    """As if the backend "cpu" were there, with every operation but gelu."""
-    backends = sys.modules["planecycle_fast.backends"]  # the package has a function of that name
-    why_not = backends.why_not
-
-    def all_but_gelu(backend, device=None, op=None):
-        return ("it has no gelu yet" if op == "gelu" else None) if backend == "cpu" else why_not(backend, device, op)
-
-    monkeypatch.setattr(backends, "why_not", all_but_gelu)
-    monkeypatch.setattr(stream, "OPERATIONS", ("plane_switch", "add_norm", "rope", "swiglu"))
+needs_cpu = pytest.mark.skipif(pcf.backends()["cpu"] is not None, reason=f"{pcf.backends()['cpu']}")
 
 
-@pytest.mark.usefixtures("complete_backend")
+@needs_cpu
 def test_a_backend_by_name_never_falls_back(capsys):
     host = BY_NAME["timm-dinov3-s+"]  # SwiGLU
     model, volume = host.make(), host.volume()
@@ -211,11 +201,13 @@ def test_a_backend_by_name_never_falls_back(capsys):
     lifted(torch.randn(1, 3, 2, 4, 6))
 
 
-@pytest.mark.usefixtures("complete_backend")
-def test_a_backend_without_an_operation():
-    host = BY_NAME["timm-dinov3-s"]  # GELU
+@needs_cpu
+@pytest.mark.parametrize("missing", OPERATIONS)
+def test_a_backend_without_an_operation(monkeypatch, missing):
+    monkeypatch.setitem(backends.LACKS, "cpu", (missing,))
+    host = BY_NAME["timm-dinov3-s+"]  # SwiGLU
     model, volume = host.make(), host.volume()
-    with pytest.raises(ValueError, match="backend 'cpu' is not usable: it has no gelu yet; usable: .*reference"):
+    with pytest.raises(ValueError, match=f"backend 'cpu' is not usable: it has no {missing} yet; usable: .*reference"):
         pcf.lift(model, backend="cpu")(volume)
     with torch.no_grad():
         got = pcf.lift(model, backend="cpu", strict=False)(volume).patches

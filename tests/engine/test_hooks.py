@@ -5,6 +5,7 @@ import torch
 
 import planecycle_fast as pcf
 
+from ..host_models import BY_NAME
 from ..test_sharing import families, run
 from ..toy import ToyViT, toy_lift
 
@@ -73,6 +74,34 @@ def test_a_hook_changes_the_stream(host):
     hosts.register_forward_hook(lambda m, args, out: 2 * out)
     hosts.register_forward_pre_hook(lambda m, args: (args[0] + 1, *args[1:]))
     torch.testing.assert_close(run(lifted, volume), changed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("host", [BY_NAME["timm-dinov3-s"]])
+def test_the_mode_that_a_hook_leaves_behind_holds_for_the_blocks_after_it(host):
+    """Gradients from a layer on, or autocast: as if all blocks were called, whether or not they run several at once."""
+    lifted, volume, autocast = pcf.lift(host.make()), host.volume(), torch.autocast("cpu", dtype=torch.bfloat16)
+    modes = {
+        "gradients": (lambda: torch.set_grad_enabled(True), lambda: torch.set_grad_enabled(False)),
+        "autocast": (autocast.__enter__, lambda: autocast.__exit__(None, None, None)),
+    }
+    for mode, (begin, end) in modes.items():
+        handle = lifted.blocks[1].register_forward_hook(lambda *_: begin() and None)  # noqa: B023
+        found = []
+        for called in (False, True):
+            hooks = [block.register_forward_hook(lambda *_: None) for block in lifted.blocks if called]
+            with torch.no_grad():
+                found.append(lifted(volume).patches)
+                end()
+            for hook in hooks:
+                hook.remove()
+        handle.remove()
+        tolerance = 1e-5 if mode == "gradients" else 0.05
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=tolerance)
+        assert found[0].requires_grad == (mode == "gradients")
+        assert torch.equal(run(lifted, volume), found[0]) == (mode == "gradients")
+        if mode == "gradients":
+            found[0].square().mean().backward()
+            assert [block.norm1.weight.grad is not None for block in lifted.blocks] == [False, False, True, True, True]
 
 
 def test_a_hook_that_returns_no_stream_is_told():

@@ -107,7 +107,7 @@ def make(name, kernel=axpy_kernel, body=None, fake=None, backward=None, cost=Non
     definition = torch.library.custom_op(f"faults::{name}", body, mutates_args=())
     definition.register_fake(fake or (lambda x, y: torch.empty(x.shape, dtype=x.dtype, device=x.device)))
     definition.register_autograd(backward or (lambda ctx, g: (g * SCALE, g * 1)))
-    op = CustomOp(name, body, cost or honest_cost, definition, getattr(torch.ops.faults, name).default)
+    op = CustomOp(name, body, cost or honest_cost, getattr(torch.ops.faults, name).default)
 
     def fast(x, y):
         if not tangents or torch.autograd.forward_ad._current_level < 0:

@@ -13,7 +13,7 @@ from planecycle_fast.runtime import backends
 
 from ..toy import ToyViT, toy_lift
 
-CPU = torch.device("cpu")
+CPU, ROW = torch.device("cpu"), torch.zeros(1, 2)
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_the_mode_is_that_of_the_place():
     with torch.no_grad():
         found = Choice.of("auto", "auto", True, CPU)
     assert (found.grad, found.writes, found.autocast) == (False, True, None)
-    assert found.here().grad and not found.grad
+    assert found.here(ROW).grad and not found.grad
     with torch.no_grad():
-        assert found.here() is found
+        assert found.here(ROW) is found
         with torch.autocast("cpu", torch.bfloat16):
-            assert found.here().autocast == torch.bfloat16
+            assert found.here(ROW).autocast == torch.bfloat16
         with torch.autograd.forward_ad.dual_level():
             inside = Choice.of("auto", "auto", True, CPU)
             assert not inside.writes and inside.attention == "reference" and inside.add_norm == "reference"

@@ -63,21 +63,27 @@ def test_add_norm_in_place(dtype, norm_dtype, rms, layout):
     expected = add_norm_cpu.add_rows_cpu(x, branch, scale, norm, norm_dtype)
     normed = torch.empty_like(x, dtype=norm_dtype or dtype)
     before = x._version
-    add_norm_cpu.add_norm_in_place(x, layout(branch), layout(scale), norm, normed)
+    add_norm_in_place(x, layout(branch), layout(scale), norm, normed)
     assert x._version > before  # what saved x for backward notices
     check_bits("sum", x, expected[0])
     check_bits("norm", normed, expected[1])
+
+
+def add_norm_in_place(x, branch, scale, norm, normed):
+    """As csrc/blocks.cpp calls it."""
+    kind = "rms" if norm.rms else "layer"
+    add_norm_cpu.IN_PLACE(x, branch.contiguous(), scale, norm.weight, norm.bias, kind, norm.eps, normed)
 
 
 def test_in_place_refuses_what_it_cannot_write():
     x = torch.zeros(2, 3, 8)
     norm = Norm(None, None, 1e-6)
     with pytest.raises(ValueError, match="x must have the dtype of the sum to be written to"):
-        add_norm_cpu.add_norm_in_place(x, x.double(), None, norm, torch.empty_like(x))
+        add_norm_in_place(x, x.double(), None, norm, torch.empty_like(x))
     with pytest.raises(ValueError, match="normed must be contiguous and of x's shape"):
-        add_norm_cpu.add_norm_in_place(x, x.clone(), None, norm, torch.empty(2, 3, 4))
+        add_norm_in_place(x, x.clone(), None, norm, torch.empty(2, 3, 4))
     with pytest.raises(ValueError, match="x must be contiguous"):
-        add_norm_cpu.add_norm_in_place(x.mT, x.mT.contiguous(), None, norm, torch.empty_like(x.mT))
+        add_norm_in_place(x.mT, x.mT.contiguous(), None, norm, torch.empty_like(x.mT))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.op.name)
@@ -191,7 +197,7 @@ def test_add_norm_past_2_31(past_2_31):
     norm, branch = Norm(None, None, 1e-6), past_2_31.clone()
     expected = add_norm_ref(past_2_31[-1:, -1:], branch[-1:, -1:], None, norm)
     normed = torch.empty_like(past_2_31)
-    add_norm_cpu.add_norm_in_place(past_2_31, branch, None, norm, normed)
+    add_norm_in_place(past_2_31, branch, None, norm, normed)
     torch.testing.assert_close((past_2_31[-1:, -1:], normed[-1:, -1:]), expected)
     assert not normed[0, 0].any()
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import refuse_transforms
+
 # Of all below: gate (rows, hidden), or (rows, 2*hidden) without a value; value (rows, hidden); channels dense.
 
 
@@ -48,18 +50,25 @@ def rows_of(t: Tensor) -> Tensor:  # (..., C) to (N, C), channels dense
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def activate(
-    op: Callable[..., Tensor],
-    in_place: Callable[..., None] | None,  # where it can be used
-    gate: Tensor,  # (..., hidden), or (..., 2*hidden), any strides
-    value: Tensor | None,  # (..., hidden), any strides
-    inplace: bool,
-) -> Tensor:  # (..., hidden), contiguous unless in place
-    """`swiglu_ref` by an operation or its twin; what `rows_of` cannot take as it lies is copied first."""
-    rows, values = rows_of(gate), None if value is None else rows_of(value)
-    if in_place is not None:
-        in_place(rows, values)
-        return gate
-    out = op(rows, values)
-    out = out.view(*gate.shape[:-1], out.shape[1])
-    return gate.copy_(out) if inplace else out
+def call_of(op: Callable[..., Tensor], in_place: Callable[..., None], backend: str) -> Callable[..., Tensor]:
+    """`swiglu_ref` in one pass, by an operation and its twin in place.
+
+    It raises NotImplementedError for forward mode, torch.func's transforms or a second derivative; on "triton"
+    ValueError for more than 2**31 - 1 programs: tiles of 2048 elements, 512 where rows are not 16 bytes apart.
+    """
+
+    def swiglu(
+        gate: Tensor,  # (..., hidden), or (..., 2*hidden), any strides
+        value: Tensor | None,  # (..., hidden), any strides
+        inplace: bool,
+    ) -> Tensor:  # (..., hidden), contiguous unless in place
+        refuse_transforms("swiglu", backend)
+        rows, values = rows_of(gate), None if value is None else rows_of(value)
+        if inplace and gate.is_contiguous() and gate.dtype == _dtype(gate, value):
+            in_place(rows, values)
+            return gate
+        out = op(rows, values)
+        out = out.view(*gate.shape[:-1], out.shape[1])
+        return gate.copy_(out) if inplace else out
+
+    return swiglu

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernels for its compile caches
 
 from ..registration import INTERPRETED, launch, register
-from ..registry import Cost, refuse_transforms, refused_again
+from ..registry import Cost, refused_again
 from ..scalars_triton import scalars
 from ..tiles import MAX_PROGRAMS
-from .swiglu_autograd import _dtype, _hidden, _like, activate, backward_by, fake, setup_context
+from .swiglu_autograd import _dtype, _hidden, _like, backward_by, call_of, fake, setup_context
 
 
 @triton.jit
@@ -173,21 +173,10 @@ def _backward_cost(grad: Tensor, gate: Tensor, value: Tensor | None) -> Cost:
     return Cost(_bytes(grad, gate, value), _bytes(gate, value), launches=1 if grad.numel() else 0)
 
 
-BACKWARD = register(_swiglu_backward, fake=_like, cost=_backward_cost, **refused_again("swiglu_backward", "triton"))
+BACKWARD = register(
+    _swiglu_backward, fake=_like, cost=_backward_cost, backward=refused_again("swiglu_backward", "triton")
+)
 OP = register(_swiglu, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
 INPLACE = register(_swiglu_, fake=lambda gate, value: None, mutates=("gate",), cost=_cost_)
 
-
-def swiglu_triton(
-    gate: Tensor,  # (..., hidden), or (..., 2*hidden), any strides
-    value: Tensor | None,  # (..., hidden), any strides
-    inplace: bool,
-) -> Tensor:  # (..., hidden), contiguous unless in place
-    """`swiglu_ref` in one launch; what `rows_of` cannot take as it lies is copied first.
-
-    Raises:
-        NotImplementedError: forward mode, torch.func's transforms or a second derivative.
-        ValueError: more than 2**31 - 1 programs: tiles of 2048 elements, 512 where rows are not 16 bytes apart.
-    """
-    refuse_transforms("swiglu")
-    return activate(OP, INPLACE if inplace and gate.is_contiguous() else None, gate, value, inplace)
+swiglu_triton = call_of(OP, INPLACE, "triton")

@@ -11,6 +11,7 @@ plane, then the change of plane, then the next block's norm, of the rounded resi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,6 @@ from ...runtime.backends import pick
 from ...runtime.tracing import may_write, recorder
 from ..residual.add_norm import pick_rows
 from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
-
-_loaded: dict[str, tuple[Callable[..., Any], ...]] = {}  # imports cost time in every call, and need the library
 
 
 def plane_switch_ref(
@@ -43,23 +42,9 @@ def plane_switch_ref(
 
     Returns `x` itself where nothing is added and rows and M both stay as they are.
     """
-    x = add_ref(x, branch, scale)
-    out = _switch(x, old, new, sizes, num_globals, transition, globals_)
-    return out if norm is None else (out, normalize_ref(out, norm, norm_dtype))
-
-
-def _switch(
-    x: Tensor,  # (B*P1, g + L1, C), or (B*P1, L1, C)
-    old: Plane,
-    new: Plane,
-    sizes: Sizes,
-    num_globals: int,
-    transition: Transition,
-    globals_: Tensor | None,  # (B*P1 or 1, g, C)
-) -> Tensor:  # (B*P2, g + L2, C)
-    g, channels = num_globals, x.shape[-1]
-    if old == new and globals_ is None and _keeps_globals(new, g, transition):
-        return x
+    x, g, channels = add_ref(x, branch, scale), num_globals, x.shape[-1]
+    if old == new and globals_ is None and _keeps_globals(g, transition):
+        return x if norm is None else (x, normalize_ref(x, norm, norm_dtype))
     batch = x.shape[0] // old.slices(sizes)  # written out, so that B = 0 and C = 0 leave nothing to guess
     volumes = x.unflatten(0, (batch, old.slices(sizes)))  # (B, P1, g + L1, C)
     skip = 0 if globals_ is not None else g
@@ -74,17 +59,18 @@ def _switch(
     if not may_write() and (recorder() is not None or not torch.compiler.is_compiling()):
         parts = [] if pooled is None else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
         # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
-        return torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
-    result = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
-    out = result.view(batch, slices, g + length, channels)
-    # The one gather: views name the voxels of both orders, each row is read once and written once.
-    out[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
-    if pooled is not None:
-        out[:, :, :g] = pooled
-    return result
+        out = torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)
+    else:
+        out = x.new_empty(batch * slices, g + length, channels, dtype=dtype)  # no view: FSDP warns of those
+        rows = out.view(batch, slices, g + length, channels)
+        # The one gather: views name the voxels of both orders, each row is read once and written once.
+        rows[:, :, g:].view(batch, *new.ordered(sizes), channels).copy_(source)
+        if pooled is not None:
+            rows[:, :, :g] = pooled
+    return out if norm is None else (out, normalize_ref(out, norm, norm_dtype))
 
 
-def _keeps_globals(plane: Plane, num_globals: int, transition: Transition) -> bool:
+def _keeps_globals(num_globals: int, transition: Transition) -> bool:
     """Whether M changes nothing. Of traced sizes only what holds for all of them, so that none is compiled for."""
     if num_globals == 0:
         return True
@@ -148,13 +134,13 @@ def switch_on(
     """`plane_switch` of what is known to belong together."""
     in_full = branch is not None or norm is not None
     if chosen == "reference":
-        more = (branch, scale, norm, globals_, norm_dtype)
-        return plane_switch_ref(x, old, new, sizes, num_globals, transition, *more)
+        return plane_switch_ref(x, old, new, sizes, num_globals, transition, branch, scale, norm, globals_, norm_dtype)
     if globals_ is not None:
         x = torch.cat([globals_.expand(x.shape[0], -1, -1), add_ref(x, branch, scale)], dim=1)
         branch = scale = None
-    stays = old == new and _keeps_globals(new, num_globals, transition)
-    switch, boundary, add_rows = _implementations(chosen)
+    stays = old == new and _keeps_globals(num_globals, transition)
+    load = _load if torch.compiler.is_compiling() else _loaded  # torch.compile warns of caches
+    switch, boundary, add_rows = load(chosen)
     if in_full and stays:
         return add_rows(x, branch, scale, norm, norm_dtype)
     if in_full:
@@ -162,16 +148,8 @@ def switch_on(
     return x if stays else switch(x, old, new, sizes, num_globals, transition)
 
 
-def _implementations(backend: str) -> tuple[Callable[..., Any], ...]:
-    """Of a change of planes, the same in full, and in full where rows stay."""
-    if torch.compiler.is_compiling():  # or it would compile again when the table has filled
-        return _load(backend)
-    if backend not in _loaded:
-        _loaded[backend] = _load(backend)
-    return _loaded[backend]
-
-
 def _load(backend: str) -> tuple[Callable[..., Any], ...]:
+    """Of a change of planes, the same in full, and in full where rows stay."""
     if backend == "cpu":
         from ..residual.add_norm_cpu import add_norm_cpu as boundary
         from ..residual.add_norm_cpu import add_rows_cpu as add_rows
@@ -181,6 +159,9 @@ def _load(backend: str) -> tuple[Callable[..., Any], ...]:
         from ..residual.add_norm_triton import add_rows_triton as add_rows
         from .plane_switch_triton import plane_switch_triton as switch
     return switch, boundary, add_rows
+
+
+_loaded = cache(_load)  # imports cost time in every call
 
 
 def check_switch(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...geometry.planes import PLANES, Plane, row_map
+from ...geometry.planes import PLANES, Plane, Sizes, row_map
 from ...geometry.pooling import Transition
 from ..tiles import LIMIT, MAX_PROGRAMS
 
@@ -62,11 +62,8 @@ class Shapes(NamedTuple):
         steps = zip(after.axes, row_map(before, after, sizes, g).strides)
         x_strides = [x_seq if axis in before.batch else rows for axis, rows in steps]
         n0, n1, n2 = after.ordered(sizes)
-        out_0 = out_seq if after.batch else n1 * n2
-        return (
-            g, n0, n1, n2, num_in * x_seq, x_seq, *x_strides, num_out * out_seq, out_seq, out_0, num_in, num_out,
-            self.via,
-        )  # fmt: skip
+        out_strides = (num_out * out_seq, out_seq, out_seq if after.batch else n1 * n2)
+        return g, n0, n1, n2, num_in * x_seq, x_seq, *x_strides, *out_strides, num_in, num_out, self.via
 
     def patch_tiles(self, block_r: int) -> int:
         """Tiles of block_r patches, each within one plane of the slowest axis."""
@@ -127,3 +124,27 @@ def more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *argum
     many = x.movedim(in_dim, 0)  # (V, B*P1, g + L1, C)
     out = function(many.flatten(0, 1), *arguments)
     return out.unflatten(0, (len(many), out.shape[0] // max(len(many), 1))), 0
+
+
+def call_of(switch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`plane_switch_ref` in one pass, by what `linear` gives for an operation.
+
+    With derivatives in forward and reverse mode, any number of times. Patches are bit for bit those of the reference;
+    globals are summed in float32 (float64 for float64, and on "cpu").
+
+    It raises ValueError on "triton" for a volume of more than 2**30 tokens, channels or globals; with globals, more
+    than 2**30 slices times those of the transition's step (32,767 by way of as many go); more than 2**31 - 1 programs.
+    """
+
+    def plane_switch(
+        x: Tensor,  # (B*P1, g + L1, C), plane order of `old`, any strides
+        old: Plane,
+        new: Plane,
+        sizes: Sizes,  # (D, H, W) in tokens
+        num_globals: int,  # g
+        transition: Transition,  # M, (P2, P1)
+    ) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`, contiguous
+        via = transition.num_prev if transition.via is None else transition.via
+        return switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)
+
+    return plane_switch

@@ -23,12 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
-from ...geometry.planes import PLANES, Plane, Sizes, row_map
-from ...geometry.pooling import Transition
+from ...geometry.planes import PLANES, row_map
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost, linear
 from ..scalars_triton import scalars
-from .plane_switch_shapes import Shapes, _check_limits, adjoint, fake, more_volumes
+from .plane_switch_shapes import Shapes, _check_limits, adjoint, call_of, fake, more_volumes
 
 BLOCK_G = 8  # global tokens of a tile
 
@@ -262,22 +261,4 @@ def _cost(
 
 OP, _switch = linear(register, _plane_switch, adjoint, more_volumes, fake=fake, cost=_cost)
 
-
-def plane_switch_triton(
-    x: Tensor,  # (B*P1, g + L1, C), plane order of `old`, any strides
-    old: Plane,
-    new: Plane,
-    sizes: Sizes,  # (D, H, W) in tokens
-    num_globals: int,  # g
-    transition: Transition,  # M, (P2, P1)
-) -> Tensor:  # (B*P2, g + L2, C), plane order of `new`, contiguous
-    """`plane_switch_ref` in one launch, with derivatives in forward and reverse mode, any number of times.
-
-    Patches are bit for bit those of the reference; globals are summed in float32 (float64 for float64).
-
-    Raises:
-        ValueError: a volume of more than 2**30 tokens, channels or globals; with globals, more than 2**30 slices times
-            those of the transition's step (32,767 by way of as many go); more than 2**31 - 1 programs.
-    """
-    via = transition.num_prev if transition.via is None else transition.via
-    return _switch(x, old.name, new.name, list(sizes), num_globals, via, transition.mean, False)
+plane_switch_triton = call_of(_switch)

@@ -78,12 +78,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     """As `torch.library.register_autograd` takes it."""
     x, branch, scale, weight, bias, *settings = inputs
     out, _, mean, rstd = output
-    needs_scale, needs_weight, needs_bias = [needed for needed in ctx.needs_input_grad[2:5]]
+    ctx.settings, ctx.wanted = settings, [*ctx.needs_input_grad[2:5]]  # gradients of scale, weight, bias
     old, new, _, num_globals = settings[:4]
     ctx.kept = branch is not None or old != new or num_globals > 0
     y = out if ctx.kept else x  # what was normalised
-    ctx.save_for_backward(y, mean, rstd, weight, branch if needs_scale else None, scale)
-    ctx.settings, ctx.wanted = settings, [needs_scale, needs_weight, needs_bias]
+    ctx.save_for_backward(y, mean, rstd, weight, branch if ctx.wanted[0] else None, scale)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, scale, weight, bias)]
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -109,15 +108,14 @@ def backward_by(operation: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
         for dtype in vectors:
             sums_dtype = sums_dtype if dtype is None else torch.promote_types(sums_dtype, dtype)
         grads = [None if g is None else g.contiguous() for g in (grad, grad_normed)]
-        grad_x, grad_branch, sums = operation(
+        grad_x, of_its_own, sums = operation(
             *grads, y, mean, rstd, weight, branch, scale, old, new, sizes, num_globals, via, pooled, norm, wanted,
             x_dtype, of_branch, sums_dtype,
         )  # fmt: skip
         rows = iter(sums)
         found = [next(rows).to(dtype) if one else None for one, dtype in zip(wanted, vectors)]
-        if of_branch is None:
-            grad_branch = grad_x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_branch, *found, *[None] * 9
+        grad_branch = grad_x if of_branch is None else of_its_own
+        return grad_x, grad_branch if ctx.needs_input_grad[1] else None, *found, *[None] * 9
 
     return backward
 

@@ -448,5 +448,5 @@ def _backward_cost(grad: Tensor | None, grad_normed: Tensor | None, y: Tensor, *
 
 
 BACKWARD = register(
-    _add_norm_backward, fake=fake_backward, cost=_backward_cost, **refused_again("add_norm_backward", "triton")
+    _add_norm_backward, fake=fake_backward, cost=_backward_cost, backward=refused_again("add_norm_backward", "triton")
 )

@@ -272,7 +272,7 @@ def _add_norm(
         add_norm_kernel if INTERPRETED else wrap_triton(add_norm_kernel), (programs,), x.device,
         x, branch, scale, weight, bias, eps, kept, normed, average, inverse, *shapes.arguments,
         global_programs, CHANNELS=shapes.channels, HEAD=head, TAIL=tail, BLOCK_R=block_r, POOL=shapes.pool, NORM=norm,
-        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=warps,
+        ACC=tl.float64 if out.dtype == torch.float64 else tl.float32, num_warps=warps,
     )  # fmt: skip
     return out, normed, average, inverse
 
@@ -282,7 +282,7 @@ def _cost(x: Tensor, branch: Tensor | None, scale: Tensor | None, *rest: Any) ->
     shapes = Shapes.of(x, old, old, new, sizes, num_globals, via, mean)
     read = shapes.moved(shapes.old, None if shapes.pool == "mean" else shapes.bands if num_globals else 0)
     size = sum([t.element_size() for t in (x, branch) if t is not None])
-    made = outputs(*[t if t is None else t.to("meta") for t in (x, branch, scale)], shapes, norm, dtype)
+    made = outputs(x.to("meta"), branch, scale, shapes, norm, dtype)
     written = sum([t.numel() * t.element_size() for t in made[:2]])
     return Cost(read * x.shape[2] * size, written, launches=1 if x.numel() else 0)
 
@@ -290,15 +290,4 @@ def _cost(x: Tensor, branch: Tensor | None, scale: Tensor | None, *rest: Any) ->
 OP = register(_add_norm, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
 
 
-def _in_float64(
-    x: Tensor,  # (B*P1, g + L1, C)
-    branch: Tensor | None,  # like x
-    scale: Tensor | None,  # (C,)
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operation where anything is of float64, in which kernels sum where x is."""
-    wide = [t for t in (branch, scale) if t is not None and t.dtype == torch.float64]
-    return OP(x.double() if wide else x, branch, scale, *rest)
-
-
-add_norm_triton, add_rows_triton = calls_of(_in_float64, "triton", rows_are_wide=False)
+add_norm_triton, add_rows_triton = calls_of(OP, "triton", rows_are_wide=False)

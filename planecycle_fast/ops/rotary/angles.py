@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry.rope import Augmentation, Rope
+from ...geometry.rope import Augmentation, Rope, dense_table
 
 
 class Tables(NamedTuple):
@@ -74,12 +74,5 @@ def rope_ref(
 
 def _rows(tables: Sequence[Tensor]) -> Tensor:
     """One table of all tokens, (L, 1, hd/2), from those of the axes."""
-    if len(tables) == 1:
-        return tables[0][:, None]
-    grid = [table.shape[0] for table in tables]
-    wide = []
-    for axis, table in enumerate(tables):
-        shape = [1] * len(grid) + [table.shape[1]]
-        shape[axis] = grid[axis]
-        wide.append(table.view(shape).expand(*grid, -1))
-    return torch.cat(wide, -1).flatten(0, -2)[:, None]
+    dense = tables[0] if len(tables) == 1 else dense_table(tables, [t.shape[0] for t in tables])
+    return dense[:, None]

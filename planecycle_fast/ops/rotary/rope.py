@@ -15,6 +15,7 @@ from torch import Tensor
 from ...geometry.rope import NORMALIZATIONS, Augmentation, Rope, section_sizes
 from ...runtime.backends import pick
 from .angles import Axial, Tables, rope_ref
+from .rope_autograd import Turning
 
 
 def rope(
@@ -58,12 +59,16 @@ def rope_on(
     """`rope` of what is known to belong together."""
     if chosen == "reference":
         return rope_ref(x, angles, num_globals, turned, inplace, in_table_dtype)
-    if chosen == "cpu":
-        from .rope_cpu import rope_cpu as turn
-    else:
-        from .rope_triton import rope_triton as turn
+    return turning_on(chosen)(x, angles, num_globals, turned, inplace, in_table_dtype)
 
-    return turn(x, angles, num_globals, turned, inplace, in_table_dtype)
+
+def turning_on(backend: str) -> Turning:
+    """`rope` on "triton" or "cpu"."""
+    if backend == "cpu":
+        from .rope_cpu import rope_cpu as turning
+    else:
+        from .rope_triton import rope_triton as turning
+    return turning
 
 
 def check_rope(
@@ -74,8 +79,7 @@ def check_rope(
     inplace: bool = False,
 ) -> None:
     """Raises TypeError or ValueError for arguments of `rope` that do not belong together."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    _check_floating("x", x, x)
     if x.ndim != 4 or x.shape[3] % 2:
         raise ValueError(f"x must have shape (N, g + L, heads, hd) with an even hd, got {tuple(x.shape)}")
     if not 0 <= num_globals < x.shape[1]:

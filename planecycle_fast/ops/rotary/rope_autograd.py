@@ -1,13 +1,20 @@
-"""What torch is told of rope, whichever backend computes it: turning is linear in x, by the same angles for all."""
+"""What torch is told of rope, whichever backend computes it, and how it is called.
+
+Turning is linear in x, by the same angles for all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ...runtime.tracing import transforms_active
+from .angles import Axial, Tables
 
 
 def adjoint(back: bool, *rest: Any) -> tuple[Any, ...]:
@@ -42,3 +49,36 @@ def check_fixed(arguments: Iterable[Any], backend: str) -> None:
                 f"angles must not need a gradient on backend {backend!r}, which differentiates x alone; "
                 "use backend='reference'"
             )
+
+
+@dataclass(frozen=True)
+class Turning:
+    """`rope_ref` in one pass on a backend, with derivatives in forward and reverse mode, any number of times."""
+
+    backend: str
+    arguments_of: Callable[..., tuple[Any, ...]]  # what the operations take after x
+    turn: Callable[..., Tensor]  # what `linear` gives for the operation
+    in_place: Callable[..., None]  # its twin
+
+    def __call__(
+        self,
+        x: Tensor,  # (N, g + L, heads, hd), any strides
+        angles: Tables | Axial,
+        num_globals: int,  # g
+        turned: int | None,
+        inplace: bool,
+        in_table_dtype: bool,
+    ) -> Tensor:  # like x, contiguous; x itself in place
+        """Differentiable for x alone.
+
+        Raises ValueError for angles that need a gradient; on "triton" also for more than 2**30 rows or heads, 1024
+        channels of a head or 2**31 - 1 programs.
+        """
+        arguments = self.arguments_of(x, angles, num_globals, turned, in_table_dtype)
+        check_fixed(arguments, self.backend)
+        if not inplace:
+            return self.turn(x, *arguments)
+        if transforms_active():  # which see what happens to x only if torch writes it
+            return x.copy_(self.turn(x, *arguments))
+        self.in_place(x, *arguments)
+        return x

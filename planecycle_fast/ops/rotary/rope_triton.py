@@ -17,13 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton  # by this name, so that torch finds the kernel for its compile caches
 
-from ...runtime.tracing import transforms_active
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost, linear
 from ..scalars_triton import scalars
 from ..tiles import LIMIT, MAX_PROGRAMS
 from .angles import Axial, Tables
-from .rope_autograd import adjoint, check_fixed, vmap_by
+from .rope_autograd import Turning, adjoint, vmap_by
 
 HEADS = 8  # of a program at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 1024
@@ -362,7 +361,7 @@ IN_PLACE = register(_rope_, fake=lambda x, *_: None, mutates=("x",), cost=_cost_
 
 def arguments_of(
     x: Tensor, angles: Tables | Axial, num_globals: int, turned: int | None, in_table_dtype: bool
-) -> tuple:
+) -> tuple[Any, ...]:
     """What the operations take after x."""
     turned = x.shape[2] if turned is None else turned
     if isinstance(angles, Axial) and angles.rope.narrows:  # kernels know wider periods only
@@ -372,7 +371,7 @@ def arguments_of(
         if [t.stride() for t in sin] != [t.stride() for t in cos]:
             sin, cos = [[t.contiguous() for t in ts] for ts in (sin, cos)]
         dtype = sin[0].dtype
-        rest = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
+        rest: tuple[Any, ...] = [t.shape[0] for t in sin], sin, cos, [], [], "", False, False, dtype, dtype
     else:
         rope, augmentation = angles.rope, angles.augmentation
         periods = [p.contiguous() for p in angles.periods or rope.axis_periods(len(angles.grid))]
@@ -384,25 +383,4 @@ def arguments_of(
     return False, num_globals, turned, in_table_dtype, *rest
 
 
-def rope_triton(
-    x: Tensor,  # (N, g + L, heads, hd), any strides
-    angles: Tables | Axial,
-    num_globals: int,  # g
-    turned: int | None,
-    inplace: bool,
-    in_table_dtype: bool,
-) -> Tensor:  # like x, contiguous; x itself in place
-    """`rope_ref` in one launch, with derivatives in forward and reverse mode, any number of times, for x alone.
-
-    Raises:
-        ValueError: angles that need a gradient; more than 2**30 rows or heads, 1024 channels of a head or 2**31 - 1
-            programs.
-    """
-    arguments = arguments_of(x, angles, num_globals, turned, in_table_dtype)
-    check_fixed(arguments, "triton")
-    if not inplace:
-        return _turn(x, *arguments)
-    if transforms_active():  # which see what happens to x only if torch writes it
-        return x.copy_(_turn(x, *arguments))
-    IN_PLACE(x, *arguments)
-    return x
+rope_triton = Turning("triton", arguments_of, _turn, IN_PLACE)

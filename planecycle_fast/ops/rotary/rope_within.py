@@ -12,37 +12,28 @@ import torch
 from torch import Tensor
 
 from .angles import Axial, Tables
-from .rope_autograd import check_fixed
+from .rope import turning_on
+from .rope_autograd import Turning, check_fixed
 
 
 class _Within(torch.autograd.Function):
     """Heads of q, k and v, the first two of them turned; one gradient for all three."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, backend: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        ctx.backend, ctx.arguments = backend, arguments
+    def forward(ctx: Any, qkv: Tensor, heads: int, by: Turning, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        ctx.by, ctx.arguments = by, arguments
         own = qkv.detach()  # the same memory and version: whoever kept it for its gradient hears of the change
-        _operations(backend)[1](own, *arguments)
+        by.in_place(own, *arguments)
         return own.split(heads, dim=2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        turn, turn_in_place = _operations(ctx.backend)
         back, *rest = ctx.arguments
         grad = torch.cat(grads, 2)
         if torch.is_grad_enabled():  # it is differentiated again
-            return turn(grad, not back, *rest), None, None, None
-        turn_in_place(grad, not back, *rest)
+            return ctx.by.turn(grad, not back, *rest), None, None, None
+        ctx.by.in_place(grad, not back, *rest)
         return grad, None, None, None
-
-
-def _operations(backend: str) -> tuple[Any, Any]:
-    """Out of place, and in place."""
-    if backend == "cpu":
-        from .rope_cpu import IN_PLACE, OP
-    else:
-        from .rope_triton import IN_PLACE, OP
-    return OP, IN_PLACE
 
 
 def rope_within(
@@ -56,11 +47,7 @@ def rope_within(
 
     Differentiable for qkv, any number of times. Raises ValueError for angles that need a gradient.
     """
-    if backend == "cpu":
-        from .rope_cpu import arguments_of
-    else:
-        from .rope_triton import arguments_of
-    heads = qkv.shape[2] // 3
-    arguments = arguments_of(qkv, angles, num_globals, 2 * heads, in_table_dtype)
+    by, heads = turning_on(backend), qkv.shape[2] // 3
+    arguments = by.arguments_of(qkv, angles, num_globals, 2 * heads, in_table_dtype)
     check_fixed(arguments, backend)
-    return _Within.apply(qkv, heads, backend, arguments)
+    return _Within.apply(qkv, heads, by, arguments)

@@ -79,18 +79,9 @@ def attention_on(
     """`attention` of what is known to belong together."""
     if chosen == "reference":
         return attention_ref(q, k, v, scale)
-    if chosen == "sdpa":
-        return _sdpa(q, k, v, scale)
-    out = flash_function(chosen)(q, k, v, softmax_scale=scale)
-    return out[0] if isinstance(out, tuple) else out  # some versions return the logarithms of sums as well
-
-
-def _sdpa(
-    q: Tensor,  # (N, rows, heads, hd)
-    k: Tensor,  # like q
-    v: Tensor,  # like q
-    scale: float | None,
-) -> Tensor:  # (N, rows, heads, hd), contiguous
+    if chosen != "sdpa":
+        out = flash_function(chosen)(q, k, v, softmax_scale=scale)
+        return out[0] if isinstance(out, tuple) else out  # some versions return the logarithms of sums as well
     q4, k4, v4 = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cuda":
         choices = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

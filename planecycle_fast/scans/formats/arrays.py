@@ -33,14 +33,12 @@ def read_npy(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarr
 def read_npz(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D, H, W), millimetres along D, H, W. Of (N, D, H, W) one volume, though all are unpacked."""
     with zipfile.ZipFile(path) as archive:
-        names = _names(archive)
-        name = _wanted(names, options)
+        name, names = _wanted(archive, options)
 
         def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
             _check_volumes(shape, dtype, name, names)
-            volume, index = one_volume(
-                shape, 0, options, "; load_volumes, or features --array without --index, takes all"
-            )
+            everything = "; load_volumes, or features --array without --index, takes all"
+            volume, index = one_volume(shape, 0, options, everything)
             more = 0 if index is None else math.prod(shape) * dtype.itemsize
             check_header(volume, dtype, _array_bytes(dtype), max_bytes, more)
 
@@ -65,8 +63,7 @@ def read_volumes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, str | None]:
     """Voxels (N, D, H, W) as stored, millimetres along D, H, W, labels (N, ...), and MedMNIST's name of the split."""
     with zipfile.ZipFile(path) as archive:
-        names = _names(archive)
-        name = _wanted(names, options)
+        name, names = _wanted(archive, options)
 
         def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
             _check_volumes(shape, dtype, name, names)
@@ -83,24 +80,20 @@ def read_volumes(
         return voxels, _spacing(archive, names), labels, split
 
 
-def _names(archive: zipfile.ZipFile) -> list[str]:
+def _wanted(archive: zipfile.ZipFile, options: ScanOptions) -> tuple[str, list[str]]:
+    """The name of the array to read, and those of all arrays."""
     names = sorted({name[:-4] for name in archive.namelist() if name.endswith(".npy")})
     if "affine" in names:
         raise Refused("must not hold an affine, of which an .npz cannot say the axes; give a spacing, or write NIfTI")
-    return names
-
-
-def _wanted(names: list[str], options: ScanOptions) -> str:
-    """The name of the array to read."""
     arrays = [name for name in names if name != "spacing"]
     listed = one_line(str(arrays or names), 200)
     if options.array is not None:
         if options.array not in arrays:
             raise Refused(f"must hold an array called {options.array[:50]!r}, got {listed}")
-        return options.array
+        return options.array, names
     if "volume" not in arrays and len(arrays) != 1:
         raise Refused(f"must hold one array, or one called 'volume', got {listed}; array (--array NAME) picks one")
-    return "volume" if "volume" in arrays else arrays[0]
+    return "volume" if "volume" in arrays else arrays[0], names
 
 
 def _is_labelled(name: str, names: list[str]) -> bool:

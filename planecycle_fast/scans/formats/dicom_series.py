@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...optional import one_line, require
-from ..checks import Refused, damaged, unreadable
+from ..checks import Refused, complaints, damaged
 from .dicom_values import integer, silent_pydicom, text, value_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def list_series(folder: str | Path) -> list[Series]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"volume {folder} must be a folder of DICOM files, got none there")
-    with unreadable(folder):
+    with complaints(folder):
         return _found(folder)[0]
 
 
@@ -116,8 +116,9 @@ def _found(folder: Path) -> tuple[list[Series], dict[Path, Refused]]:
 
 
 def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused]]:
+    """What `_found` says, the series by number."""
     groups: dict[str, list[Series]] = {}  # of one file each
-    others, problems = [], {}
+    others, named, problems = [], set(), {}
     for path in files:
         if path.is_symlink() and not path.exists():
             problems[path] = Refused(f"must hold its files, got a link to a file that is not there, {path.name}")
@@ -132,15 +133,19 @@ def _sorted_out(files: Iterable[Path]) -> tuple[list[Series], dict[Path, Refused
         try:
             if found := _image(path):
                 groups.setdefault(found.uid, []).append(found)
+                named.add(_pattern(path))
         except Refused as problem:
             problems[path] = problem
-    named = {_pattern(path) for files in groups.values() for each in files for path in each.paths}
     for path in others:  # a damaged slice at an end of the series would leave no gap
         if path.suffix.lower() in SUFFIXES or _pattern(path) in named:
             problems[path] = Refused(
                 f"cannot be read, it may be damaged: {path.name} is not a DICOM file with its prefix"
             )
-    return _by_number(groups), problems
+    series = [
+        replace(parts[0], images=sum([each.images for each in parts]), paths=tuple([each.paths[0] for each in parts]))
+        for parts in groups.values()
+    ]
+    return sorted(series, key=lambda each: (each.number is None, each.number or 0)), problems
 
 
 def _image(path: Path) -> Series | None:
@@ -161,14 +166,6 @@ def _number(header: Dataset) -> int | None:
         return value_of(header, "SeriesNumber", int)
     except Refused:  # it is for lists only
         return None
-
-
-def _by_number(groups: dict[str, list[Series]]) -> list[Series]:
-    found = []
-    for files in groups.values():
-        paths = tuple([path for each in files for path in each.paths])
-        found.append(replace(files[0], images=sum([each.images for each in files]), paths=paths))
-    return sorted(found, key=lambda each: (each.number is None, each.number or 0))
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -43,7 +43,7 @@ def refusal(image: Dataset, what: str) -> Refused:
 def value_of(image: Dataset, name: str, read: Callable[[Any], Any], frame: int = 0) -> Any:
     """read(value) of an element: a frame's own, that of all frames, or the file's; None where there is no value."""
     try:
-        for holder in (part_of(image, name, frame), _shared(image, name), image):
+        for holder in (part_of(image, name, frame), part_of(image, name), image):
             if holder is not None and name in holder:
                 value = holder.get(name)
                 return None if value is None or value == "" else read(value)
@@ -93,23 +93,14 @@ def described_frames(image: Dataset) -> int:
     return len(image.get("PerFrameFunctionalGroupsSequence") or (0,))
 
 
-def part_of(image: Dataset, name: str, frame: int) -> Dataset | None:
-    """The part of a multi-frame file that holds an element of this frame alone."""
-    frames = image.get("PerFrameFunctionalGroupsSequence") or ()
-    return _group(frames[frame], name) if frame < len(frames) else None
-
-
-def _shared(image: Dataset, name: str) -> Dataset | None:
-    shared = image.get("SharedFunctionalGroupsSequence")
-    return _group(shared[0], name) if shared else None
-
-
-def _group(item: Dataset, name: str) -> Dataset | None:
-    kinds = GROUPS.get(name, ())
-    for kind in (kinds,) if isinstance(kinds, str) else kinds:
-        group = item.get(kind)
-        if group and name in group[0]:
-            return group[0]
+def part_of(image: Dataset, name: str, frame: int | None = None) -> Dataset | None:
+    """The part of a multi-frame file that holds an element of this frame alone, or without one of all frames."""
+    items = image.get("SharedFunctionalGroupsSequence" if frame is None else "PerFrameFunctionalGroupsSequence") or ()
+    at, kinds = frame or 0, GROUPS.get(name, ())
+    for item in items[at : at + 1]:
+        for kind in (kinds,) if isinstance(kinds, str) else kinds:
+            if (group := item.get(kind)) and name in group[0]:
+                return group[0]
     return None
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ...optional import one_line
-from ..checks import DAMAGED, LPS_TO_RAS, Refused, ScanOptions, check_header, check_size, one_volume, sibling, unpacked
+from ..checks import DAMAGED, Refused, ScanOptions, check_header, check_size, one_volume, sibling, unpacked
+from ..orientation import LPS_TO_RAS
 
 HEADER_BYTES = 2**16
 DTYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"}

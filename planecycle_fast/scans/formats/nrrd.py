@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from ..checks import (
-    DAMAGED,
-    ITK_DTYPES,
-    LPS_TO_RAS,
-    Refused,
-    ScanOptions,
-    check_gzip,
-    check_header,
-    check_size,
-    one_volume,
-    quiet_itk,
-    sibling,
-)
+from ...optional import require
+from ..checks import DAMAGED, Refused, ScanOptions, check_gzip, check_header, check_size, one_volume, sibling
+from ..orientation import LPS_TO_RAS
 
 SPACES = ("left-posterior-superior", "left-anterior-superior", "right-anterior-superior", "lps", "las", "ras")
 DATA_FILE = ("data file", "datafile")
 SKIPS = ("line skip", "lineskip", "byte skip", "byteskip")
 SEVERAL = ("list", "time", "none", "???", "")  # kinds of an axis along which volumes lie
 HEADER_BYTES = 2**20
+DTYPES = {f"{bits}-bit signed integer": f"i{bits // 8}" for bits in (8, 16, 32, 64)}  # by SimpleITK's names
+DTYPES |= {f"{bits}-bit unsigned integer": f"u{bits // 8}" for bits in (8, 16, 32, 64)}
+DTYPES |= {"32-bit float": "f4", "64-bit float": "f8"}
 
 
 def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +37,7 @@ def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndar
     data, packed = data_file(path), fields.get("encoding") in ("gzip", "gz")
     if data is not None and not packed and fields.get("encoding") != "raw":
         raise Refused(f"must have a data file that is raw or packed by gzip, got {fields.get('encoding')!r}")
-    with quiet_itk() as sitk:
+    with _quiet_itk() as sitk:
         reader = sitk.ImageFileReader()
         reader.SetImageIO("NrrdImageIO")  # else any other reader that likes the file's first bytes may take it
         reader.SetFileName(str(path))
@@ -50,9 +46,9 @@ def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndar
         if axis is None and count != 1:
             raise Refused(f"must hold one number a voxel, got {count}")
         kind = sitk.GetPixelIDValueAsString(reader.GetPixelID()).removeprefix("vector of ")
-        if kind not in ITK_DTYPES:
+        if kind not in DTYPES:
             raise Refused(f"must hold real numbers, got {kind}")
-        dtype = np.dtype(ITK_DTYPES[kind])
+        dtype = np.dtype(DTYPES[kind])
         size = math.prod(reader.GetSize()) * dtype.itemsize * count
         # SimpleITK's image, twice where it turns several volumes, and float32 copies before and after turning.
         more = 0 if axis is None else 2 * size
@@ -70,6 +66,18 @@ def read_nrrd(path: Path, options: ScanOptions, max_bytes: int) -> tuple[np.ndar
         voxels = sitk.GetArrayViewFromImage(image)  # (k, j, i) or (k, j, i, volumes); the view dies with its image
         voxels = voxels.reshape(*voxels.shape[:3], count)[..., options.index or 0].astype(np.float32)
     return voxels.transpose(2, 1, 0), LPS_TO_RAS @ affine
+
+
+@contextmanager
+def _quiet_itk() -> Iterator[ModuleType]:
+    """SimpleITK, whose C++ warnings do not reach stderr. Raises MissingPackageError."""
+    sitk = require("SimpleITK", "scans")
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield sitk
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 def data_file(path: Path) -> Path | None:
