@@ -16,7 +16,6 @@ from .hosts.placement import running_place, same_device
 from .optional import reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_FILE = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*")
 
 
 def dtype_of(name: str, names: Iterable[str] = tuple(DTYPES)) -> torch.dtype:
@@ -29,27 +28,6 @@ def check_one_of(value: Any, names: Iterable[str], argument: str) -> None:
     """Raises ValueError for an argument that is not one of these names."""
     if value not in names:
         raise ValueError(f"{argument} must be one of {', '.join(names)}, got {value!r}")
-
-
-def check_folder(path: Path, files: tuple[str, ...] = ()) -> None:
-    """Refuses what cannot be a folder to write to: a file, or a new name that looks like one's.
-
-    The name of a file is taken to end in a dot and a word, ``out.h5``, that begins with a letter: ``run.2`` may be a
-    folder. One that is there may be called anything.
-
-    Args:
-        path: that somebody gave as `out`.
-        files: suffixes that `out` could have instead.
-
-    Raises ValueError.
-    """
-    expected = "out must be a folder" + (f" or end in {', '.join(files)}" if files else "")
-    if path.is_dir():
-        return
-    if path.exists():
-        raise ValueError(f"{expected}, got the file {path}")
-    if _FILE.fullmatch(path.suffix) or path.name.lower() in files:
-        raise ValueError(f"{expected}, got {path}; a new folder whose name ends like a file's must be made before")
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int, int]:
