@@ -11,8 +11,9 @@ import planecycle_fast as pcf
 
 from ..host_models import BY_NAME, MORE_HOSTS
 
-ONE_GRAPH = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", "facebook-stand-in"]
-ONE_GRAPH += [pytest.param(host.name, marks=pytest.mark.full) for host in MORE_HOSTS]
+FEW = ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "facebook-stand-in"]
+MORE = ["timm-dinov3-s-qkvb", "timm-dinov2-s-reg4", *[host.name for host in MORE_HOSTS]]
+ONE_GRAPH = [*FEW, *[pytest.param(name, marks=pytest.mark.full) for name in MORE]]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_forward(name):
             assert got is expected is None or torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["hf-dinov3", "hf-dinov2", "timm-dinov3-s", "timm-dinov2-s-reg4", "facebook-stand-in"])
+@pytest.mark.parametrize("name", [*FEW, pytest.param("timm-dinov2-s-reg4", marks=pytest.mark.full)])
 def test_sizes_are_no_constants_of_the_graph(name):
     """Nothing but the operations in plain torch, so that it also runs quickly with other versions of torch."""
     host = BY_NAME[name]
