@@ -7,11 +7,6 @@ import pytest
 
 from .test_import_order import MODULES, ROOT
 
-TWICE = {  # names of types that stand for several things, each within its own package
-    "Sizes": "of tokens along D, H, W in geometry; of a scan's transform in scans",
-    "SinCos": "what hosts give and what the engine hands on: the same",
-    "Tables": "of rotary angles in ops; of the keys of checkpoints in weights",
-}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
@@ -35,7 +30,7 @@ def test_no_two_types_have_the_same_name():
     for module, tree in TREES.items():
         for name in types_of(tree):
             found.setdefault(name, []).append(module)
-    assert {name: modules for name, modules in found.items() if len(modules) > 1 and name not in TWICE} == {}
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
     assert {"Cost", "Row", "VolumeFeatures"} <= set(found)
 
 

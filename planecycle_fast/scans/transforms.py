@@ -27,7 +27,7 @@ from .windows import PERCENTILES, Window, as_spacing, as_window
 
 WHERE = ("centre", "end")
 Array = Any  # a numpy array or tensor
-Sizes = int | Sequence[int]  # along D, H, W
+Lengths = int | Sequence[int]  # along D, H, W
 
 
 def as_scan(
@@ -103,7 +103,7 @@ def resample(
 
 def resize(
     scan: Scan | Array,  # (D, H, W)
-    size: Sizes,
+    size: Lengths,
     mode: str = "linear",
 ) -> Scan:
     """The same extent in this many voxels along D, H, W.
@@ -123,8 +123,8 @@ def resize(
 
 def pad(
     scan: Scan | Array,  # (D, H, W)
-    size: Sizes | None = None,
-    multiple: Sizes | None = None,
+    size: Lengths | None = None,
+    multiple: Lengths | None = None,
     where: str = "centre",
     value: float | None = None,
 ) -> Scan:
@@ -148,8 +148,8 @@ def pad(
 
 def crop(
     scan: Scan | Array,  # (D, H, W)
-    size: Sizes | None = None,
-    multiple: Sizes | None = None,
+    size: Lengths | None = None,
+    multiple: Lengths | None = None,
     where: str | Sequence[int] = "centre",
 ) -> Scan:
     """Voxels removed down to at most this size, or to the multiple below, of D, H, W or the same of all.
@@ -176,7 +176,7 @@ def crop(
 
 def pad_or_crop(
     scan: Scan | Array,  # (D, H, W)
-    size: Sizes,
+    size: Lengths,
     value: float | None = None,
 ) -> Scan:
     """Exactly this size along D, H, W, about the centre: for batches of scans that differ."""
@@ -195,7 +195,7 @@ def channels(
     return in_channels(as_scan(scan).voxels, tuple(mean), tuple(std))
 
 
-def _sizes(given: Sizes, name: str, least: int = 1) -> list[int]:
+def _sizes(given: Lengths, name: str, least: int = 1) -> list[int]:
     values = [given] * 3 if isinstance(given, Integral) else given
     whole = isinstance(values, Sequence) and all([isinstance(n, Integral) and n >= least for n in values])
     if isinstance(given, bool) or not whole or len(values) != 3:
@@ -203,7 +203,7 @@ def _sizes(given: Sizes, name: str, least: int = 1) -> list[int]:
     return [int(n) for n in values]
 
 
-def _wanted(scan: Scan, size: Sizes | None, multiple: Sizes | None, up: bool) -> list[int]:
+def _wanted(scan: Scan, size: Lengths | None, multiple: Lengths | None, up: bool) -> list[int]:
     if (size is None) == (multiple is None):
         raise ValueError(f"one of size and multiple must be given, got {size!r} and {multiple!r}")
     if size is not None:
