@@ -38,7 +38,7 @@ def test_the_package_itself_needs_torch_and_numpy_only():
 
 
 def test_every_file_is_python_3_10():
-    files = [*(ROOT / "planecycle_fast").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    files = [*(ROOT / "planecycle_fast").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     assert len(files) > 40
     for file in files:
         ast.parse(file.read_text(), str(file), feature_version=(3, 10))

@@ -18,8 +18,9 @@ from ..specs import SPECS
 
 
 def modules_of(package):
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "conftest"]
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    """All modules of a package, those within its packages too."""
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [importlib.import_module(name) for name in names if not name.endswith(".conftest")]
 
 
 def _changed(tests):
