@@ -163,6 +163,8 @@ class Method:
     def _readings(self) -> Sequence[tuple[nn.Module, Reading]]:
         """The 2D block of each block, and what it consists of."""
         inner = [block.blk2d for block in self.model.blocks] if self._converted else [*self.model.blocks]
+        if torch.compiler.is_compiling():  # what is kept would be guarded: a graph more at the second call
+            return [(block, Reading(block_parts(block))) for block in inner]
         if len(inner) != len(self._read) or not all([known is block for (known, _), block in zip(self._read, inner)]):
             self._read = [(block, Reading(block_parts(block))) for block in inner]
         return self._read

@@ -67,3 +67,20 @@ def test_what_changes_between_passes_is_seen():
     torch.testing.assert_close(patches(), before)
     model.blocks[3].cycle_order = ("DW",)
     assert not torch.allclose(patches(), before)
+
+
+def test_nothing_that_is_kept_between_passes_makes_a_second_graph():
+    model = pcf.PlaneCycleConverter()(standins.DinoVisionTransformer(patch_size=4, depth=3).eval())
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(model.forward_features, backend=counted, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for sizes in ((4, 16, 20), (4, 16, 20), (5, 12, 24)):
+            volume = torch.randn(1, 3, *sizes)
+            found = run(volume)["x_norm_patchtokens"]
+            torch.testing.assert_close(found, model.forward_features(volume)["x_norm_patchtokens"])
+    assert len(graphs) == 1
