@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..geometry.rope import PlaneAngles
@@ -14,6 +15,8 @@ from ..ops.activations.swiglu import check_swiglu, swiglu_on
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
 from ..ops.self_attention.attention import attention_on
+from ..ops.self_attention.self_attention import check_self_attention, self_attention_on
+from ..ops.self_attention.self_attention_tiles import turned_on_load
 from ..runtime.tracing import recorder
 from .stream import Layer
 
@@ -26,13 +29,15 @@ def attention_branch(
     """Self-attention within each sequence, or the host's own where it is not replaced."""
     if "attention" in block.kept:
         return block.parts.call_attention(normed, layer.sincos)
-    q, k, v = queries_keys_values(block, normed, layer)
     found, chosen = block.attention, layer.choice.attention
-    if chosen in ("sdpa", "reference"):
-        out = attention_on(chosen, q, k, v, found.scale)  # (N, rows, heads, hd)
-    else:
-        out = attention(q, k, v, found.scale, chosen)  # which may not take these tensors
-    del q, k, v  # memory that the projection can have
+    made = _projected(block, normed)
+    if chosen == "triton":
+        out = _by_own_kernels(made, block, layer)  # (N, rows, heads, hd)
+    elif chosen in ("sdpa", "reference"):
+        out = attention_on(chosen, *_split(_turned(made, block, layer), found.heads), found.scale)
+    else:  # which may not take these tensors
+        out = attention(*_split(_turned(made, block, layer), found.heads), found.scale, chosen)
+    del made  # memory that the projection can have
     return found.output(out.flatten(2))
 
 
@@ -42,28 +47,74 @@ def queries_keys_values(
     layer: Layer,
 ) -> list[Tensor]:  # (N, rows, heads, hd) each
     """By the host's linear layers; queries and keys turned, as RoPE wants it on this plane."""
+    return _split(_turned(_projected(block, normed), block, layer), block.attention.heads)
+
+
+def _projected(
+    block: BlockDescription,
+    normed: Tensor,  # (N, rows, C)
+) -> list[Tensor]:  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
+    """By the host's linear layers, and its norms of queries and keys."""
     found = block.attention
     projected = [linear(normed) for linear in found.qkv]
-    packed = len(projected) == 1  # heads of q, k and v side by side; q and k turn together
-    heads = 3 * found.heads if packed else found.heads
-    made = [t.unflatten(-1, (heads, -1)) for t in projected]  # (N, rows, heads or 3*heads, hd)
+    heads = 3 * found.heads if len(projected) == 1 else found.heads  # packed: heads of q, k and v side by side
+    made = [t.unflatten(-1, (heads, -1)) for t in projected]
     if found.qk_norm:
-        q, k, v = [head for t in made for head in t.split(found.heads, dim=2)]
+        q, k, v = _split(made, found.heads)
         made = [found.qk_norm[0](q), found.qk_norm[1](k), v]
-    if layer.angles is not None:
-        made = _turned(made, block, layer, layer.angles)
-    return [head for t in made for head in t.split(found.heads, dim=2)]
+    return made
+
+
+def _split(
+    made: Sequence[Tensor],  # (N, rows, any, hd) each, heads of q, k and v in a row
+    heads: int,
+) -> list[Tensor]:  # q, k and v (N, rows, heads, hd)
+    return [part for t in made for part in t.split(heads, dim=2)]
+
+
+def _by_own_kernels(
+    made: list[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
+    block: BlockDescription,
+    layer: Layer,
+) -> Tensor:  # (N, rows, heads, hd)
+    """Attention that turns queries and keys itself as far as that is faster; the others have turned before."""
+    found, choice, known, g = block.attention, layer.choice, layer.angles, layer.num_globals
+    if choice.autocast is not None:  # norms of queries and keys may have made float32 of them
+        made = [t if t.dtype == torch.float64 else t.to(choice.autocast) for t in made]
+    tables = None if known is None else known.by_axis()
+    if not block.plain_qkv:  # others may return anything
+        check_self_attention(*_three(made), tables, g)
+    backward = choice.grad and any([t.requires_grad for t in made])
+    load = "" if known is None else turned_on_load(made[0].shape[1], backward)
+    settings = g, found.scale, found.in_table_dtype
+    if known is not None and load == "":
+        if len(made) == 1 and backward and choice.writes and block.plain_qkv:
+            return self_attention_within(made[0], _angles(known, choice.rope), tables, *settings)
+        made = _turned(made, block, layer)
+        made = made if len(made) == 1 else _split(made, found.heads)
+    elif load == "q":  # keys turn where they are, if nobody else has them
+        q, k, v = _split(made, found.heads)
+        inplace = choice.may_overwrite(k, block.plain_qkv)
+        k = rope_on(choice.rope, k, _angles(known, choice.rope), g, None, inplace, found.in_table_dtype)
+        made = [q, k, v]
+    return self_attention_on("triton", *_three(made), tables, *settings, load)
+
+
+def _three(made: list[Tensor]) -> list[Tensor | None]:
+    """q, k and v; k and v are None where all are in one."""
+    return [*made, None, None][:3]
 
 
 def _turned(
-    made: Sequence[Tensor],  # (N, rows, heads, hd) each, or (N, rows, 3*heads, hd)
+    made: list[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
     block: BlockDescription,
     layer: Layer,
-    known: PlaneAngles,  # the layer's
 ) -> list[Tensor]:  # (N, rows, any, hd) each, heads of q, k and v in a row
     """Queries and keys turned, the values as they are."""
+    if layer.angles is None:
+        return made
     choice, heads, g = layer.choice, block.attention.heads, layer.num_globals
-    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(known, choice.rope)
+    chosen, in_table_dtype, angles = choice.rope, block.attention.in_table_dtype, _angles(layer.angles, choice.rope)
     inplace = all([choice.may_overwrite(t, block.plain_qkv) for t in made])
     how = inplace, in_table_dtype
     if not block.plain_qkv:  # others may return anything
@@ -98,6 +149,8 @@ def make_tables(layer: Layer) -> None:
     if layer.angles.rope is None or hasattr(layer.angles.rope, "halves"):  # else only for the model's own attention
         _angles(layer.angles, layer.choice.rope)
     layer.angles.sincos()
+    if layer.choice.rope == "triton":
+        layer.angles.by_axis()
 
 
 def mlp_branch(
