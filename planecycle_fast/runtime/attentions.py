@@ -36,7 +36,8 @@ def why_not_attention(attention: str) -> str | None:
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
     if attention == "triton":
-        return "not part of this release yet"
+        from .backends import why_not
+        return why_not("triton", op="self_attention")
     if attention not in MODULES:
         return None
     found = _load(attention)
