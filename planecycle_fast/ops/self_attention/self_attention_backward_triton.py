@@ -1,0 +1,435 @@
+"""The backward of self_attention on NVIDIA GPUs: gradients of q, k and v, written once each, where they belong.
+
+Weights are computed again from queries, keys and the logarithms of sums. Of up to `ONE_TILE` rows a program holds all of a
+sequence and head and makes the five products in one launch. Beyond, tiles of queries run over all keys for dq, and
+leave delta, the sums of grad times out, for tiles of keys that run over all queries for dk and dv: two launches, seven
+products, no atomics, and every sum in a fixed order.
+
+Queries and keys lie in halves of their channels (`self_attention_turning_triton`), and so do dq and dk: they are turned back
+before they are stored. Products take what came, in its dtype, and sum in ACC.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton  # by this name, so that torch finds the kernels for its compile caches
+
+from ..registration import INTERPRETED, launch, register
+from ..registry import Cost, refused_again
+from ..scalars_triton import scalars
+from ..tiles import LIMIT, MAX_PROGRAMS
+from .self_attention_shapes import fake_backward, lse_dtype, parts
+from .self_attention_turning_triton import sincos, turned
+
+ONE_TILE = 64  # rows of a sequence that one program holds
+HEADS = 2  # of such a program at most: enough to share sine and cosine, few enough for many programs
+MAX_HEAD_DIM = 128
+LOG2E = tl.constexpr(1.4426950408889634)
+_TYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
+}  # fmt: skip
+
+
+@triton.jit
+def _halves(x, place, ok, j, HALF: tl.constexpr):
+    """Both halves of the rows at `place` (R,), 0 where there are none: 2 tiles (R, BLOCK_J)."""
+    offsets, mask = place[:, None] + j[None, :], ok[:, None] & (j < HALF)[None, :]
+    return tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
+
+
+@triton.jit
+def _whole(x, place, ok, d, HALF: tl.constexpr):
+    """The rows at `place` (R,), 0 where there are none: (R, BLOCK_D)."""
+    return tl.load(x + (place[:, None] + d[None, :]), mask=ok[:, None] & (d < 2 * HALF)[None, :], other=0)
+
+
+@triton.jit
+def _store_halves(
+    x, a, b, place, ok, j, sin, cos, HALF: tl.constexpr, BACK: tl.constexpr, TURN: tl.constexpr
+):  # fmt: skip
+    """Gradients of halves, turned back where the halves had been turned."""
+    if BACK:
+        a, b = a.to(TURN), b.to(TURN)
+        a, b = a * cos + b * sin, b * cos - a * sin
+    offsets, mask = place[:, None] + j[None, :], ok[:, None] & (j < HALF)[None, :]
+    tl.store(x + offsets, a.to(x.dtype.element_ty), mask=mask)
+    tl.store(x + (offsets + HALF), b.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_whole(x, tile, place, ok, d, HALF: tl.constexpr):
+    mask = ok[:, None] & (d < 2 * HALF)[None, :]
+    tl.store(x + (place[:, None] + d[None, :]), tile.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _table_rows(tables, row, sizes, j, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, TURN: tl.constexpr):
+    rows, num_globals, n1, n2 = sizes
+    return sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
+
+
+@triton.jit
+def _product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _weights(a, b, c, d, shift, ok, factor, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """Of the products of rows, in halves (a, b), with others, (c, d): exponentials, 0 where not `ok`."""
+    scores = _product(b, d.T, _product(a, c.T, None, PRECISION, ACC), PRECISION, ACC)
+    return tl.exp2(tl.where(ok, scores * factor - shift * LOG2E, float("-inf")))
+
+
+_SIZES = """rows num_globals n1 n2 heads per_group scale grad_seq grad_row grad_head q_seq q_row q_head k_seq k_row k_head
+v_seq v_row v_head grads_row"""
+
+
+@triton.jit(do_not_specialize=_SIZES.split())  # a new volume shape compiles nothing
+def self_attention_tile_backward_kernel(
+    grad,  # (N, rows, heads, hd), channels dense
+    q,  # (N, rows, heads, hd), channels dense; without k and v (N, rows, 3*heads, hd)
+    k, v,  # (N, rows, heads, hd), channels dense, or None
+    out,  # (N, rows, heads, hd), contiguous
+    lse,  # (N, heads, rows)
+    grad_q, grad_k, grad_v,  # like q, k and v, contiguous
+    sin0, sin1, sin2, cos0, cos1, cos2,  # tables of the axes, (n_i, s_i), dense; None where there are fewer
+    rows, num_globals, n1, n2,  # of a sequence, g, sizes of the last axes
+    heads, per_group,  # of all and of one program
+    scale: tl.float64,
+    grad_seq: tl.int64, grad_row: tl.int64, grad_head: tl.int64,  # strides; all count UNIT elements
+    q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
+    k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
+    v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    grads_row: tl.int64,  # of all gradients
+    UNIT: tl.constexpr,  # 16 bytes of elements where all strides allow it, else 1
+    BLOCK: tl.constexpr,  # rows, rounded up to a power of two
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,  # channels of half a head and of a head, rounded up likewise
+    HALF: tl.constexpr,  # hd/2
+    S0: tl.constexpr, S1: tl.constexpr,  # sections of the first two axes
+    LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr,  # whether they are turned when they are loaded
+    BACK_Q: tl.constexpr, BACK_K: tl.constexpr,  # whether their gradients are turned back
+    COMPUTE: tl.constexpr,  # that torch turns in
+    TURN: tl.constexpr,  # that this kernel turns in
+    ACC: tl.constexpr,  # of sums
+    PRECISION: tl.constexpr,  # of products of float32
+):  # fmt: skip
+    """All of a sequence's rows, and per_group of its heads."""
+    rows, num_globals, n1, n2 = scalars((rows, num_globals, n1, n2), tl.int32)
+    heads, per_group = scalars((heads, per_group), tl.int32)
+    grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
+    q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
+    k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    scale = tl.cast(scale, ACC)
+    factor = scale * LOG2E
+    if k is None:
+        k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
+        grad_k, grad_v = grad_q + heads.to(tl.int64) * (2 * HALF), grad_q + heads.to(tl.int64) * (4 * HALF)
+    pid = tl.program_id(0)
+    groups = tl.cdiv(heads, per_group)
+    group, n = pid % groups, (pid // groups).to(tl.int64)
+    row = tl.arange(0, BLOCK)
+    ok = row < rows
+    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    sin, cos = ok, ok
+    if LOAD_Q or LOAD_K or BACK_Q or BACK_K:
+        tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
+        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+    for h in range(group * per_group, tl.minimum((group + 1) * per_group, heads)):
+        qa, qb = _halves(q, (n * q_seq + h * q_head + row * q_row) * UNIT, ok, j, HALF)
+        ka, kb = _halves(k, (n * k_seq + h * k_head + row * k_row) * UNIT, ok, j, HALF)
+        if LOAD_Q:
+            qa, qb = turned(qa, qb, sin, cos, COMPUTE, TURN)
+        if LOAD_K:
+            ka, kb = turned(ka, kb, sin, cos, COMPUTE, TURN)
+        value = _whole(v, (n * v_seq + h * v_head + row * v_row) * UNIT, ok, d, HALF)
+        g = _whole(grad, (n * grad_seq + h * grad_head + row * grad_row) * UNIT, ok, d, HALF)
+        context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
+        delta = tl.sum(g.to(ACC) * context.to(ACC), 1)
+        shift = tl.load(lse + (n * heads + h) * rows + row, mask=ok, other=0)
+        weights = _weights(qa, qb, ka, kb, shift[:, None], ok[:, None] & ok[None, :], factor, PRECISION, ACC)
+        place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
+        of_v = _product(weights.to(g.dtype).T, g, None, PRECISION, ACC)
+        _store_whole(grad_v, of_v, place, ok, d, HALF)
+        of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - delta[:, None])).to(g.dtype)
+        a, b = _product(of_scores, ka, None, PRECISION, ACC), _product(of_scores, kb, None, PRECISION, ACC)
+        _store_halves(grad_q, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK_Q, TURN)
+        a, b = _product(of_scores.T, qa, None, PRECISION, ACC), _product(of_scores.T, qb, None, PRECISION, ACC)
+        _store_halves(grad_k, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK_K, TURN)
+
+
+@triton.jit(do_not_specialize=_SIZES.split())
+def self_attention_queries_backward_kernel(
+    grad, q, k, v, out, lse,  # all as of `self_attention_tile_backward_kernel`, where not said
+    delta,  # (N, heads, rows), written
+    grad_q,
+    sin0, sin1, sin2, cos0, cos1, cos2,
+    rows, num_globals, n1, n2, heads,
+    scale: tl.float64,
+    grad_seq: tl.int64, grad_row: tl.int64, grad_head: tl.int64,
+    q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
+    k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
+    v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    grads_row: tl.int64,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,  # rows of the tile that stays, and of those that pass
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, BACK: tl.constexpr,
+    COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: their gradients, and delta."""
+    rows, num_globals, n1, n2, heads = scalars((rows, num_globals, n1, n2, heads), tl.int32)
+    grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
+    q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
+    k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    scale = tl.cast(scale, ACC)
+    factor = scale * LOG2E
+    if k is None:
+        k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
+    tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK)
+    h, n = pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+    ok = row < rows
+    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    sin, cos = ok, ok
+    qa, qb = _halves(q, (n * q_seq + h * q_head + row * q_row) * UNIT, ok, j, HALF)
+    if LOAD_Q:
+        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+        qa, qb = turned(qa, qb, sin, cos, COMPUTE, TURN)
+    g = _whole(grad, (n * grad_seq + h * grad_head + row * grad_row) * UNIT, ok, d, HALF)
+    context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
+    along = tl.sum(g.to(ACC) * context.to(ACC), 1)
+    per_row = (n * heads + h) * rows + row
+    tl.store(delta + per_row, along, mask=ok)
+    shift = tl.load(lse + per_row, mask=ok, other=0)
+    a, b = tl.zeros([BLOCK, BLOCK_J], ACC), tl.zeros([BLOCK, BLOCK_J], ACC)
+    for start in range(0, rows, STEP):
+        other = start + tl.arange(0, STEP)
+        there = other < rows
+        ka, kb = _halves(k, (n * k_seq + h * k_head + other * k_row) * UNIT, there, j, HALF)
+        if LOAD_K:
+            sin_k, cos_k = _table_rows(tables, other, sizes, j, HALF, S0, S1, TURN)
+            ka, kb = turned(ka, kb, sin_k, cos_k, COMPUTE, TURN)
+        value = _whole(v, (n * v_seq + h * v_head + other * v_row) * UNIT, there, d, HALF)
+        weights = _weights(qa, qb, ka, kb, shift[:, None], there[None, :], factor, PRECISION, ACC)
+        of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - along[:, None])).to(g.dtype)
+        a, b = _product(of_scores, ka, a, PRECISION, ACC), _product(of_scores, kb, b, PRECISION, ACC)
+    if BACK:  # read again rather than kept
+        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+    place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
+    _store_halves(grad_q, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK, TURN)
+
+
+@triton.jit(do_not_specialize=_SIZES.split())
+def self_attention_keys_backward_kernel(
+    grad, q, k, v, lse, delta,  # all as of `self_attention_queries_backward_kernel`, where not said
+    grad_q,  # where k is None all gradients, else not used
+    grad_k, grad_v,
+    sin0, sin1, sin2, cos0, cos1, cos2,
+    rows, num_globals, n1, n2, heads,
+    scale: tl.float64,
+    grad_seq: tl.int64, grad_row: tl.int64, grad_head: tl.int64,
+    q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
+    k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
+    v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
+    grads_row: tl.int64,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, BACK: tl.constexpr,
+    COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys: their gradients, and those of their values. Weights are transposed: (keys, queries)."""
+    rows, num_globals, n1, n2, heads = scalars((rows, num_globals, n1, n2, heads), tl.int32)
+    grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
+    q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
+    k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    scale = tl.cast(scale, ACC)
+    factor = scale * LOG2E
+    if k is None:
+        k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
+        grad_k, grad_v = grad_q + heads.to(tl.int64) * (2 * HALF), grad_q + heads.to(tl.int64) * (4 * HALF)
+    tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK)
+    h, n = pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+    ok = row < rows
+    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    sin, cos = ok, ok
+    ka, kb = _halves(k, (n * k_seq + h * k_head + row * k_row) * UNIT, ok, j, HALF)
+    if LOAD_K:
+        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+        ka, kb = turned(ka, kb, sin, cos, COMPUTE, TURN)
+    value = _whole(v, (n * v_seq + h * v_head + row * v_row) * UNIT, ok, d, HALF)
+    a, b = tl.zeros([BLOCK, BLOCK_J], ACC), tl.zeros([BLOCK, BLOCK_J], ACC)
+    of_v = tl.zeros([BLOCK, BLOCK_D], ACC)
+    for start in range(0, rows, STEP):
+        other = start + tl.arange(0, STEP)
+        there = other < rows
+        qa, qb = _halves(q, (n * q_seq + h * q_head + other * q_row) * UNIT, there, j, HALF)
+        if LOAD_Q:
+            sin_q, cos_q = _table_rows(tables, other, sizes, j, HALF, S0, S1, TURN)
+            qa, qb = turned(qa, qb, sin_q, cos_q, COMPUTE, TURN)
+        g = _whole(grad, (n * grad_seq + h * grad_head + other * grad_row) * UNIT, there, d, HALF)
+        per_row = (n * heads + h) * rows + other
+        shift = tl.load(lse + per_row, mask=there, other=0)
+        along = tl.load(delta + per_row, mask=there, other=0)
+        weights = _weights(ka, kb, qa, qb, shift[None, :], there[None, :], factor, PRECISION, ACC)
+        of_v = _product(weights.to(g.dtype), g, of_v, PRECISION, ACC)
+        of_scores = (weights * (_product(value, g.T, None, PRECISION, ACC) - along[None, :])).to(g.dtype)
+        a, b = _product(of_scores, qa, a, PRECISION, ACC), _product(of_scores, qb, b, PRECISION, ACC)
+    if BACK:
+        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+    place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
+    _store_halves(grad_k, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK, TURN)
+    _store_whole(grad_v, of_v, place, ok, d, HALF)
+
+
+class Tiles(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int  # rows of the tile that stays
+    step: int  # of the tiles that pass; 0: there are none
+    warps: int
+    stages: int
+
+
+def one_tile(
+    rows: int | torch.SymInt,  # of a sequence
+) -> bool:
+    """Whether a program holds all rows; where torch traces sizes it is not known, and they may be any number."""
+    return isinstance(rows, int) and rows <= ONE_TILE
+
+
+def tile_of(rows: int, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Of the kernel of one tile."""
+    block = max(16, triton.next_power_of_2(rows))
+    return Tiles(block, 0, {16: 1, 32: 1, 64: 4}[block], 1)
+
+
+def tiles_of(kernel: str, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Of the kernels of "queries" and "keys"."""
+    return Tiles(64, 64, 4, 2)
+
+
+def _unit(tensors: list[Tensor], head_dim: int) -> int:
+    """The elements of 16 bytes where every head of every row starts at a multiple of so many, else 1."""
+    vector = 16 // tensors[0].element_size()
+    offsets = [head_dim, *[offset for t in tensors for offset in (t.storage_offset(), *t.stride()[:3])]]
+    return vector if all([offset % vector == 0 for offset in offsets]) else 1
+
+
+def _padded(values: list[Any], filling: Any = None) -> list[Any]:
+    """Three of them, one per axis."""
+    return [*values, *[filling] * (3 - len(values))]
+
+
+def _self_attention_backward(
+    grad: Tensor,  # (N, rows, heads, hd), channels dense
+    q: Tensor,  # (N, rows, heads, hd), channels dense; without k and v (N, rows, 3*heads, hd)
+    k: Tensor | None,  # (N, rows, heads, hd), channels dense
+    v: Tensor | None,  # like k
+    out: Tensor,  # (N, rows, heads, hd), contiguous
+    lse: Tensor,  # (N, heads, rows), contiguous: natural logarithms of the sums of exponentials
+    scale: float,  # of scores
+    num_globals: int,  # g
+    grid: list[int],  # sizes of the axes; (L,) of a dense table
+    sin: list[Tensor],  # per axis (n_i, s_i), dense; none where nothing turns
+    cos: list[Tensor],  # like sin
+    load: str,  # which of q and k are turned when they are loaded: "", "q", "qk"
+    back: str,  # which gradients are turned back: "", "q", "qk"
+    in_table_dtype: bool,
+    precision: str,  # of products of float32: "ieee" or "tf32"
+) -> list[Tensor]:  # gradients of q, k and v, or of the packed tensor, contiguous
+    grads = fake_backward(grad, q, k, v)
+    if not grads[0].numel():
+        return grads
+    sequences, rows, heads, head_dim = *grad.shape[:3], int(grad.shape[3])  # a number, also where torch traces sizes
+    held = [q, q, q] if k is None or v is None else [q, k, v]
+    unit = _unit([grad, *held], head_dim)
+    acc = lse_dtype(q)
+    table = sin[0].dtype if sin else q.dtype
+    compute = table if in_table_dtype else torch.promote_types(q.dtype, table)
+    sections = [int(t.shape[-1]) for t in sin] or [head_dim // 2]
+    strides = [stride // unit for t in (grad, *held) for stride in t.stride()[:3]]
+    settings = [rows, num_globals, *_padded(grid, 1)[1:], heads]
+    last = [scale, *strides, grads[0].stride(1) // unit]
+    tables = [*_padded(sin), *_padded(cos)]
+    constants = dict(
+        UNIT=unit, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), HALF=head_dim // 2, S0=sections[0], S1=sum(sections[1:2]),
+        LOAD_Q="q" in load, LOAD_K="k" in load, COMPUTE=_TYPES[compute],
+        TURN=tl.float64 if torch.float64 in (compute, acc) else tl.float32, ACC=_TYPES[acc], PRECISION=precision,
+    )  # fmt: skip
+    grad_q, grad_k, grad_v = _padded(grads)
+    if one_tile(rows):
+        block, _, warps, stages = tile_of(rows, q.dtype, head_dim)
+        per_group = triton.cdiv(heads, triton.cdiv(heads, HEADS))
+        programs = sequences * triton.cdiv(heads, per_group)
+        _check(rows, heads, head_dim, programs)
+        launch(
+            _kernel(self_attention_tile_backward_kernel), (programs,), q.device,
+            grad, q, k, v, out, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
+            BLOCK=block, BACK_Q="q" in back, BACK_K="k" in back, **constants, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return grads
+    delta = lse.new_empty(lse.shape)
+    block, step, warps, stages = tiles_of("queries", q.dtype, head_dim)
+    programs = sequences * heads * triton.cdiv(rows, block)
+    _check(rows, heads, head_dim, programs)
+    launch(
+        _kernel(self_attention_queries_backward_kernel), (programs,), q.device,
+        grad, q, k, v, out, lse, delta, grad_q, *tables, *settings, *last,
+        BLOCK=block, STEP=step, BACK="q" in back, **constants, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    block, step, warps, stages = tiles_of("keys", q.dtype, head_dim)
+    programs = sequences * heads * triton.cdiv(rows, block)
+    _check(rows, heads, head_dim, programs)
+    launch(
+        _kernel(self_attention_keys_backward_kernel), (programs,), q.device,
+        grad, q, k, v, lse, delta, grad_q if k is None else None, grad_k, grad_v, *tables, *settings, *last,
+        BLOCK=block, STEP=step, BACK="k" in back, **constants, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return grads
+
+
+def _kernel(kernel: Any) -> Any:
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _check(rows: int, heads: int, head_dim: int, programs: int) -> None:
+    if rows > LIMIT or heads > LIMIT or programs > MAX_PROGRAMS or head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"q is too large for backend 'triton': {rows} rows, {heads} heads, hd = {head_dim}, {programs} programs; "
+            f"expected at most 2**30 rows, 2**30 heads, hd = {MAX_HEAD_DIM} and 2**31 - 1 programs"
+        )
+
+
+def _cost(
+    grad: Tensor,  # all as of the operation
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *_: Any,
+) -> Cost:
+    size = parts(q, k, v)[0].numel() * q.element_size()  # of one of them
+    if not size:
+        return Cost(0, 0, 0)
+    rows, head_dim = grad.shape[1], grad.shape[3]
+    if one_tile(rows):
+        return Cost(5 * size, 3 * size, launches=1)
+    passes = [triton.cdiv(rows, tiles_of(kernel, q.dtype, head_dim).block) for kernel in ("queries", "keys")]
+    return Cost((3 + 2 * passes[0] + 2 + 2 * passes[1]) * size, 3 * size, launches=2)
+
+
+BACKWARD = register(
+    _self_attention_backward, fake=fake_backward, cost=_cost,
+    backward=refused_again("self_attention_backward", "triton"),
+)  # fmt: skip
