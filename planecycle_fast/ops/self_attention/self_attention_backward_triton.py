@@ -36,10 +36,18 @@ _TYPES = {
 
 
 @triton.jit
-def _halves(x, place, ok, j, HALF: tl.constexpr):
-    """Both halves of the rows at `place` (R,), 0 where there are none: 2 tiles (R, BLOCK_J)."""
-    offsets, mask = place[:, None] + j[None, :], ok[:, None] & (j < HALF)[None, :]
-    return tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
+def _halves(
+    x, place, row, sizes, tables, j, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, TURNS: tl.constexpr,
+    COMPUTE: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the rows at `place` (R,), turned if TURNS, 0 where there are none: 2 tiles (R, BLOCK_J)."""
+    rows, num_globals, n1, n2 = sizes
+    offsets, mask = place[:, None] + j[None, :], (row < rows)[:, None] & (j < HALF)[None, :]
+    a, b = tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
+    if TURNS:
+        sin, cos = sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
+        a, b = turned(a, b, sin, cos, COMPUTE, TURN)
+    return a, b
 
 
 @triton.jit
@@ -50,13 +58,16 @@ def _whole(x, place, ok, d, HALF: tl.constexpr):
 
 @triton.jit
 def _store_halves(
-    x, a, b, place, ok, j, sin, cos, HALF: tl.constexpr, BACK: tl.constexpr, TURN: tl.constexpr
+    x, a, b, place, row, sizes, tables, j, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, BACK: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of halves, turned back where the halves had been turned."""
+    """Gradients of halves, if BACK turned back, by sine and cosine that are read again: kept, they take registers."""
+    rows, num_globals, n1, n2 = sizes
     if BACK:
+        sin, cos = sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
         a, b = a.to(TURN), b.to(TURN)
         a, b = a * cos + b * sin, b * cos - a * sin
-    offsets, mask = place[:, None] + j[None, :], ok[:, None] & (j < HALF)[None, :]
+    offsets, mask = place[:, None] + j[None, :], (row < rows)[:, None] & (j < HALF)[None, :]
     tl.store(x + offsets, a.to(x.dtype.element_ty), mask=mask)
     tl.store(x + (offsets + HALF), b.to(x.dtype.element_ty), mask=mask)
 
@@ -65,12 +76,6 @@ def _store_halves(
 def _store_whole(x, tile, place, ok, d, HALF: tl.constexpr):
     mask = ok[:, None] & (d < 2 * HALF)[None, :]
     tl.store(x + (place[:, None] + d[None, :]), tile.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _table_rows(tables, row, sizes, j, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, TURN: tl.constexpr):
-    rows, num_globals, n1, n2 = sizes
-    return sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
 
 
 @triton.jit
@@ -129,37 +134,33 @@ def self_attention_tile_backward_kernel(
     if k is None:
         k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
         grad_k, grad_v = grad_q + heads.to(tl.int64) * (2 * HALF), grad_q + heads.to(tl.int64) * (4 * HALF)
+    tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
     pid = tl.program_id(0)
     groups = tl.cdiv(heads, per_group)
     group, n = pid % groups, (pid // groups).to(tl.int64)
     row = tl.arange(0, BLOCK)
     ok = row < rows
     j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
-    sin, cos = ok, ok
-    if LOAD_Q or LOAD_K or BACK_Q or BACK_K:
-        tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
-        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
-    for h in range(group * per_group, tl.minimum((group + 1) * per_group, heads)):
-        qa, qb = _halves(q, (n * q_seq + h * q_head + row * q_row) * UNIT, ok, j, HALF)
-        ka, kb = _halves(k, (n * k_seq + h * k_head + row * k_row) * UNIT, ok, j, HALF)
-        if LOAD_Q:
-            qa, qb = turned(qa, qb, sin, cos, COMPUTE, TURN)
-        if LOAD_K:
-            ka, kb = turned(ka, kb, sin, cos, COMPUTE, TURN)
-        value = _whole(v, (n * v_seq + h * v_head + row * v_row) * UNIT, ok, d, HALF)
-        g = _whole(grad, (n * grad_seq + h * grad_head + row * grad_row) * UNIT, ok, d, HALF)
+    for head in range(group * per_group, tl.minimum((group + 1) * per_group, heads)):
+        h = head.to(tl.int64)
+        x = q + (n * q_seq + h * q_head) * UNIT
+        qa, qb = _halves(x, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
+        x = k + (n * k_seq + h * k_head) * UNIT
+        ka, kb = _halves(x, row * k_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
+        value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
+        g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
         context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
-        delta = tl.sum(g.to(ACC) * context.to(ACC), 1)
-        shift = tl.load(lse + (n * heads + h) * rows + row, mask=ok, other=0)
+        along = tl.sum(g.to(ACC) * context.to(ACC), 1)
+        shift = tl.load(lse + ((n * heads + h) * rows + row), mask=ok, other=0)
         weights = _weights(qa, qb, ka, kb, shift[:, None], ok[:, None] & ok[None, :], factor, PRECISION, ACC)
         place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
         of_v = _product(weights.to(g.dtype).T, g, None, PRECISION, ACC)
         _store_whole(grad_v, of_v, place, ok, d, HALF)
-        of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - delta[:, None])).to(g.dtype)
+        of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - along[:, None])).to(g.dtype)
         a, b = _product(of_scores, ka, None, PRECISION, ACC), _product(of_scores, kb, None, PRECISION, ACC)
-        _store_halves(grad_q, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK_Q, TURN)
+        _store_halves(grad_q, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_Q, TURN)
         a, b = _product(of_scores.T, qa, None, PRECISION, ACC), _product(of_scores.T, qb, None, PRECISION, ACC)
-        _store_halves(grad_k, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK_K, TURN)
+        _store_halves(grad_k, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_K, TURN)
 
 
 @triton.jit(do_not_specialize=_SIZES.split())
@@ -193,16 +194,15 @@ def self_attention_queries_backward_kernel(
     tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK)
-    h, n = pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    h, n = (pid // tiles % heads).to(tl.int64), (pid // tiles // heads).to(tl.int64)
     row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
     j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
-    sin, cos = ok, ok
-    qa, qb = _halves(q, (n * q_seq + h * q_head + row * q_row) * UNIT, ok, j, HALF)
-    if LOAD_Q:
-        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
-        qa, qb = turned(qa, qb, sin, cos, COMPUTE, TURN)
-    g = _whole(grad, (n * grad_seq + h * grad_head + row * grad_row) * UNIT, ok, d, HALF)
+    q += (n * q_seq + h * q_head) * UNIT
+    k += (n * k_seq + h * k_head) * UNIT
+    v += (n * v_seq + h * v_head) * UNIT
+    qa, qb = _halves(q, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
+    g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
     context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
     along = tl.sum(g.to(ACC) * context.to(ACC), 1)
     per_row = (n * heads + h) * rows + row
@@ -210,20 +210,42 @@ def self_attention_queries_backward_kernel(
     shift = tl.load(lse + per_row, mask=ok, other=0)
     a, b = tl.zeros([BLOCK, BLOCK_J], ACC), tl.zeros([BLOCK, BLOCK_J], ACC)
     for start in range(0, rows, STEP):
-        other = start + tl.arange(0, STEP)
-        there = other < rows
-        ka, kb = _halves(k, (n * k_seq + h * k_head + other * k_row) * UNIT, there, j, HALF)
-        if LOAD_K:
-            sin_k, cos_k = _table_rows(tables, other, sizes, j, HALF, S0, S1, TURN)
-            ka, kb = turned(ka, kb, sin_k, cos_k, COMPUTE, TURN)
-        value = _whole(v, (n * v_seq + h * v_head + other * v_row) * UNIT, there, d, HALF)
+        key = start + tl.arange(0, STEP)
+        there = key < rows
+        ka, kb = _halves(k, key * k_row * UNIT, key, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
+        value = _whole(v, key * v_row * UNIT, there, d, HALF)
         weights = _weights(qa, qb, ka, kb, shift[:, None], there[None, :], factor, PRECISION, ACC)
         of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - along[:, None])).to(g.dtype)
         a, b = _product(of_scores, ka, a, PRECISION, ACC), _product(of_scores, kb, b, PRECISION, ACC)
-    if BACK:  # read again rather than kept
-        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
     place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
-    _store_halves(grad_q, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK, TURN)
+    _store_halves(grad_q, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK, TURN)
+
+
+@triton.jit
+def _through_queries(
+    grad, q, lse, delta, ka, kb, value, rows_of, sizes, tables, j, d, factor,
+    UNIT: tl.constexpr, STEP: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    LOAD_Q: tl.constexpr, COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    OF_K: tl.constexpr, OF_V: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys, in halves and not yet scaled, of its values, or of both."""
+    rows, q_row, grad_row = sizes[0], rows_of[0], rows_of[1]
+    a, b = tl.zeros([ka.shape[0], j.shape[0]], ACC), tl.zeros([ka.shape[0], j.shape[0]], ACC)
+    of_v = tl.zeros([ka.shape[0], d.shape[0]], ACC)
+    for start in range(0, rows, STEP):
+        row = start + tl.arange(0, STEP)
+        ok = row < rows
+        qa, qb = _halves(q, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
+        g = _whole(grad, row * grad_row * UNIT, ok, d, HALF)
+        shift = tl.load(lse + row.to(tl.int64), mask=ok, other=0)
+        weights = _weights(ka, kb, qa, qb, shift[None, :], ok[None, :], factor, PRECISION, ACC)
+        if OF_V:
+            of_v = _product(weights.to(g.dtype), g, of_v, PRECISION, ACC)
+        if OF_K:
+            along = tl.load(delta + row.to(tl.int64), mask=ok, other=0)
+            of_scores = (weights * (_product(value, g.T, None, PRECISION, ACC) - along[None, :])).to(g.dtype)
+            a, b = _product(of_scores, qa, a, PRECISION, ACC), _product(of_scores, qb, b, PRECISION, ACC)
+    return a, b, of_v
 
 
 @triton.jit(do_not_specialize=_SIZES.split())
@@ -241,6 +263,7 @@ def self_attention_keys_backward_kernel(
     grads_row: tl.int64,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
+    APART: tl.constexpr,  # whether values wait for a second pass over the queries: fewer registers, a product more
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, BACK: tl.constexpr,
     COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,37 +281,28 @@ def self_attention_keys_backward_kernel(
     tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK)
-    h, n = pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    h, n = (pid // tiles % heads).to(tl.int64), (pid // tiles // heads).to(tl.int64)
     row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
     j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
-    sin, cos = ok, ok
-    ka, kb = _halves(k, (n * k_seq + h * k_head + row * k_row) * UNIT, ok, j, HALF)
-    if LOAD_K:
-        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
-        ka, kb = turned(ka, kb, sin, cos, COMPUTE, TURN)
-    value = _whole(v, (n * v_seq + h * v_head + row * v_row) * UNIT, ok, d, HALF)
-    a, b = tl.zeros([BLOCK, BLOCK_J], ACC), tl.zeros([BLOCK, BLOCK_J], ACC)
-    of_v = tl.zeros([BLOCK, BLOCK_D], ACC)
-    for start in range(0, rows, STEP):
-        other = start + tl.arange(0, STEP)
-        there = other < rows
-        qa, qb = _halves(q, (n * q_seq + h * q_head + other * q_row) * UNIT, there, j, HALF)
-        if LOAD_Q:
-            sin_q, cos_q = _table_rows(tables, other, sizes, j, HALF, S0, S1, TURN)
-            qa, qb = turned(qa, qb, sin_q, cos_q, COMPUTE, TURN)
-        g = _whole(grad, (n * grad_seq + h * grad_head + other * grad_row) * UNIT, there, d, HALF)
-        per_row = (n * heads + h) * rows + other
-        shift = tl.load(lse + per_row, mask=there, other=0)
-        along = tl.load(delta + per_row, mask=there, other=0)
-        weights = _weights(ka, kb, qa, qb, shift[None, :], there[None, :], factor, PRECISION, ACC)
-        of_v = _product(weights.to(g.dtype), g, of_v, PRECISION, ACC)
-        of_scores = (weights * (_product(value, g.T, None, PRECISION, ACC) - along[None, :])).to(g.dtype)
-        a, b = _product(of_scores, qa, a, PRECISION, ACC), _product(of_scores, qb, b, PRECISION, ACC)
-    if BACK:
-        sin, cos = _table_rows(tables, row, sizes, j, HALF, S0, S1, TURN)
+    grad += (n * grad_seq + h * grad_head) * UNIT
+    q += (n * q_seq + h * q_head) * UNIT
+    lse += (n * heads + h) * rows
+    delta += (n * heads + h) * rows
+    x = k + (n * k_seq + h * k_head) * UNIT
+    ka, kb = _halves(x, row * k_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
+    value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
     place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
-    _store_halves(grad_k, a * scale, b * scale, place, ok, j, sin, cos, HALF, BACK, TURN)
+    a, b, of_v = _through_queries(
+        grad, q, lse, delta, ka, kb, value, (q_row, grad_row), sizes, tables, j, d, factor,
+        UNIT, STEP, HALF, S0, S1, LOAD_Q, COMPUTE, TURN, ACC, PRECISION, True, not APART,
+    )  # fmt: skip
+    _store_halves(grad_k, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK, TURN)
+    if APART:
+        a, b, of_v = _through_queries(
+            grad, q, lse, delta, ka, kb, value, (q_row, grad_row), sizes, tables, j, d, factor,
+            UNIT, STEP, HALF, S0, S1, LOAD_Q, COMPUTE, TURN, ACC, PRECISION, False, True,
+        )  # fmt: skip
     _store_whole(grad_v, of_v, place, ok, d, HALF)
 
 
@@ -299,6 +313,7 @@ class Tiles(NamedTuple):
     step: int  # of the tiles that pass; 0: there are none
     warps: int
     stages: int
+    apart: bool = False  # keys only: their gradients and those of values one after the other
 
 
 def one_tile(
@@ -370,7 +385,7 @@ def _self_attention_backward(
     )  # fmt: skip
     grad_q, grad_k, grad_v = _padded(grads)
     if one_tile(rows):
-        block, _, warps, stages = tile_of(rows, q.dtype, head_dim)
+        block, _, warps, stages, _ = tile_of(rows, q.dtype, head_dim)
         per_group = triton.cdiv(heads, triton.cdiv(heads, HEADS))
         programs = sequences * triton.cdiv(heads, per_group)
         _check(rows, heads, head_dim, programs)
@@ -381,7 +396,7 @@ def _self_attention_backward(
         )  # fmt: skip
         return grads
     delta = lse.new_empty(lse.shape)
-    block, step, warps, stages = tiles_of("queries", q.dtype, head_dim)
+    block, step, warps, stages, _ = tiles_of("queries", q.dtype, head_dim)
     programs = sequences * heads * triton.cdiv(rows, block)
     _check(rows, heads, head_dim, programs)
     launch(
@@ -389,13 +404,13 @@ def _self_attention_backward(
         grad, q, k, v, out, lse, delta, grad_q, *tables, *settings, *last,
         BLOCK=block, STEP=step, BACK="q" in back, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    block, step, warps, stages = tiles_of("keys", q.dtype, head_dim)
+    block, step, warps, stages, apart = tiles_of("keys", q.dtype, head_dim)
     programs = sequences * heads * triton.cdiv(rows, block)
     _check(rows, heads, head_dim, programs)
     launch(
         _kernel(self_attention_keys_backward_kernel), (programs,), q.device,
         grad, q, k, v, lse, delta, grad_q if k is None else None, grad_k, grad_v, *tables, *settings, *last,
-        BLOCK=block, STEP=step, BACK="k" in back, **constants, num_warps=warps, num_stages=stages,
+        BLOCK=block, STEP=step, APART=apart, BACK="k" in back, **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return grads
 
