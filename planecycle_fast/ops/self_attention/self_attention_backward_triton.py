@@ -11,7 +11,7 @@ before they are stored. Products take what came, in its dtype, and sum in ACC.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +23,11 @@ from ..registration import INTERPRETED, launch, register
 from ..registry import Cost, refused_again
 from ..scalars_triton import scalars
 from ..tiles import LIMIT, MAX_PROGRAMS
+from .self_attention_backward_tiles import one_tile, passes
 from .self_attention_shapes import fake_backward, lse_dtype, parts
 from .self_attention_turning_triton import sincos, turned
 
-ONE_TILE = 64  # rows of a sequence that one program holds
-HEADS = 2  # of such a program at most: enough to share sine and cosine, few enough for many programs
+HEADS = 2  # of a program that holds all rows, at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 128
 LOG2E = tl.constexpr(1.4426950408889634)
 _TYPES = {
@@ -306,34 +306,6 @@ def self_attention_keys_backward_kernel(
     _store_whole(grad_v, of_v, place, ok, d, HALF)
 
 
-class Tiles(NamedTuple):
-    """How a kernel is launched."""
-
-    block: int  # rows of the tile that stays
-    step: int  # of the tiles that pass; 0: there are none
-    warps: int
-    stages: int
-    apart: bool = False  # keys only: their gradients and those of values one after the other
-
-
-def one_tile(
-    rows: int | torch.SymInt,  # of a sequence
-) -> bool:
-    """Whether a program holds all rows; where torch traces sizes it is not known, and they may be any number."""
-    return isinstance(rows, int) and rows <= ONE_TILE
-
-
-def tile_of(rows: int, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Of the kernel of one tile."""
-    block = max(16, triton.next_power_of_2(rows))
-    return Tiles(block, 0, {16: 1, 32: 1, 64: 4}[block], 1)
-
-
-def tiles_of(kernel: str, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Of the kernels of "queries" and "keys"."""
-    return Tiles(64, 64, 4, 2)
-
-
 def _unit(tensors: list[Tensor], head_dim: int) -> int:
     """The elements of 16 bytes where every head of every row starts at a multiple of so many, else 1."""
     vector = 16 // tensors[0].element_size()
@@ -381,36 +353,38 @@ def _self_attention_backward(
         UNIT=unit, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), HALF=head_dim // 2, S0=sections[0], S1=sum(sections[1:2]),
         LOAD_Q="q" in load, LOAD_K="k" in load, COMPUTE=_TYPES[compute],
-        TURN=tl.float64 if torch.float64 in (compute, acc) else tl.float32, ACC=_TYPES[acc], PRECISION=precision,
+        TURN=tl.float64 if torch.float64 in (compute, acc) else tl.float32, ACC=_TYPES[acc],
     )  # fmt: skip
     grad_q, grad_k, grad_v = _padded(grads)
-    if one_tile(rows):
-        block, _, warps, stages, _ = tile_of(rows, q.dtype, head_dim)
+    if one := one_tile(rows, q.dtype, head_dim):
         per_group = triton.cdiv(heads, triton.cdiv(heads, HEADS))
         programs = sequences * triton.cdiv(heads, per_group)
         _check(rows, heads, head_dim, programs)
         launch(
             _kernel(self_attention_tile_backward_kernel), (programs,), q.device,
             grad, q, k, v, out, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
-            BLOCK=block, BACK_Q="q" in back, BACK_K="k" in back, **constants, num_warps=warps, num_stages=stages,
+            BLOCK=one.block, BACK_Q="q" in back, BACK_K="k" in back, PRECISION=one.precision or precision, **constants,
+            num_warps=one.warps, num_stages=one.stages,
         )  # fmt: skip
         return grads
     delta = lse.new_empty(lse.shape)
-    block, step, warps, stages, _ = tiles_of("queries", q.dtype, head_dim)
-    programs = sequences * heads * triton.cdiv(rows, block)
+    tiles = passes(q.dtype, head_dim, precision).queries
+    programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
         _kernel(self_attention_queries_backward_kernel), (programs,), q.device,
         grad, q, k, v, out, lse, delta, grad_q, *tables, *settings, *last,
-        BLOCK=block, STEP=step, BACK="q" in back, **constants, num_warps=warps, num_stages=stages,
+        BLOCK=tiles.block, STEP=tiles.step, BACK="q" in back, PRECISION=tiles.precision or precision, **constants,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    block, step, warps, stages, apart = tiles_of("keys", q.dtype, head_dim)
-    programs = sequences * heads * triton.cdiv(rows, block)
+    tiles = passes(q.dtype, head_dim, precision).keys
+    programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
         _kernel(self_attention_keys_backward_kernel), (programs,), q.device,
         grad, q, k, v, lse, delta, grad_q if k is None else None, grad_k, grad_v, *tables, *settings, *last,
-        BLOCK=block, STEP=step, APART=apart, BACK="k" in back, **constants, num_warps=warps, num_stages=stages,
+        BLOCK=tiles.block, STEP=tiles.step, APART=tiles.apart, BACK="k" in back,
+        PRECISION=tiles.precision or precision, **constants, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return grads
 
@@ -432,16 +406,18 @@ def _cost(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    *_: Any,
+    *settings: Any,
 ) -> Cost:
     size = parts(q, k, v)[0].numel() * q.element_size()  # of one of them
     if not size:
         return Cost(0, 0, 0)
     rows, head_dim = grad.shape[1], grad.shape[3]
-    if one_tile(rows):
+    if one_tile(rows, q.dtype, head_dim):
         return Cost(5 * size, 3 * size, launches=1)
-    passes = [triton.cdiv(rows, tiles_of(kernel, q.dtype, head_dim).block) for kernel in ("queries", "keys")]
-    return Cost((3 + 2 * passes[0] + 2 + 2 * passes[1]) * size, 3 * size, launches=2)
+    tiles = passes(q.dtype, head_dim, settings[-1])
+    queries, keys = [triton.cdiv(rows, t.block) for t in tiles]
+    through = 4 if tiles.keys.apart else 2  # of grad and q, for each tile of keys
+    return Cost((3 + 2 * queries + 2 + through * keys) * size, 3 * size, launches=2)
 
 
 BACKWARD = register(
