@@ -79,19 +79,9 @@ def check_rope(
     inplace: bool = False,
 ) -> None:
     """Raises TypeError or ValueError for arguments of `rope` that do not belong together."""
-    _check_floating("x", x, x)
-    if x.ndim != 4 or x.shape[3] % 2:
-        raise ValueError(f"x must have shape (N, g + L, heads, hd) with an even hd, got {tuple(x.shape)}")
-    if not 0 <= num_globals < x.shape[1]:
-        raise ValueError(f"num_globals must be from 0 to less than the {x.shape[1]} rows of x, got {num_globals}")
+    check_angles(x, angles, num_globals)
     if turned is not None and not 0 <= turned <= x.shape[2]:
         raise ValueError(f"turned must be from 0 to the {x.shape[2]} heads of x, or None, got {turned}")
-    if isinstance(angles, Axial):
-        _check_axial(x, angles, x.shape[1] - num_globals)
-    elif isinstance(angles, Tables):
-        _check_tables(x, *angles, x.shape[1] - num_globals)
-    else:
-        raise TypeError(f"angles must be ops.Tables or ops.Axial, got {type(angles).__name__}")
     if not inplace:
         return
     if x.requires_grad and torch.is_grad_enabled():
@@ -100,13 +90,33 @@ def check_rope(
         raise ValueError(f"inplace must be False for an x whose elements share memory, got strides {x.stride()}")
 
 
-def _check_tables(x: Tensor, sin: Sequence[Tensor], cos: Sequence[Tensor], length: int) -> None:
+def check_angles(
+    x: Tensor,  # (N, g + L, heads, hd)
+    angles: Tables | Axial,
+    num_globals: int,
+    name: str = "x",  # that the caller knows x by
+) -> None:
+    """Raises TypeError or ValueError for angles that are none, or not those of x, or for an x that cannot turn."""
+    check_floating(name, x, x)
+    if x.ndim != 4 or x.shape[3] % 2:
+        raise ValueError(f"{name} must have shape (N, g + L, heads, hd) with an even hd, got {tuple(x.shape)}")
+    if not 0 <= num_globals < x.shape[1]:
+        raise ValueError(f"num_globals must be from 0 to less than the {x.shape[1]} rows of {name}, got {num_globals}")
+    if isinstance(angles, Axial):
+        _check_axial(x, angles, x.shape[1] - num_globals, name)
+    elif isinstance(angles, Tables):
+        _check_tables(x, *angles, x.shape[1] - num_globals, name)
+    else:
+        raise TypeError(f"angles must be ops.Tables or ops.Axial, got {type(angles).__name__}")
+
+
+def _check_tables(x: Tensor, sin: Sequence[Tensor], cos: Sequence[Tensor], length: int, of: str) -> None:
     half = x.shape[3] // 2
     for name, tables in (("sin", sin), ("cos", cos)):
         if isinstance(tables, Tensor) or not isinstance(tables, Sequence) or not 1 <= len(tables) <= 3:
             raise ValueError(f"{name} must be a sequence of one to three tables, got {_shape(tables)}")
         for i, table in enumerate(tables):
-            _check_floating(f"{name}[{i}]", table, x)
+            check_floating(f"{name}[{i}]", table, x, of)
             if table.ndim != 2:
                 raise ValueError(f"{name}[{i}] must have shape (n, s), got {tuple(table.shape)}")
             if table.dtype != sin[0].dtype:
@@ -120,12 +130,12 @@ def _check_tables(x: Tensor, sin: Sequence[Tensor], cos: Sequence[Tensor], lengt
         )
 
 
-def _check_axial(x: Tensor, axial: Axial, length: int) -> None:
+def _check_axial(x: Tensor, axial: Axial, length: int, of: str) -> None:
     rope, grid, augmentation, _ = axial
     head_dim = x.shape[3]
     if not isinstance(rope, Rope):
         raise TypeError(f"angles.rope must be a planecycle_fast.geometry.rope.Rope, got {type(rope).__name__}")
-    _check_floating("angles.rope.periods", rope.periods, x)
+    check_floating("angles.rope.periods", rope.periods, x, of)
     if rope.normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {rope.normalize!r}")
     if len(grid) not in (2, 3) or any([n < 1 for n in grid]) or math.prod(grid) != length:
@@ -143,7 +153,7 @@ def _check_axial(x: Tensor, axial: Axial, length: int) -> None:
         drawn = getattr(augmentation, name)
         if drawn is None:
             continue
-        _check_floating(f"angles.augmentation.{name}", drawn, x)
+        check_floating(f"angles.augmentation.{name}", drawn, x, of)
         if tuple(drawn.shape) != (size,) or drawn.dtype != rope.coord_dtype:
             raise ValueError(
                 f"angles.augmentation.{name} must have shape ({size},) and dtype {rope.coord_dtype}, "
@@ -151,11 +161,12 @@ def _check_axial(x: Tensor, axial: Axial, length: int) -> None:
             )
 
 
-def _check_floating(name: str, t: object, x: Tensor) -> None:
+def check_floating(name: str, t: object, x: Tensor, of: str = "x") -> None:
+    """Raises TypeError or ValueError unless t is a floating-point tensor on the device of x, known as `of`."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}, got {t.device}")
 
 
 def _shape(tables: object) -> object:

@@ -48,17 +48,26 @@ def attention(
         TypeError: q, k or v is not a floating-point tensor.
         ValueError: different shapes, or an attention that is unknown, not usable, or does not take these tensors.
     """
+    check_heads(q, k, v)
+    check_attention(attention)
+    reason = why_not_for(attention, q, k, v)
+    if reason is not None:
+        raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
+    return attention_on(resolve_attention(attention, q.device), q, k, v, scale)
+
+
+def check_heads(
+    q: Tensor,  # (N, rows, heads, hd)
+    k: Tensor,  # like q
+    v: Tensor,  # like q
+) -> None:
+    """Raises TypeError or ValueError for queries, keys and values that are none, or do not belong together."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor) or not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.ndim != 4 or t.shape != q.shape:
             expected = "(N, rows, heads, hd)" if t is q else f"q's shape, {tuple(q.shape)}"
             raise ValueError(f"{name} must have {'shape ' if t is q else ''}{expected}, got {tuple(t.shape)}")
-    check_attention(attention)
-    reason = why_not_for(attention, q, k, v)
-    if reason is not None:
-        raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
-    return attention_on(resolve_attention(attention, q.device), q, k, v, scale)
 
 
 def resolve_attention(attention: str, device: torch.device) -> str:

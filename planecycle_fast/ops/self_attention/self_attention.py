@@ -6,24 +6,142 @@ queries and keys when they load them; nothing is copied, and the context comes o
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..rotary.angles import Tables, rope_ref
-from .attention import attention_ref
+from ...runtime.backends import asked_for, pick
+from ..rotary.angles import Axial, Tables
+from ..rotary.rope import check_angles, rope_on
+from .attention import attention_on, check_heads, resolve_attention
+from .self_attention_shapes import parts
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the kernels
+LARGEST_HEAD = 128
 
 
 def self_attention_ref(
     q: Tensor,  # (N, rows, heads, hd), any strides; without k and v (N, rows, 3*heads, hd): heads of q, k and v
     k: Tensor | None = None,  # (N, rows, heads, hd)
     v: Tensor | None = None,  # like k
-    angles: Tables | None = None,  # of the rows after the globals; None: nothing turns
+    angles: Tables | Axial | None = None,  # of the rows after the globals; None: nothing turns
     num_globals: int = 0,  # g
     scale: float | None = None,  # of scores; None: 1/sqrt(hd)
     in_table_dtype: bool = False,  # as of `ops.rope`
 ) -> Tensor:  # (N, rows, heads, hd), contiguous
-    """Pure PyTorch, any device and floating dtype, differentiable any number of times: `rope_ref`, `attention_ref`."""
+    """Pure PyTorch, any device and floating dtype, differentiable any number of times: `rope_ref`, then
+    `attention_ref`."""
+    return in_steps("reference", "reference", q, k, v, angles, num_globals, scale, in_table_dtype)
+
+
+def self_attention(
+    q: Tensor,  # (N, rows, heads, hd), any strides; without k and v (N, rows, 3*heads, hd): heads of q, k and v
+    k: Tensor | None = None,  # (N, rows, heads, hd)
+    v: Tensor | None = None,  # like k
+    angles: Tables | Axial | None = None,  # of the rows after the globals; None: nothing turns
+    num_globals: int = 0,  # g
+    scale: float | None = None,  # of scores; None: 1/sqrt(hd)
+    in_table_dtype: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # (N, rows, heads, hd), contiguous
+    """`self_attention_ref` on the backend asked for: queries and keys turn, then attention within each sequence.
+
+    Backend "triton" makes one pass, differentiated once, in reverse, for q, k and v; "cpu" turns by its `rope` and
+    leaves attention to torch; "auto" is the reference where "triton" does not take the tensors.
+
+    Args:
+        scale: of the scores.
+        in_table_dtype: as of `ops.rope`.
+
+    Raises:
+        TypeError: q, k, v or a table is not a floating-point tensor, or angles of the wrong kind.
+        ValueError: shapes or devices that do not belong together, or a backend that is unknown or not usable. On
+            "triton" also what `why_not_triton` names, angles that need a gradient, and more than 2**30 rows.
+        NotImplementedError: on "triton", forward mode, torch.func's transforms or a second derivative.
+    """
+    check_self_attention(q, k, v, angles, num_globals)
+    chosen = pick(backend, q.device, op="self_attention")
+    reason = why_not_triton(q, k, v, scale) if chosen == "triton" else None
+    if reason is not None:
+        if asked_for(backend) == "triton":
+            raise ValueError(f"backend 'triton' does not take these tensors: {reason}; use 'auto'")
+        chosen = "reference"
+    return self_attention_on(chosen, q, k, v, angles, num_globals, scale, in_table_dtype)
+
+
+def self_attention_on(
+    chosen: str,  # a backend that can be used, and takes these tensors
+    q: Tensor,  # all as of `self_attention`
+    k: Tensor | None,
+    v: Tensor | None,
+    angles: Tables | Axial | None = None,
+    num_globals: int = 0,
+    scale: float | None = None,
+    in_table_dtype: bool = False,
+    load: str = "qk",
+) -> Tensor:  # (N, rows, heads, hd), contiguous
+    """`self_attention` of what is known to belong together. `load` says what turns: "q" where k has turned before."""
+    if chosen == "triton":
+        from .self_attention_triton import self_attention_triton
+
+        return self_attention_triton(q, k, v, angles, num_globals, scale, in_table_dtype, load)
+    attention = resolve_attention("auto", q.device) if chosen == "cpu" else "reference"
+    return in_steps(chosen, attention, q, k, v, angles, num_globals, scale, in_table_dtype, load)
+
+
+def in_steps(
+    backend: str,  # of rope
+    attention: str,  # as of `attention_on`
+    q: Tensor,  # all as of `self_attention_on`
+    k: Tensor | None,
+    v: Tensor | None,
+    angles: Tables | Axial | None,
+    num_globals: int,
+    scale: float | None,
+    in_table_dtype: bool,
+    load: str = "qk",
+) -> Tensor:  # (N, rows, heads, hd), contiguous
+    """Rope, then attention, each on its own."""
+    q, k, v = parts(q, k, v)
+    if angles is not None and "q" in load:
+        q = rope_on(backend, q, angles, num_globals, in_table_dtype=in_table_dtype)
+    if angles is not None and "k" in load:
+        k = rope_on(backend, k, angles, num_globals, in_table_dtype=in_table_dtype)
+    return attention_on(attention, q, k, v, scale)
+
+
+def why_not_triton(
+    q: Tensor,  # as of `self_attention`
+    k: Tensor | None,
+    v: Tensor | None,
+    scale: float | None = None,
+) -> str | None:
+    """The reason why Triton's kernels do not take these tensors, or None. Channels that are not dense are copied."""
+    held = [t for t in (q, k, v) if t is not None]
+    dtypes = [str(t.dtype).removeprefix("torch.") for t in held]
+    if q.dtype not in DTYPES or any([t.dtype != q.dtype for t in held]):
+        return f"it needs float16, bfloat16, float32 or float64, the same for all, got {', '.join(dtypes)}"
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= LARGEST_HEAD:
+        return f"it needs a head dimension that is a multiple of 8 and at most {LARGEST_HEAD}, got {q.shape[3]}"
+    if scale is not None and not 0 < scale < float("inf"):
+        return f"it needs a scale that is positive and finite, got {scale}"
+    return None
+
+
+def check_self_attention(
+    q: Tensor,  # all as of `self_attention`
+    k: Tensor | None,
+    v: Tensor | None,
+    angles: Tables | Axial | None,
+    num_globals: int,
+) -> None:
+    """Raises TypeError or ValueError for arguments of `self_attention` that do not belong together."""
+    if (k is None) != (v is None):
+        raise ValueError(f"{'k' if k is None else 'v'} must be a tensor where the other one is, got None")
     if k is None or v is None:
-        q, k, v = q.chunk(3, dim=2)
+        check_heads(q, q, q)
+        if q.shape[2] % 3:
+            raise ValueError(f"q must have shape (N, rows, 3*heads, hd) without k and v, got {tuple(q.shape)}")
+    else:
+        check_heads(q, k, v)
     if angles is not None:
-        q, k = [rope_ref(t, angles, num_globals, in_table_dtype=in_table_dtype) for t in (q, k)]
-    return attention_ref(q, k, v, scale)
+        check_angles(q, angles, num_globals, "q")

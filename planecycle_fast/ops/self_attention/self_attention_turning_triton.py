@@ -48,8 +48,14 @@ def sincos(
 
 
 @triton.jit
-def turned(a, b, sin, cos, COMPUTE: tl.constexpr, ACC: tl.constexpr):
-    """Halves of heads (rows, hd/2) turned; by minus `sin` turned back."""
-    p, q = rounded(a.to(ACC), COMPUTE), rounded(b.to(ACC), COMPUTE)
-    p, q = p * cos - q * sin, q * cos + p * sin
+def turned(a, b, sin, cos, COMPUTE: tl.constexpr, ACC: tl.constexpr, patch=None):
+    """Halves of heads (rows, hd/2) turned; by minus `sin` turned back.
+
+    `patch` (rows,) says which rows are no globals: these stay as they are, infinities too, whose products with a sine
+    of 0 would be NaN.
+    """
+    x, y = rounded(a.to(ACC), COMPUTE), rounded(b.to(ACC), COMPUTE)
+    p, q = x * cos - y * sin, y * cos + x * sin
+    if patch is not None:
+        p, q = tl.where(patch[:, None], p, x), tl.where(patch[:, None], q, y)
     return rounded(p, COMPUTE).to(a.dtype), rounded(q, COMPUTE).to(b.dtype)
