@@ -22,6 +22,7 @@ class Cost(NamedTuple):
     read: int  # bytes
     written: int  # bytes
     launches: int
+    again: int = 0  # bytes that are read more than once, by programs side by side: from the cache, not from memory
 
 
 @dataclass(frozen=True)

@@ -417,7 +417,7 @@ def _cost(
     tiles = passes(q.dtype, head_dim, settings[-1])
     queries, keys = [triton.cdiv(rows, t.block) for t in tiles]
     through = 4 if tiles.keys.apart else 2  # of grad and q, for each tile of keys
-    return Cost((3 + 2 * queries + 2 + through * keys) * size, 3 * size, launches=2)
+    return Cost(5 * size, 3 * size, launches=2, again=(2 * queries + through * keys) * size)
 
 
 BACKWARD = register(

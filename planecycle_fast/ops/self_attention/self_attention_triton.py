@@ -398,9 +398,9 @@ def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost
     if one.numel() == 0:
         return Cost(0, 0, 0)
     chosen = tiles(one.shape[1], one.shape[3], q.dtype)
-    again = triton.cdiv(one.shape[1], chosen.queries) if chosen.regime == "general" else 1  # keys and values are read
+    tiles_of_queries = triton.cdiv(one.shape[1], chosen.queries) if chosen.regime == "general" else 1
     out, lse = fake(q, k, v, *settings)
-    return Cost((1 + 2 * again) * one.nbytes, out.nbytes + lse.nbytes, launches=1)
+    return Cost(3 * one.nbytes, out.nbytes + lse.nbytes, 1, again=2 * (tiles_of_queries - 1) * one.nbytes)
 
 
 OP = register(_self_attention, fake=fake, setup_context=setup_context, cost=_cost)
