@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -22,6 +22,7 @@ import planecycle_fast as pcf
 from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.engine import block, branches, stream
+from planecycle_fast.runtime.backends import meta_stands_for_cuda
 from tests import peers
 
 OPERATIONS = {  # and where the engine calls them
@@ -31,6 +32,7 @@ OPERATIONS = {  # and where the engine calls them
     "gelu": [(branches, "gelu_ref")], "swiglu": [(branches, "swiglu_on")],
 }  # fmt: skip
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
+LONG = (24, 24, 24)  # of sequences whose keys turn before attention
 CHANNELS, GLOBALS, PATCH = 384, 5, 16
 AUTHORS_PATCH = 4  # smaller pictures for the same tokens
 
@@ -92,28 +94,33 @@ def lifted_rows(
     autocast: bool = False,
     backend: str = "reference",
     training: bool = False,
+    sizes: tuple[int, int, int] = SIZES,
     **settings,
 ) -> list[BlockTraffic]:
     """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
 
     Forward, and in `training` with a gradient for everything.
 
-    On backend "triton" operations count what they declare, on tensors without data: kernels do not run.
+    On backend "triton" operations count what they declare, on tensors without data: kernels do not run. `sizes` are
+    (D, H, W) in tokens.
     """
     import timm
 
+    depth, height, width = sizes
     device, operations = ("cpu", OPERATIONS) if backend == "reference" else ("meta", ("attention",))
     model = timm.create_model("vit_small_patch16_dinov3", pretrained=False, num_classes=0, depth=5).to(dtype).eval()
-    lifted, calls = pcf.lift(model.to(device), backend=backend, **settings), []
+    calls: list = []
     take = pcf.LiftedBlock.take  # a hook would change what blocks hand on
 
     def kept(lifted_block: pcf.LiftedBlock, held: list[pcf.Stream], at: stream.Layer, following: object = ()) -> tuple:
         calls.append((lifted_block, pcf.Stream(*held[0]), at))
         return take(lifted_block, held, at)
 
-    volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
-    rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    volume = torch.randn(1, 3, depth, height * PATCH, width * PATCH, dtype=dtype, device=device)
+    rows = depth * (GLOBALS + height * width)
+    on_gpu = nullcontext() if backend == "reference" else meta_stands_for_cuda()
+    with on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        lifted = pcf.lift(model.to(device), backend=backend, **settings)
         with torch.set_grad_enabled(training), patch.object(pcf.LiftedBlock, "take", kept):
             lifted(volume)
         counted = torch.bfloat16 if autocast else dtype
@@ -153,6 +160,9 @@ def table(dtype: torch.dtype = torch.bfloat16) -> list[BlockTraffic]:
     rows += lifted_rows("planecycle PCm", dtype, pool_method="PCm")
     rows += lifted_rows("slice2d", dtype, mode="slice2d")
     rows += lifted_rows("planecycle, autocast", torch.float32, autocast=True)
+    own = dict(backend="triton", attention="triton")
+    rows += lifted_rows("planecycle, own attention, 261 rows", dtype, **own)
+    rows += lifted_rows("planecycle, own attention, 581 rows", dtype, sizes=LONG, **own)
     return rows + (authors_rows(dtype) if "PLANECYCLE_REPO" in os.environ else [])
 
 

@@ -146,6 +146,17 @@ def test_a_block_on_the_stream(settings):
         assert row.moved <= 40.0 and row.launches <= 12 and row.copies == 0 and row.weight_casts == 0, row
 
 
+@pytest.mark.parametrize(
+    "sizes, most, launches", [(table.SIZES, 36.0, 8), ((16, 16, 17), 36.0, 8), (table.LONG, 38.0, 9)], ids=str
+)
+def test_a_block_with_attention_of_our_own(sizes, most, launches):
+    """Queries and keys turn within attention, up to 320 rows; beyond keys turn before, in a pass of their own."""
+    rows = table.lifted_rows("ours", torch.bfloat16, backend="triton", attention="triton", sizes=sizes)
+    assert [row.planes for row in rows] == PLANES
+    for row in rows:
+        assert row.moved <= most + 0.01 and (row.launches, row.copies) == (launches, 0), row
+
+
 def test_weight_casts_under_autocast_stand_alone():
     for row in table.lifted_rows("ours", torch.float32, autocast=True):
         weights = 12 * table.CHANNELS**2 * (4 + 2)  # float32 in, bfloat16 out
