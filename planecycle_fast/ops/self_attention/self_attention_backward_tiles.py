@@ -1,0 +1,73 @@
+"""How the backward kernels of self_attention cut their rows, chosen without a GPU or a timing.
+
+Found by compiling for all GPUs: the largest tiles that keep no register in memory on any of them (sm_80, 90, 100, 120).
+Fused multiply-adds ("ieee") hold far fewer registers than the three products of "tf32x3", and are as exact: where these
+do not fit, those run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+ONE_TILE = 64  # rows of a sequence that one program holds, at most
+WIDE = 64  # channels; of more a program holds half as many rows
+
+
+class Tiles(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int  # rows of the tile that stays
+    step: int  # of the tiles that pass; 0: there are none
+    warps: int
+    stages: int
+    apart: bool = False  # keys only: their gradients and those of values one after the other
+    precision: str = ""  # of products of float32, if it is not as asked
+
+
+class Passes(NamedTuple):
+    """Of more rows than a program holds."""
+
+    queries: Tiles
+    keys: Tiles
+
+
+# by kind of products and whether heads are wide
+GENERAL = {
+    ("16-bit", False): Passes(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    ("16-bit", True): Passes(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, apart=True)),
+    ("tf32", False): Passes(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 2, apart=True)),
+    ("tf32", True): Passes(Tiles(64, 16, 4, 1), Tiles(32, 16, 4, 1, apart=True)),
+    ("tf32x3", False): Passes(Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1, apart=True)),
+    ("ieee", False): Passes(Tiles(32, 16, 8, 2), Tiles(32, 32, 8, 1, apart=True)),
+    ("ieee", True): Passes(Tiles(32, 16, 8, 2), Tiles(32, 32, 8, 1, apart=True)),
+}
+# by whether products are of 16 bits, whether heads are wide, and rows: warps
+ONE = {
+    (True, False): {16: 1, 32: 2, 64: 8},
+    (True, True): {16: 4, 32: 8},
+    (False, False): {16: 4, 32: 8, 64: 16},
+    (False, True): {16: 8, 32: 16},
+}
+
+
+def one_tile(
+    rows: int | torch.SymInt,  # of a sequence
+    dtype: torch.dtype,
+    head_dim: int,
+) -> Tiles | None:
+    """Where a program can hold all rows; not where torch traces sizes, which may be any then."""
+    if not isinstance(rows, int) or rows > ONE_TILE:
+        return None
+    block = next(size for size in (16, 32, 64) if size >= rows)
+    warps = ONE[dtype.itemsize == 2, head_dim > WIDE].get(block)
+    return None if warps is None else Tiles(block, 0, warps, 1, precision="ieee")
+
+
+def passes(dtype: torch.dtype, head_dim: int, precision: str) -> Passes:
+    """Of any number of rows."""
+    kind = "16-bit" if dtype.itemsize == 2 else "ieee" if dtype == torch.float64 else precision
+    if (kind, head_dim > WIDE) in GENERAL:
+        return GENERAL[kind, head_dim > WIDE]
+    return Passes(*[tiles._replace(precision="ieee") for tiles in GENERAL["ieee", True]])
