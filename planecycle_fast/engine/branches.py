@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..geometry.rope import PlaneAngles
@@ -14,6 +15,7 @@ from ..ops.activations.swiglu import check_swiglu, swiglu_on
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
 from ..ops.self_attention.attention import attention_on
+from ..runtime.attentions import AttentionCall, lie_as_kernels_want
 from ..runtime.tracing import recorder
 from .stream import Layer
 
@@ -28,12 +30,29 @@ def attention_branch(
         return block.parts.call_attention(normed, layer.sincos)
     q, k, v = queries_keys_values(block, normed, layer)
     found, chosen = block.attention, layer.choice.attention
-    if chosen in ("sdpa", "reference"):
+    if chosen == "auto":
+        chosen = layer.choice.attention_for(AttentionCall.of(q, k, v), _plain(block, q, k, v)).attention
         out = attention_on(chosen, q, k, v, found.scale)  # (N, rows, heads, hd)
+    elif chosen in ("sdpa", "reference"):
+        out = attention_on(chosen, q, k, v, found.scale)
     else:
         out = attention(q, k, v, found.scale, chosen)  # which may not take these tensors
     del q, k, v  # memory that the projection can have
     return found.output(out.flatten(2))
+
+
+def _plain(
+    block: BlockDescription,
+    q: Tensor,  # (N, rows, heads, hd)
+    k: Tensor,  # like q
+    v: Tensor,  # like q
+) -> bool:
+    """Whether they lie as every kernel wants them; strides may be symbols where a compiler looks."""
+    if block.plain_qkv and not block.attention.qk_norm:
+        return True
+    if torch.compiler.is_compiling() or not q.dtype == k.dtype == v.dtype:
+        return False
+    return lie_as_kernels_want(q, k, v)
 
 
 def queries_keys_values(
