@@ -23,6 +23,8 @@ from . import op_peers as peers
 from .op_benchmark import benchmark_of
 from .op_cells import GLOBALS, INFERENCE, OURS, REFERENCE, STEPS, TRAINING, Maker, OpCell, Shape, backend_of, fixed
 
+ON_LOAD = "planecycle_fast, RoPE on load"
+
 
 def cells(shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> Iterator[OpCell]:
     for shape in shapes:
@@ -55,7 +57,7 @@ def alone(shape: Shape, step: str, dtype: torch.dtype) -> OpCell:
         {
             OURS: on_heads(fixed(attention)), REFERENCE: on_heads(fixed(attention_ref)),
             peers.SDPA: on_heads(fixed(peers.sdpa)),
-            **{label: on_heads(peers.flash_attention(name)) for name, label in peers.FLASH.items()},
+            **{label: on_heads(peers.named_attention(name)) for name, label in (peers.TORCHS | peers.FLASH).items()},
         },
         flops=forward * (3.5 if step == TRAINING else 1),  # backward computes the scores again, as torch counts it
     )  # fmt: skip
@@ -87,6 +89,15 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell
 
         return joined(lambda x: plane_switch(x, *where, m, backend=backend), turn, attention)
 
+    def turned_on_load():
+        attend, backend = peers.own_attention(device)(), backend_of(device, "rope")
+
+        def call(x: Tensor, weight: Tensor) -> Tensor:
+            qkv = F.linear(plane_switch(x, *where, m, backend=backend), weight).unflatten(2, (3 * heads, -1))
+            return attend(qkv, angles, GLOBALS).flatten(2)
+
+        return call
+
     def reference_turn(qkv: Tensor) -> tuple[Tensor, ...]:
         return rope_ref(qkv, tables, GLOBALS, 2 * heads).split(heads, 2)
 
@@ -104,7 +115,7 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell
 
     @peers.maker
     def flash_with_copies(name: str):
-        attend = peers.flash_attention(name)()
+        attend = peers.named_attention(name)()
         return joined(copies, peers.flash_rotary(tables, GLOBALS, dtype, device)(), attend)
 
     return OpCell(
@@ -112,6 +123,7 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell
         {"x": (*shape.sequences, channels), "weight": (3 * channels, channels)},
         {
             OURS: ours,
+            ON_LOAD: turned_on_load,
             REFERENCE: fixed(joined(lambda x: plane_switch_ref(x, *where, m), reference_turn, attention_ref)),
             f"{peers.SDPA}, copies and RoPE": with_copies,
             **{f"{label}, copies and rotary": flash_with_copies(name) for name, label in peers.FLASH.items()},

@@ -8,6 +8,7 @@ smoke    smoke.md: everything once, compared; 60 s say whether anything is broke
 warm     warm.md: compiles, in many processes beside `smoke`, what later parts run
 models   models.md: ViT-S, B, L against the authors' code, eager and compiled, and their products and attention alone
 tests    tests.txt: the GPU tests, in many processes; those marked `alone` last and by themselves
+attention  attention.md, attention.jsonl: what `attention="auto"` chooses from, and where another choice is faster
 kernels  kernels.md: each kernel against a copy of as many bytes; what the host needs per block
 ops      ops.md, ops.json: every operation against its reference and what others offer
 sweep    report.md, rows.jsonl, pictures: `planecycle-fast bench --quick`
@@ -36,7 +37,8 @@ from .budget import Budget
 from .part_table import PROJECT, header, results_folder, write
 
 STAGES = {  # parts that run side by side: seconds of all of them
-    ("smoke", "warm"): 50, ("models",): 165, ("tests",): 145, ("kernels",): 40, ("ops",): 30, ("sweep",): 40,
+    ("smoke", "warm"): 50, ("models",): 155, ("tests",): 145, ("attention",): 40, ("kernels",): 30, ("ops",): 25,
+    ("sweep",): 25,
 }  # fmt: skip
 ASKED = {  # by --only alone
     ("tiles",): 120, ("compile",): 150, ("repeats",): 150, ("huge",): 100,

@@ -12,7 +12,17 @@ from time import time
 
 import torch
 
-from . import gpu_kernels, gpu_models, gpu_sanitize, gpu_smoke, gpu_tests, gpu_warm, op_measure, op_report
+from . import (
+    gpu_attention,
+    gpu_kernels,
+    gpu_models,
+    gpu_sanitize,
+    gpu_smoke,
+    gpu_tests,
+    gpu_warm,
+    op_measure,
+    op_report,
+)
 from .budget import Part
 from .op_cells import DTYPES, SHAPES, OpCell
 from .part_table import PartTable, header, results_folder
@@ -90,6 +100,7 @@ def sweep(path: Path, about: str, part: Part) -> int:
 
 RUN = {  # what writes a file, given its path, its first lines and the time
     "smoke": gpu_smoke.run, "warm": warm, "models": gpu_models.run, "tests": gpu_tests.run, "kernels": gpu_kernels.run,
+    "attention": gpu_attention.run,
     "ops": ops, "sweep": sweep, "tiles": tiles, **dict.fromkeys(("compile", "repeats", "huge"), gpu_tests.run),
     **dict.fromkeys(gpu_sanitize.TOOLS, gpu_sanitize.run),
 }  # fmt: skip

@@ -18,11 +18,13 @@ from torch import Tensor
 from planecycle_fast.bench.contenders import NotHereError
 from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
 from planecycle_fast.ops import Tables
-from planecycle_fast.runtime.attentions import flash_function, why_not_attention, why_not_for
+from planecycle_fast.ops.self_attention.attention import attention_on
+from planecycle_fast.runtime.attentions import why_not_attention, why_not_for
 
 from .op_cells import Maker
 
 FLASH = {"flash2": "FlashAttention 2", "flash3": "FlashAttention 3", "flash4": "FlashAttention 4"}
+TORCHS = {"flash": "SDPA, flash", "cudnn": "SDPA, cuDNN", "efficient": "SDPA, efficient"}
 FLASH_TRITON, FLASH_JIT = "FlashAttention's Triton kernel", "FlashAttention's SwiGLU"
 LIGER, SDPA, SEPARATE = "Liger", "SDPA", "separate passes"
 
@@ -46,8 +48,8 @@ def maker(function: Callable[..., Callable[..., Any]]) -> Callable[..., Maker]:
 
 
 @maker
-def flash_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`flash_attn_func` of an installed FlashAttention, on (N, rows, heads, hd)."""
+def named_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An attention by name, one of `FLASH` or `TORCHS`, on (N, rows, heads, hd)."""
     reason = why_not_attention(name)
     if reason is not None:
         raise NotHereError(reason)
@@ -56,10 +58,19 @@ def flash_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         reason = why_not_for(name, q, k, v)
         if reason is not None:
             raise NotHereError(reason)
-        out = flash_function(name)(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
+        return attention_on(name, q, k, v, None)
 
     return call
+
+
+@maker
+def own_attention(device: str) -> Callable[..., Tensor]:
+    """Our kernels that turn queries and keys when they load them: of packed (N, rows, 3*heads, hd), angles, globals."""
+    reason = why_not_attention("triton")
+    if reason is not None:
+        raise NotHereError(reason)
+    function = load("planecycle_fast.ops.self_attention.self_attention", "self_attention", device)
+    return lambda qkv, angles, num_globals: function(qkv, None, None, angles, num_globals, backend="triton")
 
 
 def sdpa(

@@ -88,12 +88,32 @@ class LiftedModel(TensorsOfHost, TreeModule):
         """Per block: its parts, and which of them the model's own code runs and why (`kept`)."""
         return [block.description() for block in self.lifted_blocks]
 
-    def report(self) -> None:
-        """Prints per block what is fused, by which backend, what is not, and why."""
-        device, _ = running_place(self) or (torch.device("cpu"), None)
-        print(table_of(self.descriptions(), Choice.of(self.backend, self.attention, self.strict, device)))
+    def report(self, volume_shape: Sequence[int] | None = None) -> None:
+        """Prints per block what is fused, by which backend, what is not, and why; on a GPU also which attention runs.
+
+        Args:
+            volume_shape: (B, channels, D, height, width) in pixels, for which attention is said plane by plane; None:
+                by the number of rows of a sequence.
+
+        Raises ValueError for a shape of another kind.
+        """
+        device, dtype = running_place(self) or (torch.device("cpu"), None)
+        planes = None if volume_shape is None else self._lengths(volume_shape)
+        choice = Choice.of(self.backend, self.attention, self.strict, device)
+        print(table_of(self.descriptions(), choice, dtype, self.training, planes))
         if self.depth_position != "none":
             print(describe_depth(self.depth_position, self.adapter, self.planes))
+
+    def _lengths(self, volume_shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """Sequences and rows along each plane of a volume (B, channels, D, height, width)."""
+        if len(volume_shape) != 5 or not all([isinstance(n, int) and n > 0 for n in volume_shape]):
+            expected = "five sizes (B, channels, D, height, width), at least 1 each"
+            raise ValueError(f"volume_shape must be {expected}, got {volume_shape!r}")
+        batch, _, depth, height, width = volume_shape
+        self.adapter.check_image_size(height, width)
+        patch_h, patch_w = self.adapter.patch_size
+        sizes, g = (depth, height // patch_h, width // patch_w), self.adapter.num_globals
+        return {plane.name: (batch * plane.slices(sizes), g + plane.length(sizes)) for plane in self.planes}
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
@@ -259,7 +279,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         """
         blocks, planes, layers = self.lifted_tree.layers(), self.planes, {}
         wanted = wanted_layers(n, len(blocks))
-        choice = Choice.of(self.backend, self.attention, self.strict, volume.device)
+        choice = Choice.of(self.backend, self.attention, self.strict, volume.device, volume.shape)
         check_strict(choice, self.attention, self.descriptions)
         axes, g = len(planes[0].sequence), self.adapter.num_globals
         tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)

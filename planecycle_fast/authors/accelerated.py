@@ -87,7 +87,7 @@ class Method:
         """
         sizes, start = self._prepare(x, masks)
         model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, {}
-        choice = Choice.of(self.backend, self.attention, self.strict, x.device)
+        choice = Choice.of(self.backend, self.attention, self.strict, x.device, x.shape)
         check_strict(choice, self.attention, self.descriptions)
         converted, readings, blocks = self._converted, self._readings(), [*model.blocks]
         inside = [converted and _need_not_be_called(block) for block in blocks]
@@ -275,8 +275,9 @@ class Report(Method):
 
     def __call__(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
-        choice = Choice.of(self.backend, self.attention, self.strict, self.model.cls_token.device)
-        print(table_of(self.descriptions(), choice))
+        token = self.model.cls_token
+        choice = Choice.of(self.backend, self.attention, self.strict, token.device)
+        print(table_of(self.descriptions(), choice, token.dtype, self.model.training))
 
 
 METHODS = {  # by the name that each shadows

@@ -14,9 +14,10 @@ from ..ops.activations.gelu import gelu_ref
 from ..ops.activations.swiglu import check_swiglu, swiglu_on
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
-from ..ops.self_attention.attention import attention_on
+from ..ops.self_attention.attention import attention_on, check_takes
 from ..ops.self_attention.self_attention import check_self_attention, self_attention_on
 from ..ops.self_attention.self_attention_tiles import turned_on_load
+from ..runtime.attentions import AttentionCall, lie_as_kernels_want
 from ..runtime.tracing import recorder
 from .stream import Layer
 
@@ -30,15 +31,32 @@ def attention_branch(
     if "attention" in block.kept:
         return block.parts.call_attention(normed, layer.sincos)
     found, chosen = block.attention, layer.choice.attention
-    made = _projected(block, normed)
+    made, named = _projected(block, normed), chosen != "auto"
+    if not named:
+        call = AttentionCall.of(*_split(made, found.heads))
+        chosen = layer.choice.attention_for(call, _plain(block, made)).attention
+    elif chosen == "triton":
+        check_takes(chosen, *_split(made, found.heads))
     if chosen == "triton":
         out = _by_own_kernels(made, block, layer)  # (N, rows, heads, hd)
-    elif chosen in ("sdpa", "reference"):
-        out = attention_on(chosen, *_split(_turned(made, block, layer), found.heads), found.scale)
-    else:  # which may not take these tensors
+    elif named and chosen not in ("sdpa", "reference"):  # which may not take these tensors
         out = attention(*_split(_turned(made, block, layer), found.heads), found.scale, chosen)
+    else:
+        out = attention_on(chosen, *_split(_turned(made, block, layer), found.heads), found.scale)
     del made  # memory that the projection can have
     return found.output(out.flatten(2))
+
+
+def _plain(
+    block: BlockDescription,
+    made: Sequence[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
+) -> bool:
+    """Whether they lie as every kernel wants them; strides may be symbols where a compiler looks."""
+    if block.plain_qkv and not block.attention.qk_norm:
+        return True
+    if torch.compiler.is_compiling() or any([t.dtype != made[0].dtype for t in made]):
+        return False
+    return lie_as_kernels_want(*made)
 
 
 def queries_keys_values(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
+
+import torch
 
 from ..hosts.description import BlockDescription
 from ..hosts.parts import WHOLE
 from ..ops.choice import Choice
+from ..runtime.attention_table import TABLE, told_range
+from ..runtime.attentions import AttentionCall
 
 PARTS = {  # of a block: the operation, and the parts that it replaces
     "plane_switch": ("scale2", "norm1"),
@@ -16,6 +21,9 @@ PARTS = {  # of a block: the operation, and the parts that it replaces
     "add_norm": ("scale1", "norm2"),
     "mlp": ("mlp",),
 }
+
+
+SHOWN = 90  # characters of a reason
 
 
 class ReportRow(NamedTuple):
@@ -55,8 +63,69 @@ def _rows(kept: Mapping[str, str], choice: Choice) -> list[tuple[str, str, str]]
     return described
 
 
-def table_of(blocks: Sequence[BlockDescription], choice: Choice) -> str:
-    """The report as a table in plain text."""
+def table_of(
+    blocks: Sequence[BlockDescription],
+    choice: Choice,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+    planes: Mapping[str, tuple[int, int]] | None = None,
+) -> str:
+    """The report as a table in plain text; below it, where attention is chosen by sizes, what is chosen and why.
+
+    Args:
+        dtype: of the model's parameters; None: it has none.
+        planes: sequences and rows along each plane, of a volume; None: any number of rows.
+    """
+    table = _table(blocks, choice)
+    dtype = dtype if choice.autocast is None else choice.autocast
+    shapes = {shape for block in blocks if (shape := _heads(block)) is not None}
+    if choice.attention != "auto" or dtype is None or len(shapes) != 1:
+        return table
+    [(heads, head_dim)] = shapes
+    step = "training" if training else "inference"
+    title = f"attention, {str(dtype).removeprefix('torch.')}, head dimension {head_dim}, {step}:"
+    call = AttentionCall(dtype, None, None, heads, head_dim, training)
+    lines = [f"  {where}: {what}" for where, what in _attentions(choice, call, planes)]
+    return "\n".join([table, title, *lines, "  (all of the table, with times: docs/attention-table.md)"])
+
+
+def _heads(block: BlockDescription) -> tuple[int, int] | None:
+    """Heads and their dimension, where attention runs by operations."""
+    if block.why_not_attention is not None:
+        return None
+    channels, heads = getattr(block.attention.qkv[0], "in_features", None), block.attention.heads
+    return None if channels is None else (heads, channels // heads)
+
+
+def _attentions(
+    choice: Choice, call: AttentionCall, planes: Mapping[str, tuple[int, int]] | None
+) -> Iterator[tuple[str, str]]:
+    """Rows of sequences, or a plane, and what is chosen for them; neighbours alike in one."""
+    if planes is not None:
+        for name, (sequences, rows) in planes.items():
+            yield f"{name}, {rows} rows", _chosen(choice, call._replace(sequences=sequences, rows=rows))
+        return
+    ends = {limit for row in TABLE for limit in (row.rows[0] - 1, row.rows[1]) if limit is not None}
+    starts = [1, *[end + 1 for end in sorted(ends) if end > 0]]
+    found = [_chosen(choice, call._replace(rows=start)) for start in starts]
+    for what, alike in groupby(range(len(starts)), lambda i: found[i]):
+        first, *_, last = [*alike] * 2
+        after = starts[last + 1] - 1 if last + 1 < len(starts) else None
+        yield f"rows: {told_range((starts[first], after))}", what
+
+
+def _chosen(choice: Choice, call: AttentionCall) -> str:
+    """What is chosen, why, and what else where sizes repeat."""
+    first, again = [replace(choice, repeats=repeats).attention_for(call, plain=True) for repeats in (False, True)]
+    more = "" if again == first else f"; once sizes repeat {again.attention} ({_short(again.why)})"
+    return f"{first.attention} ({_short(first.why)}){more}"
+
+
+def _short(why: str) -> str:
+    return why if len(why) <= SHOWN else f"{why[: SHOWN - 4]} ..."
+
+
+def _table(blocks: Sequence[BlockDescription], choice: Choice) -> str:
     lines = [ReportRow("blocks", "part", "runs by", "left to the model, and why"), *rows(blocks, choice)]
     widths = [max([len(line[i]) for line in lines]) for i in range(3)]
     return "\n".join(

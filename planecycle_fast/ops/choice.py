@@ -5,13 +5,17 @@ Operations that are called directly decide for themselves, by the same rules (`r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.attention_table import ChosenAttention, choose_attention
+from ..runtime.attentions import AttentionCall
 from ..runtime.backends import LACKS, asked_for, choose
+from ..runtime.sizes_seen import seen_before
 from ..runtime.tracing import may_write
 from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
@@ -30,20 +34,27 @@ class Choice:
     add_norm: str  # of one in full, and of the sum and its norm,
     rope: str
     swiglu: str
-    attention: str  # "sdpa", "reference", or the one asked for by name
+    attention: str  # "sdpa", "reference", the one asked for by name, or "auto": `attention_for` says what that is
     grad: bool  # whether gradients are recorded
     writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
     autocast: torch.dtype | None  # what linear layers cast to
+    repeats: bool = False  # whether volumes of these sizes have come before, see `sizes_seen`
 
     @staticmethod
-    def of(backend: str, attention: str, strict: bool, device: torch.device) -> Choice:
-        """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
+    def of(
+        backend: str, attention: str, strict: bool, device: torch.device, sizes: Sequence[int] | None = None
+    ) -> Choice:
+        """`sizes` are the volume's, of a pass that begins.
+
+        Raises ValueError, with the reason, for a backend asked for by name that is not usable there.
+        """
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
         chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
-        return Choice(asked, strict, device, *by, *_mode(device))
+        repeats = by[4] == "auto" and sizes is not None and seen_before(sizes)
+        return Choice(asked, strict, device, *by, *_mode(device), repeats)
 
     def for_rows(self, channels: int) -> Choice:
         """The same for rows of so many channels. Raises ValueError as `backend_of_rows` does."""
@@ -56,11 +67,25 @@ class Choice:
     ) -> Choice:
         """The same for rows like x, in the mode that is on now: hooks may have changed it, or the device."""
         if x.device != self.device:
-            return Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+            moved = Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+            return replace(moved, repeats=self.repeats)
         grad, writes, autocast = mode = _mode(x.device)
         if mode == (self.grad, self.writes, self.autocast):
             return self
         return replace(self, grad=grad, writes=writes, autocast=autocast)
+
+    def attention_for(self, call: AttentionCall, plain: bool) -> ChosenAttention:
+        """The attention of one layer, and why: where it is "auto", by the table.
+
+        Args:
+            plain: whether q, k and v lie as every kernel wants them (`attentions.lie_as_kernels_want`; a plain linear
+                layer's do), of one dtype.
+        """
+        if self.attention != "auto":
+            return ChosenAttention(self.attention, "chosen" if self.attention != "sdpa" else "torch's own")
+        if not plain or self.autocast not in (None, call.dtype):
+            return ChosenAttention("sdpa", "static: it copies and casts what kernels do not take as it is")
+        return choose_attention(self.device, call, self.repeats, own=self.rope == "triton")
 
     def plain(self) -> Choice:
         """The same by references, nothing in place."""

@@ -8,6 +8,8 @@ Start with `backends.pick`: what "auto" becomes. Whatever cannot run has a reaso
 | | |
 | --- | --- |
 | `backends.py`, `attentions.py` | which backend, which attention, and why not another |
+| `attention_table.py`, `attention_times.py` | what attention "auto" is on a GPU, and the measurements that it goes by |
+| `sizes_seen.py` | whether volumes of a size have come before |
 | `tracing.py` | who records or transforms operations now, and so which of them may not be fast, or write in place |
 | `compiling.py` | csrc into one library; read by setup.py too, by itself |
 | `native.py` | that library: found, built on first use, trusted or not, loaded |

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark, whose tests these are")
 
-from benchmarks import compare, op_measure, op_peers, op_report
+from benchmarks import bench_attention, compare, op_measure, op_peers, op_report
 from benchmarks.op_cells import COMPILED, INFERENCE, OURS, REFERENCE, TINY, TRAINING, fixed
 from planecycle_fast import ops
 from planecycle_fast.bench.contenders import NotHereError
@@ -46,13 +46,18 @@ def test_every_operation_has_a_benchmark():
     assert len({cell.group for cell in CELLS}) == len(CELLS)
 
 
+NEED_A_GPU = (
+    op_peers.LIGER, op_peers.FLASH_TRITON, op_peers.FLASH_JIT, *op_peers.TORCHS.values(), bench_attention.ON_LOAD,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_contenders_compute_the_same(uncompiled, op, dtype):
     for cell in cells_of(op, dtype):
         for name, result in op_measure.measure(cell, CPU, timed=False).items():
             assert result.refused is None, (cell.group, name, result.refused)
-            others = name in (op_peers.LIGER, op_peers.FLASH_TRITON, op_peers.FLASH_JIT) or "FlashAttention" in name
+            others = name in NEED_A_GPU or "FlashAttention" in name
             assert (result.missing is None) != others, (cell.group, name, result.missing)
 
 

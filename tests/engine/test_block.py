@@ -305,7 +305,7 @@ def test_checks_come_before_any_work(monkeypatch):
 
 
 def test_names_are_checked_when_lifting():
-    with pytest.raises(ValueError, match="attention 'triton' is not usable: not part of this release yet; us"):
+    with pytest.raises(ValueError, match="attention 'triton' is not usable: it has no self_attention yet; us"):
         check_attention("triton")
 
 
