@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.backends import LACKS, asked_for, choose
 from ..runtime.tracing import may_write
+from .activations.linear_gelu import why_not_on
 from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
 
@@ -34,16 +35,19 @@ class Choice:
     grad: bool  # whether gradients are recorded
     writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
     autocast: torch.dtype | None  # what linear layers cast to
+    gelu: str = "exact"  # or "triton", exact in fc1's epilogue where that pays, or "tanh_epilogue", by name
 
     @staticmethod
-    def of(backend: str, attention: str, strict: bool, device: torch.device) -> Choice:
+    def of(backend: str, attention: str, strict: bool, device: torch.device, gelu: str = "exact") -> Choice:
         """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
         chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
-        return Choice(asked, strict, device, *by, *_mode(device))
+        if gelu == "exact" and add_norm == "triton" and why_not_on(device) is None:
+            gelu = "triton"
+        return Choice(asked, strict, device, *by, *_mode(device), gelu)
 
     def for_rows(self, channels: int) -> Choice:
         """The same for rows of so many channels. Raises ValueError as `backend_of_rows` does."""
@@ -56,7 +60,8 @@ class Choice:
     ) -> Choice:
         """The same for rows like x, in the mode that is on now: hooks may have changed it, or the device."""
         if x.device != self.device:
-            return Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+            gelu = "tanh_epilogue" if self.gelu == "tanh_epilogue" else "exact"
+            return Choice.of(self.asked, self.attention, self.strict, x.device, gelu).for_rows(x.shape[-1])
         grad, writes, autocast = mode = _mode(x.device)
         if mode == (self.grad, self.writes, self.autocast):
             return self
