@@ -25,6 +25,7 @@ from .op_cells import Maker
 FLASH = {"flash2": "FlashAttention 2", "flash3": "FlashAttention 3", "flash4": "FlashAttention 4"}
 FLASH_TRITON, FLASH_JIT = "FlashAttention's Triton kernel", "FlashAttention's SwiGLU"
 LIGER, SDPA, SEPARATE = "Liger", "SDPA", "separate passes"
+TANH_EPILOGUE = "cuBLASLt's tanh epilogue"
 
 
 def load(module: str, name: str, device: str) -> Any:

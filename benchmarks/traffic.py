@@ -22,13 +22,17 @@ import planecycle_fast as pcf
 from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.engine import block, branches, stream
+from planecycle_fast.hosts.description import BlockDescription
+from planecycle_fast.ops import linear_gelu_ref
+from planecycle_fast.ops.choice import Choice
 from tests import peers
 
 OPERATIONS = {  # and where the engine calls them
     "plane_switch": [(stream, "switch_on")], "add_norm": [(block, "add_norm_on")],
     "rope": [(branches, "rope_on"), (branches, "rope_within")],
     "attention": [(branches, "attention_on"), (branches, "attention")],
-    "gelu": [(branches, "gelu_ref")], "swiglu": [(branches, "swiglu_on")],
+    "gelu": [(branches, "gelu_ref")], "linear_gelu": [(branches, "linear_gelu_on")],
+    "swiglu": [(branches, "swiglu_on")],
 }  # fmt: skip
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
 CHANNELS, GLOBALS, PATCH = 384, 5, 16
@@ -92,13 +96,15 @@ def lifted_rows(
     autocast: bool = False,
     backend: str = "reference",
     training: bool = False,
+    epilogue: bool = False,
     **settings,
 ) -> list[BlockTraffic]:
     """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
 
     Forward, and in `training` with a gradient for everything.
 
-    On backend "triton" operations count what they declare, on tensors without data: kernels do not run.
+    On backend "triton" operations count what they declare, on tensors without data: kernels do not run. With `epilogue`
+    fc1 takes GELU into its epilogue, as on GPUs where that is faster.
     """
     import timm
 
@@ -113,7 +119,11 @@ def lifted_rows(
 
     volume = torch.randn(1, 3, SIZES[0], SIZES[1] * PATCH, SIZES[2] * PATCH, dtype=dtype, device=device)
     rows = SIZES[0] * (GLOBALS + SIZES[1] * SIZES[2])
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+        if epilogue:
+            stack.enter_context(patch.object(branches, "linear_gelu_on", linear_gelu_ref))
+            stack.enter_context(patch.object(branches, "_in_epilogue", _in_epilogue))
         with torch.set_grad_enabled(training), patch.object(pcf.LiftedBlock, "take", kept):
             lifted(volume)
         counted = torch.bfloat16 if autocast else dtype
@@ -122,6 +132,11 @@ def lifted_rows(
             call = partial(lifted_block.take, [came], at)
             found.append(of_call(code, f"{at.old} to {at.new}", call, rows, counted, operations, training))
     return [row for i, row in enumerate(found) if row not in found[:i]]
+
+
+def _in_epilogue(block: BlockDescription, normed: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """As on a GPU that is in the table."""
+    return branches.linear_gelu_on(normed, *branches.plain_weights(block))
 
 
 def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
@@ -150,6 +165,7 @@ def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
 def table(dtype: torch.dtype = torch.bfloat16) -> list[BlockTraffic]:
     """All rows; the authors' only where PLANECYCLE_REPO names a checkout."""
     rows = lifted_rows("planecycle", dtype)
+    rows += lifted_rows("planecycle, epilogue", dtype, epilogue=True)
     rows += lifted_rows("planecycle PCm", dtype, pool_method="PCm")
     rows += lifted_rows("slice2d", dtype, mode="slice2d")
     rows += lifted_rows("planecycle, autocast", torch.float32, autocast=True)

@@ -105,7 +105,9 @@ def _preprocessor(host: nn.Module) -> Path | None:
 
 def _described(lifted: nn.Module) -> dict[str, Any]:
     """The settings that a lift has: in other modes than planecycle only the mode is one."""
-    names = DEFAULTS if lifted.mode == "planecycle" else ("mode", "depth_position", "gelu")
+    names = [*DEFAULTS] if lifted.mode == "planecycle" else ["mode", "depth_position", "gelu"]
+    if lifted.gelu == DEFAULTS["gelu"]:  # older versions read what does not say it
+        names.remove("gelu")
     described = {"planecycle_fast": __version__} | {name: getattr(lifted, name) for name in names}
     adapter = type(lifted.adapter)
     with suppress(ValueError):  # of no known class

@@ -26,7 +26,7 @@ def through(values):
     return linear_gelu(values, torch.eye(8, dtype=values.dtype), backend="triton")[:, 0]
 
 
-@pytest.mark.parametrize("dtype, few", [(torch.float16, 1e-5), (torch.bfloat16, 4e-4)], ids=str)
+@pytest.mark.parametrize("dtype, few", [(torch.float16, 1e-5), (torch.bfloat16, 4e-4)], ids=["half", "bf16"])
 def test_every_value_of_gelu_is_rounded_once(dtype, few):
     """All there are between -5.5 and 20: within one rounding, and so many more of the value itself."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
