@@ -1,6 +1,7 @@
 """Each kernel on shapes of real models against a copy that moves as many bytes, and what the host needs per block.
 
-Parts of ``make gpu`` (`gpu_parts.py`): `kernels`, and `tiles`, other tiles than the shipped ones. Times are medians by
+Parts of ``make gpu`` (`gpu_parts.py`): `kernels`, and `tiles`, other tiles than the shipped ones, of `linear_gelu` too,
+a matrix product, whose rate is in `bench_linear_gelu.py`. Times are medians by
 triton's `do_bench`, caches flushed. The bytes are those that the operation declares, which tests hold against what its
 kernels load and store.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -23,6 +25,7 @@ from .part_table import PartTable
 HOST = "the host's time per block"
 ORDER = (1, 3, 0, 5, 2, 4)  # of SHAPES: ViT-S, L, short sequences, 7B, then those between
 MILLISECONDS = {"warmup": 10, "rep": 50}  # of `do_bench`: of a kernel of a millisecond some 50 runs
+LINEAR_GELU = "linear_gelu"
 HOST_BAR = 600  # microseconds of the host per block
 BAR = 0.9  # of a copy's bandwidth
 
@@ -86,7 +89,8 @@ def _tensors(c) -> dict[str, torch.Tensor]:
 
 def tile_calls() -> list[tuple]:
     """(shape, kernel) of everything that has tiles to choose."""
-    return [(shape, kernel) for shape in SHAPES["cuda"][1:] for kernel in ("forward", "backward")]
+    found = [(shape, kernel) for shape in SHAPES["cuda"][1:] for kernel in ("forward", "backward")]
+    return found + [(shape, LINEAR_GELU) for shape in SHAPES["cuda"][1:]]
 
 
 def with_tiles(shape, kernel: str) -> Iterator[tuple]:
@@ -95,6 +99,9 @@ def with_tiles(shape, kernel: str) -> Iterator[tuple]:
     from planecycle_fast.ops import tiles as configs
     from tests.specs import add_norm
 
+    if kernel == LINEAR_GELU:
+        yield from _with_tilings(shape)
+        return
     c = add_norm.case(HW, DW, shape.sizes, GLOBALS, shape.channels, shape.batch)
     op, arguments = add_norm.SPEC.op_arguments(_tensors(c), c.settings)[("forward", "backward").index(kernel)]
     key, shipped = (kernel, shape.channels), configs.tile(kernel, shape.channels)
@@ -107,6 +114,20 @@ def with_tiles(shape, kernel: str) -> Iterator[tuple]:
         configs.TABLE.pop(key)
         if before is not None:
             configs.TABLE[key] = before
+
+
+def _with_tilings(shape) -> Iterator[tuple]:
+    """The same of `linear_gelu`."""
+    from planecycle_fast.ops.activations import linear_gelu_table, linear_gelu_triton
+    from tests.specs import linear_gelu
+
+    rows, hidden = shape.batch * shape.sizes[0], 4 * shape.channels
+    c = linear_gelu.case((rows, GLOBALS + shape.sizes[1] * shape.sizes[2]), shape.channels, hidden)
+    [(op, arguments)] = linear_gelu.SPEC.op_arguments(_tensors(c), c.settings)
+    shipped = linear_gelu_table.tiling(hidden)
+    for tile in dict.fromkeys((shipped, *linear_gelu_table.CANDIDATES)):
+        with patch.object(linear_gelu_triton, "tiling", lambda hidden, tile=tile: tile):
+            yield tile, lambda: op.body(*arguments)
 
 
 def faster_tile(shape, kernel: str) -> str:

@@ -27,6 +27,7 @@ FLASH = {"flash2": "FlashAttention 2", "flash3": "FlashAttention 3", "flash4": "
 TORCHS = {"flash": "SDPA, flash", "cudnn": "SDPA, cuDNN", "efficient": "SDPA, efficient"}
 FLASH_TRITON, FLASH_JIT = "FlashAttention's Triton kernel", "FlashAttention's SwiGLU"
 LIGER, SDPA, SEPARATE = "Liger", "SDPA", "separate passes"
+TANH_EPILOGUE = "cuBLASLt's tanh epilogue"
 
 
 def load(module: str, name: str, device: str) -> Any:

@@ -22,6 +22,9 @@ import planecycle_fast as pcf
 from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.engine import block, branches, stream
+from planecycle_fast.hosts.description import BlockDescription
+from planecycle_fast.ops import linear_gelu_ref
+from planecycle_fast.ops.choice import Choice
 from planecycle_fast.runtime.backends import meta_stands_for_cuda
 from tests import peers
 
@@ -29,7 +32,8 @@ OPERATIONS = {  # and where the engine calls them
     "plane_switch": [(stream, "switch_on")], "add_norm": [(block, "add_norm_on")],
     "rope": [(branches, "rope_on"), (branches, "rope_within")],
     "attention": [(branches, "attention_on"), (branches, "attention")],
-    "gelu": [(branches, "gelu_ref")], "swiglu": [(branches, "swiglu_on")],
+    "gelu": [(branches, "gelu_ref")], "linear_gelu": [(branches, "linear_gelu_on")],
+    "swiglu": [(branches, "swiglu_on")],
 }  # fmt: skip
 SIZES = (16, 16, 16)  # tokens; alike, so that every plane has as many rows
 LONG = (24, 24, 24)  # of sequences whose keys turn before attention
@@ -95,6 +99,7 @@ def lifted_rows(
     backend: str = "reference",
     training: bool = False,
     sizes: tuple[int, int, int] = SIZES,
+    epilogue: bool = False,
     **settings,
 ) -> list[BlockTraffic]:
     """Blocks of a lifted ViT-S (timm, one packed qkv), one for each change of planes of the default cycle.
@@ -102,7 +107,7 @@ def lifted_rows(
     Forward, and in `training` with a gradient for everything.
 
     On backend "triton" operations count what they declare, on tensors without data: kernels do not run. `sizes` are
-    (D, H, W) in tokens.
+    (D, H, W) in tokens. With `epilogue` fc1 takes GELU into its epilogue, as on GPUs where that is faster.
     """
     import timm
 
@@ -118,8 +123,12 @@ def lifted_rows(
 
     volume = torch.randn(1, 3, depth, height * PATCH, width * PATCH, dtype=dtype, device=device)
     rows = depth * (GLOBALS + height * width)
-    on_gpu = nullcontext() if backend == "reference" else meta_stands_for_cuda()
-    with on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with ExitStack() as stack:
+        stack.enter_context(nullcontext() if backend == "reference" else meta_stands_for_cuda())
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+        if epilogue:
+            stack.enter_context(patch.object(branches, "linear_gelu_on", linear_gelu_ref))
+            stack.enter_context(patch.object(branches, "_in_epilogue", _in_epilogue))
         lifted = pcf.lift(model.to(device), backend=backend, **settings)
         with torch.set_grad_enabled(training), patch.object(pcf.LiftedBlock, "take", kept):
             lifted(volume)
@@ -129,6 +138,11 @@ def lifted_rows(
             call = partial(lifted_block.take, [came], at)
             found.append(of_call(code, f"{at.old} to {at.new}", call, rows, counted, operations, training))
     return [row for i, row in enumerate(found) if row not in found[:i]]
+
+
+def _in_epilogue(block: BlockDescription, normed: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """As on a GPU that is in the table."""
+    return branches.linear_gelu_on(normed, *branches.plain_weights(block))
 
 
 def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
@@ -157,6 +171,7 @@ def authors_rows(dtype: torch.dtype) -> list[BlockTraffic]:
 def table(dtype: torch.dtype = torch.bfloat16) -> list[BlockTraffic]:
     """All rows; the authors' only where PLANECYCLE_REPO names a checkout."""
     rows = lifted_rows("planecycle", dtype)
+    rows += lifted_rows("planecycle, epilogue", dtype, epilogue=True)
     rows += lifted_rows("planecycle PCm", dtype, pool_method="PCm")
     rows += lifted_rows("slice2d", dtype, mode="slice2d")
     rows += lifted_rows("planecycle, autocast", torch.float32, autocast=True)

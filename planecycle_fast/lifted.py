@@ -32,6 +32,7 @@ from .hosts.placement import TensorsOfHost, brought, run_placed, running_place
 from .hosts.wrapped import unwrapped
 from .inputs import check_others, check_volume, plain, wanted_layers
 from .ops import Norm
+from .ops.activations.gelu import check_gelu
 from .ops.choice import Choice
 from .runtime.attentions import check_attention
 from .runtime.backends import pick
@@ -49,6 +50,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
     names, so that sharding and checkpointing by block work.
     """
 
+    gelu = "exact"  # of those that were pickled before there was another
+
     def __init__(
         self,
         adapter: Adapter,
@@ -60,12 +63,13 @@ class LiftedModel(TensorsOfHost, TreeModule):
         attention: str,
         strict: bool,
         depth_position: str = "none",
+        gelu: str = "exact",
     ) -> None:
         super().__init__(adapter.model, LiftedTree(adapter))
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
         self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
-        self.__dict__.update(depth_position=depth_position, taps={}, after_steps=None)
+        self.__dict__.update(depth_position=depth_position, gelu=gelu, taps={}, after_steps=None)
         self.__class__ = class_of(type(self), adapter)
 
     @property
@@ -99,7 +103,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         """
         device, dtype = running_place(self) or (torch.device("cpu"), None)
         planes = None if volume_shape is None else self._lengths(volume_shape)
-        choice = Choice.of(self.backend, self.attention, self.strict, device)
+        choice = Choice.of(self.backend, self.attention, self.strict, device, self.gelu)
         print(table_of(self.descriptions(), choice, dtype, self.training, planes))
         if self.depth_position != "none":
             print(describe_depth(self.depth_position, self.adapter, self.planes))
@@ -160,7 +164,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         order = ",".join(self.cycle_order)
         depth = "" if self.depth_position == "none" else f", depth_position={self.depth_position}"
         how = f"mode={self.mode}, cycle_order={order}, pool_method={self.pool_method}, globals_at={self.globals_at}"
-        return how + depth
+        return how + depth + ("" if self.gelu == "exact" else f", gelu={self.gelu}")
 
     def forward(
         self,
@@ -279,7 +283,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
         """
         blocks, planes, layers = self.lifted_tree.layers(), self.planes, {}
         wanted = wanted_layers(n, len(blocks))
-        choice = Choice.of(self.backend, self.attention, self.strict, volume.device, volume.shape)
+        choice = Choice.of(self.backend, self.attention, self.strict, volume.device, self.gelu, volume.shape)
         check_strict(choice, self.attention, self.descriptions)
         axes, g = len(planes[0].sequence), self.adapter.num_globals
         tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)
@@ -363,6 +367,7 @@ def lift(
     strict: bool = True,
     adapter: Callable[[nn.Module], Adapter] | None = None,
     depth_position: str = "none",
+    gelu: str = "exact",
 ) -> LiftedModel:
     """A module that runs the 2D `model` on volumes, layer by layer along the planes of a cycle.
 
@@ -379,13 +384,17 @@ def lift(
         globals_at: "depth" or "plane", where they rest between layers of "planecycle".
         backend: "auto" or a name of `backends()`.
         attention: "auto", or a name of `attentions.attentions()`.
-        strict: a backend or attention asked for by name that would have to leave parts of a block to the model's own
-            code (hooks, dropout, kinds it does not know) raises ValueError when the model runs; False lets it.
+        strict: a backend, attention or GELU asked for by name that would have to leave parts of a block to the model's
+            own code (hooks, dropout, kinds it does not know) raises ValueError when the model runs; False lets it.
             `LiftedModel.report` lists these parts.
         adapter: a class or function that makes an `Adapter` for `model`, for models of your own.
         depth_position: "none", as in the paper; for models that know no place along D (DINOv2, CLIP, MAE) "sincos",
             which adds one to the patches, in slice2d too, or "rope1d", which turns queries and keys by it on planes
             that contain D. Neither learns anything; `planecycle_fast.engine.depth_position` says what they compute.
+        gelu: "exact"; or "tanh_epilogue", in place of every exact GELU of an MLP its tanh approximation, off by up to
+            4.8e-4, which cuBLASLt computes within the layer before it: faster in inference on NVIDIA GPUs, the same
+            function everywhere, with gradients too. A model with other MLPs, such as SwiGLU, or whose own code runs
+            them, raises ValueError when it runs, unless `strict` is False. `save_pretrained` records it.
 
     Raises:
         TypeError: model is no nn.Module, or cycle_order no sequence of names.
@@ -393,7 +402,7 @@ def lift(
     """
     if isinstance(model, LiftedModel):
         raise ValueError(f"model is lifted already ({model.extra_repr()}); lift unlift(model) instead")
-    cycle = check_names(mode, cycle_order, pool_method, globals_at, depth_position)
+    cycle = check_names(mode, cycle_order, pool_method, globals_at, depth_position, gelu)
     if backend != "auto":
         pick(backend)
     check_attention(attention)
@@ -403,18 +412,20 @@ def lift(
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
     host.check_planes(cycle)
     check_depth_position(depth_position, host)
-    return LiftedModel(host, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position)
+    return LiftedModel(host, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position, gelu)
 
 
 def check_names(
-    mode: str, cycle_order: str | Sequence[str | Plane], pool_method: str, globals_at: str, depth_position: str
-) -> tuple[Plane, ...]:
+    mode: str, cycle_order: str | Sequence[str | Plane], pool_method: str, globals_at: str, depth_position: str,
+    gelu: str,
+) -> tuple[Plane, ...]:  # fmt: skip
     """The planes of a cycle. Raises ValueError or TypeError for any of these, as of `lift`, that no model can have."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     check_pooling(pool_method, globals_at)
     if depth_position not in KINDS:
         raise ValueError(f"depth_position must be one of {', '.join(KINDS)}, got {depth_position!r}")
+    check_gelu(gelu)
     return parse_cycle(cycle_order)
 
 

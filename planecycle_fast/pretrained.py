@@ -30,14 +30,15 @@ def from_pretrained(
     strict: bool = True,
     adapter: Callable[[nn.Module], Adapter] | None = None,
     depth_position: str | None = None,
+    gelu: str | None = None,
     random_weights: bool = False,
 ) -> LiftedModel:
     """`lift` of `load_model`, with the settings that `LiftedModel.save_pretrained` recorded, where it did.
 
     Args:
         name: a folder or a name, as `load_model` takes it.
-        mode, cycle_order, pool_method, globals_at, depth_position: as of `lift`; None: what is recorded, or else its
-            default.
+        mode, cycle_order, pool_method, globals_at, depth_position, gelu: as of `lift`; None: what is recorded, or else
+            its default.
         backend, attention, strict, adapter: as of `lift`.
         random_weights: take a model whose weights cannot be found, with random ones.
 
@@ -49,7 +50,7 @@ def from_pretrained(
     if note.startswith("RANDOM") and not random_weights:
         raise ValueError(f"model {name} must have weights, got {note}; random_weights=True takes it anyway")
     given = dict(mode=mode, cycle_order=cycle_order, pool_method=pool_method, globals_at=globals_at)
-    settings = settings_of(name, **given, depth_position=depth_position, has_adapter=adapter is not None)
+    settings = settings_of(name, **given, depth_position=depth_position, gelu=gelu, has_adapter=adapter is not None)
     return lift(host, **settings, backend=backend, attention=attention, strict=strict, adapter=adapter)
 
 

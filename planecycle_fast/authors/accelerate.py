@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..hosts.dinov3 import BLOCK, CLASS, holds_converted, is_dinov3, takes_volumes
+from ..ops.activations.gelu import check_gelu
 from ..runtime.attentions import check_attention
 from ..runtime.backends import pick
 from .accelerated import METHODS, Method, plane_of
@@ -18,7 +19,9 @@ BLOCK_TYPES = ("PlaneCycle", "Slice2D", "Flatten3D")
 _REPLACED = ("forward_features_list", "get_intermediate_layers", "_get_intermediate_layers_not_chunked")
 
 
-def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto", strict: bool = True) -> nn.Module:
+def accelerate(
+    model: nn.Module, backend: str = "auto", attention: str = "auto", strict: bool = True, gelu: str = "exact"
+) -> nn.Module:
     """Runs a model of the authors' code (HINTLab/PlaneCycle) without its copies, in place, and returns it.
 
     Class, outputs, random draws in training and state_dict keys stay what they are; `restore` undoes
@@ -34,6 +37,7 @@ def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto",
         attention: "auto", or a name of `attentions.attentions()`.
         strict: a backend or attention asked for by name that would have to leave parts of a block to the model's own
             code raises ValueError when the model runs; False lets it. ``model.report()`` prints which parts.
+        gelu: "exact", or "tanh_epilogue": as of `lift`.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -45,9 +49,10 @@ def accelerate(model: nn.Module, backend: str = "auto", attention: str = "auto",
     if backend != "auto":
         pick(backend)
     check_attention(attention)
+    check_gelu(gelu)
     check_model(model)
     for name, method in METHODS.items():
-        setattr(model, name, method(model, backend, attention, strict))
+        setattr(model, name, method(model, backend, attention, strict, gelu))
     return model
 
 

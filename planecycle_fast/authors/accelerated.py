@@ -46,8 +46,10 @@ class Method:
 
     _read: Sequence[tuple[nn.Module, Reading]] = ()  # 2D blocks and what they consist of, kept between passes
 
-    def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool) -> None:
-        self.model, self.backend, self.attention, self.strict = model, backend, attention, strict
+    gelu = "exact"  # of those that were pickled before there was another
+
+    def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool, gelu: str = "exact") -> None:
+        self.model, self.backend, self.attention, self.strict, self.gelu = model, backend, attention, strict, gelu
 
     def __getstate__(self) -> dict[str, Any]:  # copies look for themselves
         return {name: value for name, value in vars(self).items() if name != "_read"}
@@ -87,7 +89,7 @@ class Method:
         """
         sizes, start = self._prepare(x, masks)
         model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, {}
-        choice = Choice.of(self.backend, self.attention, self.strict, x.device, x.shape)
+        choice = Choice.of(self.backend, self.attention, self.strict, x.device, self.gelu, x.shape)
         check_strict(choice, self.attention, self.descriptions)
         converted, readings, blocks = self._converted, self._readings(), [*model.blocks]
         inside = [converted and _need_not_be_called(block) for block in blocks]
@@ -276,7 +278,7 @@ class Report(Method):
     def __call__(self) -> None:
         """Prints per block what is fused, by which backend, what is not, and why."""
         token = self.model.cls_token
-        choice = Choice.of(self.backend, self.attention, self.strict, token.device)
+        choice = Choice.of(self.backend, self.attention, self.strict, token.device, self.gelu)
         print(table_of(self.descriptions(), choice, token.dtype, self.model.training))
 
 

@@ -201,7 +201,7 @@ def _shell(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _path(lifted: LiftedModel, device: torch.device) -> str:
     """Which backends the operations are planned on, and whether the model's own code runs as well."""
-    choice = Choice.of(lifted.backend, lifted.attention, lifted.strict, device)
+    choice = Choice.of(lifted.backend, lifted.attention, lifted.strict, device, lifted.gelu)
     found = {getattr(choice, op) for op in OPERATIONS}
     own = any([block.kept for block in lifted.descriptions()])
     return " and ".join([*sorted(found), *(["the model's own code"] if own else [])])

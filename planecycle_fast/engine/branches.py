@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..geometry.rope import PlaneAngles
-from ..hosts.description import BlockDescription
+from ..hosts.description import PLAIN, BlockDescription, WeightAndBias, weight_and_bias
 from ..ops import Axial, Tables, attention
-from ..ops.activations.gelu import gelu_ref
+from ..ops.activations.gelu import gelu_ref, gelu_tanh
+from ..ops.activations.linear_gelu import linear_gelu_on, linear_gelu_tanh, pays
 from ..ops.activations.swiglu import check_swiglu, swiglu_on
+from ..ops.choice import Choice
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
 from ..ops.self_attention.attention import attention_on, check_takes
@@ -180,12 +182,40 @@ def mlp_branch(
     found, choice = block.mlp, layer.choice
     if "mlp" in block.kept:
         return found.module(normed)
+    if found.activation == "gelu" and (activated := _in_epilogue(block, normed, choice)) is not None:
+        return found.last(activated)
     hidden = [linear(normed) for linear in found.first]  # (N, rows, hidden); gate and value in one twice as wide
     inplace = all([choice.may_overwrite(t, block.plain_first) for t in hidden])
     if found.activation == "gelu":
-        return found.last(gelu_ref(hidden[0], inplace))
+        activate = gelu_tanh if choice.gelu == "tanh_epilogue" else gelu_ref
+        return found.last(activate(hidden[0], inplace))
     # Gate and value in one: in place would leave rows with gaps, which the next layer would copy.
     gate, value = hidden if len(hidden) == 2 else (hidden[0], None)
     if not block.plain_first:  # others may return anything
         check_swiglu(gate, value)
     return found.last(swiglu_on(choice.swiglu, gate, value, inplace and value is not None))
+
+
+def _in_epilogue(
+    block: BlockDescription,
+    normed: Tensor,  # (N, rows, C)
+    choice: Choice,
+) -> Tensor | None:  # (N, rows, hidden)
+    """fc1 with its GELU, or None where they run one after the other."""
+    # Training keeps what goes into GELU; autocast would cast weights, and keeps them; a compiler fuses GELU by itself.
+    if choice.gelu == "exact" or choice.grad or not choice.writes or choice.autocast is not None:
+        return None
+    found = plain_weights(block)
+    if found is None or type(normed) not in PLAIN or found[0].dtype is not normed.dtype:
+        return None
+    if choice.gelu == "tanh_epilogue":
+        return linear_gelu_tanh(normed, *found)
+    return linear_gelu_on(normed, *found) if pays(normed, *found) else None
+
+
+def plain_weights(block: BlockDescription) -> WeightAndBias | None:
+    """Of fc1, where that is its weight and bias and nothing more."""
+    if not block.plain_first:
+        return None
+    weight, bias = weight_and_bias(block.mlp.first[0])()
+    return (weight, bias) if type(weight) in PLAIN and (bias is None or type(bias) in PLAIN) else None

@@ -45,7 +45,9 @@ def run_in_groups(
     choice, came = layer.choice, held[0].residual
     if choice.grad or not choice.writes or choice.add_norm != "cpu" or came.device.type != "cpu":
         return None
-    if choice.attention != "sdpa" or choice.autocast is not None or (found := block.packed) is None:
+    if choice.attention != "sdpa" or choice.autocast is not None or choice.gelu == "tanh_epilogue":
+        return None
+    if (found := block.packed) is None:
         return None
     dtype = _dtype_of(*held[0])
     if dtype is None or came.numel() == 0 or (tensors := found.tensors(dtype)) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeGuard
 
@@ -150,13 +150,14 @@ def _following(steps: Sequence[Step]) -> Iterator[Following]:
 
 
 def check_strict(choice: Choice, attention: str, blocks: Callable[[], Sequence[BlockDescription]]) -> None:
-    """Raises ValueError where a backend or attention asked for by name would have to leave parts to the host."""
+    """Raises ValueError where a backend, attention or GELU asked for by name would have to leave parts to the host."""
     named: dict[str, tuple[str, ...] | None]
     named = {} if choice.asked in ("auto", "reference") else {f"backend {choice.asked!r}": None}
     named |= {} if attention == "auto" else {f"attention {attention!r}": ("block", "attention")}
+    named |= {} if choice.gelu != "tanh_epilogue" else {"gelu 'tanh_epilogue'": ("block", "mlp")}
     if not choice.strict or not named:  # the reference replaces nothing
         return
-    kept = [block.kept for block in blocks()]
+    kept = [_kept(block, choice.gelu) for block in blocks()]
     for name, needed in named.items():
         for i, reasons in enumerate(kept):
             for part, reason in reasons.items():
@@ -165,3 +166,10 @@ def check_strict(choice: Choice, attention: str, blocks: Callable[[], Sequence[B
                         f"{name} would leave block {i}'s {part} to the model's own code: {reason}; expected a model "
                         "whose parts can be replaced (`report()` lists them), or strict=False"
                     )
+
+
+def _kept(block: BlockDescription, gelu: str) -> Mapping[str, str]:
+    """Why parts are left to the host; an MLP without GELU too, where one is asked for by name."""
+    if gelu != "tanh_epilogue" or block.kept.keys() & {"block", "mlp"} or block.mlp.activation == "gelu":
+        return block.kept
+    return {**block.kept, "mlp": f"it has {block.mlp.activation}, and no GELU"}

@@ -16,6 +16,7 @@ share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activation
 """
 
 from .activations.gelu import gelu, gelu_ref
+from .activations.linear_gelu import linear_gelu, linear_gelu_ref
 from .activations.swiglu import swiglu, swiglu_ref
 from .plane_change.plane_switch import plane_switch, plane_switch_ref
 from .residual.add_norm import add_norm
@@ -35,6 +36,8 @@ __all__ = [
     "attention_ref",
     "gelu",
     "gelu_ref",
+    "linear_gelu",
+    "linear_gelu_ref",
     "plane_switch",
     "plane_switch_ref",
     "rope",

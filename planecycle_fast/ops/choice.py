@@ -17,6 +17,7 @@ from ..runtime.attentions import AttentionCall
 from ..runtime.backends import LACKS, asked_for, choose
 from ..runtime.sizes_seen import seen_before
 from ..runtime.tracing import may_write
+from .activations.linear_gelu import why_not_on
 from .residual.add_norm import backend_of_rows
 from .self_attention.attention import resolve_attention
 
@@ -38,11 +39,17 @@ class Choice:
     grad: bool  # whether gradients are recorded
     writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
     autocast: torch.dtype | None  # what linear layers cast to
+    gelu: str = "exact"  # or "triton", exact in fc1's epilogue where that pays, or "tanh_epilogue", by name
     repeats: bool = False  # whether volumes of these sizes have come before, see `sizes_seen`
 
     @staticmethod
     def of(
-        backend: str, attention: str, strict: bool, device: torch.device, sizes: Sequence[int] | None = None
+        backend: str,
+        attention: str,
+        strict: bool,
+        device: torch.device,
+        gelu: str = "exact",
+        sizes: Sequence[int] | None = None,
     ) -> Choice:
         """`sizes` are the volume's, of a pass that begins.
 
@@ -53,8 +60,10 @@ class Choice:
         chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
+        if gelu == "exact" and add_norm == "triton" and why_not_on(device) is None:
+            gelu = "triton"
         repeats = by[4] == "auto" and sizes is not None and seen_before(sizes)
-        return Choice(asked, strict, device, *by, *_mode(device), repeats)
+        return Choice(asked, strict, device, *by, *_mode(device), gelu, repeats)
 
     def for_rows(self, channels: int) -> Choice:
         """The same for rows of so many channels. Raises ValueError as `backend_of_rows` does."""
@@ -67,7 +76,8 @@ class Choice:
     ) -> Choice:
         """The same for rows like x, in the mode that is on now: hooks may have changed it, or the device."""
         if x.device != self.device:
-            moved = Choice.of(self.asked, self.attention, self.strict, x.device).for_rows(x.shape[-1])
+            gelu = "tanh_epilogue" if self.gelu == "tanh_epilogue" else "exact"
+            moved = Choice.of(self.asked, self.attention, self.strict, x.device, gelu).for_rows(x.shape[-1])
             return replace(moved, repeats=self.repeats)
         grad, writes, autocast = mode = _mode(x.device)
         if mode == (self.grad, self.writes, self.autocast):

@@ -31,10 +31,11 @@ def register(
     vmap: Callable[..., Any] | None = None,
     mutates: tuple[str, ...] = (),
     cost: Callable[..., Cost],
+    opaque: bool = False,
 ) -> CustomOp:
     """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema.
 
-    Under autocast an operation keeps the dtypes it is given, as the residual stream must; none is a matrix product.
+    Under autocast an operation keeps the dtypes it is given, as the residual stream must.
 
     Args:
         body: computes the outputs, in new memory or in what it mutates, launching kernels by `launch`.
@@ -44,11 +45,14 @@ def register(
         vmap: as in `torch.library.register_vmap`; None where torch.func's transforms are refused.
         mutates: the arguments that it writes to.
         cost: what a call with these arguments moves.
+        opaque: torch.compile does not look into it, as it has to where torch cannot wrap kernels, those that take
+            tensor descriptors. Its body launches the kernels themselves.
     """
     name = body.__name__.removeprefix("_")
-    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    opaque = opaque or INTERPRETED
+    make = torch.library.custom_op if opaque else torch.library.triton_op
     definition: Any = make(f"{NAMESPACE}::{name}", body, mutates_args=mutates)
-    if INTERPRETED:
+    if opaque:
         definition.register_fake(fake)
     if backward is not None:
         definition.register_autograd(backward, setup_context=setup_context)

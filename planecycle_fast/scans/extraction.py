@@ -46,11 +46,12 @@ class ExtractionSettings:
     """What makes the features of a scan what they are."""
 
     model: str
-    mode: str | None = None  # these five: None, what the model's folder records, or else the default of `lift`
+    mode: str | None = None  # these six: None, what the model's folder records, or else the default of `lift`
     cycle_order: tuple[str, ...] | None = None
     pool_method: str | None = None
     globals_at: str | None = None
     depth_position: str | None = None
+    gelu: str | None = None
     layers: tuple[int, ...] | None = None  # None: the last one, under plain names
     pool: bool = False  # only one vector per volume
     window: Window = PERCENTILES
@@ -298,6 +299,8 @@ def _described(settings: ExtractionSettings) -> dict[str, Any]:
     """Settings as JSON values."""
     described = asdict(settings) | {"window": str(settings.window)}
     described |= described.pop("reading")
+    if described["gelu"] in (None, DEFAULTS["gelu"]):  # files of older versions do not say it
+        del described["gelu"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in described.items()}
 
 

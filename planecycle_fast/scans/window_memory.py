@@ -62,6 +62,7 @@ def fitting_window(
             strict=lifted.strict,
             adapter=type(lifted.adapter),
             depth_position=lifted.depth_position,
+            gelu=lifted.gelu,
         )
         row = planned.output_bytes / (volumes * batch * (math.prod(of) + globals_ * plane.slices(of)))  # of a token
         passing = planned.peak_bytes + planned.volume_bytes + (layers - 1) * planned.output_bytes

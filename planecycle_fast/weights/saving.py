@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {  # of `lift`
     "pool_method": "PCg",
     "globals_at": "depth",
     "depth_position": "none",
+    "gelu": "exact",
 }
 _OF_WEIGHTS = (*WEIGHTS, "model-*.safetensors", "pytorch_model-*.bin")  # with shards
 # What may differ between a model of timm's and the one that its folder gives: heads, how it runs, what it drops.
@@ -104,7 +105,9 @@ def _preprocessor(host: nn.Module) -> Path | None:
 
 def _described(lifted: nn.Module) -> dict[str, Any]:
     """The settings that a lift has: in other modes than planecycle only the mode is one."""
-    names = DEFAULTS if lifted.mode == "planecycle" else ("mode", "depth_position")
+    names = [*DEFAULTS] if lifted.mode == "planecycle" else ["mode", "depth_position", "gelu"]
+    if lifted.gelu == DEFAULTS["gelu"]:  # older versions read what does not say it
+        names.remove("gelu")
     described = {"planecycle_fast": __version__} | {name: getattr(lifted, name) for name in names}
     adapter = type(lifted.adapter)
     with suppress(ValueError):  # of no known class

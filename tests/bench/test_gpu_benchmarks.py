@@ -341,7 +341,7 @@ def test_tiles_are_compiled_ahead_and_then_timed(tmp_path, monkeypatch):
     )
     assert gpu_parts.tiles(tmp_path / "tiles.md", "about", Part("tiles", 50)) == 0
     text = (tmp_path / "tiles.md").read_text()
-    assert len(compiled) == 10 and "- forward\n- backward\n\n10 kernels were looked at" in text
+    assert len(compiled) == 15 and "- forward\n- backward\n- linear_gelu\n\n15 kernels were looked at" in text
 
 
 @pytest.mark.parametrize(("shape", "kernel"), [gpu_kernels.tile_calls()[i] for i in (0, 3)], ids=str)
@@ -357,11 +357,28 @@ def test_each_tile_is_chosen_while_it_is_timed_and_the_shipped_one_afterwards(mo
     assert before == configs.TABLE
 
 
+def test_each_tile_of_a_matrix_product_is_what_its_kernel_takes(monkeypatch):
+    pytest.importorskip("triton", reason="needs triton, whose kernels have tiles")
+    from planecycle_fast.ops.activations import linear_gelu_table, linear_gelu_triton
+
+    monkeypatch.setattr(gpu_kernels, "_tensors", lambda c: c.make(torch.bfloat16, device="meta"))
+    shape, kernel = gpu_kernels.tile_calls()[-5]
+    assert (shape.channels, kernel) == (384, "linear_gelu")
+    seen, launched = [], []
+    monkeypatch.setattr(linear_gelu_triton, "launch", lambda *_, **constants: launched.append(constants))
+    for tile, call in gpu_kernels.with_tiles(shape, kernel):
+        call()
+        seen.append(tile)
+        assert (launched[-1]["BLOCK_H"], launched[-1]["num_stages"]) == (tile.hidden, tile.stages)
+    assert seen[0] == linear_gelu_table.tiling(1536) and set(seen[1:]) == set(linear_gelu_table.CANDIDATES)
+    assert linear_gelu_triton.tiling is linear_gelu_table.tiling
+
+
 def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark, by which they are marked")
     monkeypatch.setitem(op_cells.SHAPES, "cuda", [op_cells.TINY] * len(op_cells.SHAPES["cuda"]))
     original = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *a, **k: original(*a, **k | {"device": "cpu"}))  # RoPE's periods
     cells = list(gpu_parts.quick_cells())
-    assert {cell.op for cell in cells} == set(gpu_parts.OPERATIONS) and len(gpu_parts.OPERATIONS) == 6
+    assert {cell.op for cell in cells} == set(gpu_parts.OPERATIONS) and len(gpu_parts.OPERATIONS) == 7
     assert all([cell.dtype == torch.bfloat16 for cell in cells])

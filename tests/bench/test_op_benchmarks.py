@@ -38,7 +38,7 @@ def uncompiled(monkeypatch):
 
 
 def test_every_operation_has_a_benchmark():
-    assert len(OPERATIONS) == 6 and {cell.op for cell in CELLS} == set(OPERATIONS)
+    assert len(OPERATIONS) == 7 and {cell.op for cell in CELLS} == set(OPERATIONS)
     assert {path.stem for path in (PROJECT / "benchmarks").glob("bench_*.py")} >= {f"bench_{op}" for op in OPERATIONS}
     for cell in CELLS:
         assert OURS in cell.contenders and REFERENCE in cell.contenders, cell.group
@@ -48,6 +48,7 @@ def test_every_operation_has_a_benchmark():
 
 NEED_A_GPU = (
     op_peers.LIGER, op_peers.FLASH_TRITON, op_peers.FLASH_JIT, *op_peers.TORCHS.values(), bench_attention.ON_LOAD,
+    op_peers.TANH_EPILOGUE,
 )  # fmt: skip
 
 

@@ -46,6 +46,26 @@ def test_every_mode_is_within_the_budget(name, settings):
     check_model(BY_NAME[name], settings, torch.bfloat16, "cuda", (2, 9, (5, 7)))
 
 
+@torch.no_grad()
+def test_fc1_takes_gelu_into_its_epilogue(monkeypatch):
+    """Outputs are as near to float64 as those of fc1 and then GELU; a CUDA graph has the same bits."""
+    from planecycle_fast.ops.activations import linear_gelu, linear_gelu_table
+
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs a GPU of compute capability 9.0 or 10.x")
+    lifted, volume = lifted_on_gpu("timm-dinov2-s")
+    exact = pcf.lift(copy.deepcopy(pcf.unlift(lifted)).double(), backend="reference")(volume.double()).patches
+    plain = lifted(volume).patches
+    fc1 = lifted.blocks[0].mlp.fc1
+    key = (torch.cuda.get_device_capability()[0], fc1.in_features, fc1.out_features)
+    monkeypatch.setitem(linear_gelu_table.MEASURED, key, (1, 1.0, 2.0))
+    monkeypatch.setattr(linear_gelu, "LEAST_ROWS", 1)
+    fused = lifted(volume).patches
+    assert not torch.equal(fused, plain)
+    assert (fused - exact).abs().max() < 2 * (plain - exact).abs().max()
+    assert torch.equal(pcf.cuda_graph(lifted, volume)(volume).patches, fused)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast(name):
     lifted, volume = lifted_on_gpu(name, dtype=torch.float32)

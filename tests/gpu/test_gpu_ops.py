@@ -13,19 +13,26 @@ triton = pytest.importorskip("triton", reason="needs triton")
 
 from planecycle_fast.geometry.planes import DH, DW, HW
 from planecycle_fast.geometry.rope import Rope, make_periods
-from planecycle_fast.ops import Axial, Tables, rope, rope_ref, swiglu, swiglu_ref
+from planecycle_fast.ops import Axial, Tables, linear_gelu, rope, rope_ref, swiglu, swiglu_ref
+from planecycle_fast.ops.activations.gelu import TANH_ERROR, gelu_tanh
+from planecycle_fast.ops.activations.linear_gelu import linear_gelu_tanh
 from planecycle_fast.ops.rotary.rope_within import rope_within
 
 from ..kernelcheck import checks, layouts
 from ..specs import SPECS
 from ..specs.add_norm import SPEC as IN_FULL
 from ..specs.add_norm import case as in_full
+from ..specs.linear_gelu import SPEC as LINEAR_GELU
+from ..specs.linear_gelu import case as linear_gelu_case
 from ..specs.plane_switch import SPEC as PLANE_SWITCH
 from ..specs.plane_switch import case
 from ..toy import PATCH, ToyViT, toy_lift
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CASES = [pytest.param(spec, c, id=f"{spec.op.name} {c.name}") for spec in SPECS for c in spec.cases]
+CASES = [
+    pytest.param(spec, c, dtype, id=f"{spec.op.name} {c.name} {dtype}")
+    for spec in SPECS for c in spec.cases for dtype in spec.dtypes
+]  # fmt: skip
 SMALL = [pytest.param(spec, c, id=f"{spec.op.name} {c.name}") for spec in SPECS for c in spec.small]
 LAYOUTS = pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.__name__)
 VIT = case(HW, DW, (32, 16, 14), 5, 384, 2, name="ViT-S")
@@ -39,8 +46,16 @@ def inputs(c, dtype=torch.bfloat16):
     return {name: t.cuda() for name, t in c.make(dtype).items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec, c", CASES)
+@pytest.fixture(autouse=True)
+def _runs_here(request):
+    """Skips what this GPU is not for."""
+    spec = getattr(request.node, "callspec", None) and request.node.callspec.params.get("spec")
+    major = torch.cuda.get_device_capability()[0]
+    if spec is not None and not [arch for arch in spec.architectures if arch // 10 == major]:
+        pytest.skip(f"{spec.op.name} is not for compute capability {major}.x")
+
+
+@pytest.mark.parametrize("spec, c, dtype", CASES)
 def test_error_budget(spec, c, dtype):
     checks.error_budget(spec, c, dtype, on_gpu(), on_gpu())
 
@@ -58,7 +73,7 @@ def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
 def test_layouts(spec, c, layout):
     if layout in layouts.VARIED:
         checks.error_budget(spec, c, torch.bfloat16, on_gpu(layout), on_gpu(layout))
-    for dtype in DTYPES:
+    for dtype in spec.dtypes:
         checks.layouts(spec, c, dtype, on_gpu(layout))
 
 
@@ -88,6 +103,44 @@ def test_compiled_by_inductor(dynamic):
         expected = checks.run(PLANE_SWITCH.fast, inputs(c), c.settings, upstream=on_gpu())
         for name in expected:
             assert torch.equal(got[name], expected[name]), name
+
+
+needs_linear_gelu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10),
+    reason="needs a GPU of compute capability 9.0 or 10.x; see benchmarks/results/PENDING.md",
+)
+
+
+@needs_linear_gelu
+@pytest.mark.parametrize("dtype", LINEAR_GELU.dtypes, ids=str)
+@pytest.mark.parametrize("channels", [384, 768, 1024])
+def test_linear_gelu_of_vit_shapes(channels, dtype):
+    checks.error_budget(LINEAR_GELU, linear_gelu_case((40_001,), channels, 4 * channels), dtype, on_gpu(), on_gpu())
+
+
+@needs_linear_gelu
+@torch.no_grad()
+def test_linear_gelu_compiled_and_captured():
+    """To the bit what it is eager; a graph takes its descriptors along."""
+    tensors = list(inputs(linear_gelu_case((5001,), 384, 1536)).values())
+    expected = LINEAR_GELU.fast(*tensors)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(linear_gelu, fullgraph=True)(*tensors, backend="triton"), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = linear_gelu(*tensors, backend="triton")
+    tensors[0].neg_()
+    graph.replay()
+    assert torch.equal(got, LINEAR_GELU.fast(*tensors)) and not torch.equal(got, expected)
+
+
+@needs_linear_gelu
+@torch.no_grad()
+def test_tanh_epilogue_is_cublas_and_within_its_error():
+    x, weight, bias = inputs(linear_gelu_case((5001,), 384, 1536), torch.float32).values()
+    got, exact = linear_gelu_tanh(x, weight, bias), linear_gelu(x, weight, bias, backend="reference")
+    assert (got - gelu_tanh(torch.nn.functional.linear(x, weight, bias))).abs().max() < 1e-4
+    assert 2e-4 < (got - exact).abs().max() < TANH_ERROR + 1e-4
 
 
 def test_a_thousand_times_the_same_bits():

@@ -5,9 +5,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernelcheck.elements import Elements
 from ..kernelcheck.observers import Fault
+from ..kernelcheck.overflow import OverflowFault, probing
+from ..kernelcheck.recorder import recording
 from ..kernelcheck.sanitizer import BoundsError, RaceError
 
 BLOCK = 16
@@ -275,3 +278,68 @@ def test_elements_of_a_view():
     assert Elements((4, 6, 5), (30, 5, 1)).index(47) == (1, 3, 2)
     with pytest.raises(ValueError, match="overlaps itself, too large to list"):
         Elements((10**5, 10**5), (1, 1))
+
+
+@triton.jit
+def tiles_kernel(x, out, columns, step, BLOCK: tl.constexpr):
+    """Copies tiles by descriptors: what lies beyond their ends is read as zeros, and not written."""
+    row = tl.program_id(0) * step
+    for column in range(0, columns, BLOCK):
+        out.store([row, column], x.load([row, column]))
+
+
+def tiles(x, out, shape=None, step=BLOCK):
+    """`shape` of both descriptors."""
+    shape = list(x.shape) if shape is None else shape
+    described = [TensorDescriptor(t, shape, [*t.stride()], [BLOCK, BLOCK]) for t in (x, out)]
+    tiles_kernel[(triton.cdiv(shape[0], step),)](*described, shape[1], step, BLOCK=BLOCK)
+    return out
+
+
+def test_descriptors_that_are_right_pass_and_are_counted_within_their_ends():
+    storage = torch.full((40, 40), torch.nan)
+    x = storage[:20, :24].copy_(torch.randn(20, 24))
+    with recording() as record:
+        assert torch.equal(tiles(x, torch.empty(20, 24)), x)
+    assert (record.read, record.written) == (20 * 24 * 4, 20 * 24 * 4)
+    assert record.stored == {"tiles_kernel": {"out"}}
+    with recording(uncounted={"out"}, once={"x"}) as record:
+        tiles(x, torch.empty(20, 24))
+        tiles(x, torch.empty(20, 24))
+    assert (record.read, record.written) == (20 * 24 * 4, 0)  # the second reads what has been read
+
+
+def test_a_descriptor_of_more_than_the_tensor():
+    storage = torch.zeros(40, 40)
+    with pytest.raises(BoundsError, match=r"tiles_kernel, .*: load at no element of x of shape .*, within its storage"):
+        tiles(storage[:20, :24], torch.empty(20, 24), [21, 24])
+    with pytest.raises(BoundsError, match=r"load at no element of x"):
+        tiles(storage[:20, :24], torch.empty(20, 24), [20, 28])
+    with pytest.raises(BoundsError, match=r"store at no element of out of shape \(20, 24\)"):
+        tiles(storage, torch.empty(20, 24), [21, 24])
+
+
+def test_programs_that_meet_by_descriptors():
+    with pytest.raises(
+        RaceError, match=r"write-write race of programs \(0, 0, 0\) and \(1, 0, 0\) at element \(8, 0\)"
+    ):
+        tiles(torch.zeros(32, 16), torch.empty(32, 16), step=BLOCK // 2)
+    x = torch.zeros(32, 16)
+    with pytest.raises(RaceError, match="write-read race"):
+        tiles(x, x, step=BLOCK // 2)
+
+
+def test_coordinates_of_descriptors_that_overflow():
+    x, out = (torch.empty(2**31 - 1, 16, device="meta") for _ in range(2))
+    with probing():
+        tiles(x, out)
+    with pytest.raises(OverflowFault, match="multiply of .* and 32 gives .*, which does not fit into int32"), probing():
+        described = [TensorDescriptor(t, [*t.shape], [*t.stride()], [BLOCK, BLOCK]) for t in (x, out)]
+        tiles_kernel[(2**27,)](*described, 16, 2 * BLOCK, BLOCK=BLOCK)
+
+
+def test_descriptors_of_rows_that_are_not_aligned():
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        tiles(torch.zeros(20, 18), torch.empty(20, 18))
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        tiles(torch.zeros(401)[1:].view(20, 20), torch.empty(20, 20))

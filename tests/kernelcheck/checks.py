@@ -101,6 +101,15 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
 
 def float64(spec, case):
     """Outputs and gradients in float64 to 1e-12: gradcheck has tiny sizes, and would not see a cast on the way."""
+    if torch.float32 not in spec.dtypes:
+        for dtype in (torch.float64, torch.float32):
+            try:
+                spec.fast(**case.make(dtype), **case.settings)
+            except ValueError as error:
+                assert str(dtype).removeprefix("torch.") in str(error), f"{dtype} is refused by another reason: {error}"
+            else:
+                raise AssertionError(f"{spec.op.name} takes {dtype}, of which its spec knows nothing")
+        return
     tensors = case.make(torch.float64)
     got, expected = (run(function, tensors, case.wide_settings) for function in (spec.fast, spec.reference))
     _same_names(got, expected)
@@ -108,22 +117,29 @@ def float64(spec, case):
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
 
 
-def plain(spec, case, dtype=torch.float32):
+def plain(spec, case):
     """What tests without a test bed check: outputs and gradients are close to the reference's."""
-    tensors = case.make(dtype)
+    tensors, close = case.make(spec.dtypes[0]), {}
+    if spec.dtypes[0] != torch.float32:
+        close = {"rtol": 0.02, "atol": 0.02}
     results = []
     for function in (spec.fast, spec.reference):
         leaves = [t.clone().requires_grad_() for t in tensors.values()]
         outs = function(**dict(zip(tensors, leaves)), **case.settings)
         outs = outs if isinstance(outs, (tuple, list)) else (outs,)
         loss = sum((out * _like(out, i)).sum() for i, out in enumerate(outs))
-        results.append([*outs, *torch.autograd.grad(loss, leaves)])
+        results.append([*outs, *(torch.autograd.grad(loss, leaves) if spec.differentiable else ())])
     for got, expected in zip(*results):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, **close)
 
 
 def derivatives(spec, case):
     """gradcheck in float64; double backward and forward mode right, or an error."""
+    if not spec.differentiable:
+        leaves = {name: t.requires_grad_() for name, t in case.make(spec.dtypes[0]).items()}
+        for op, call in spec.op_arguments(leaves, case.settings):
+            _raises(lambda: op.overload(*call).sum().backward(), "a gradient")  # noqa: B023
+        return
     tensors = case.make(torch.float64)
     leaves = [t.requires_grad_() for t in tensors.values()]
     call = _call(spec, case)
@@ -152,7 +168,7 @@ def _raises(function, what):
     try:
         function()
     except (NotImplementedError, RuntimeError) as error:
-        clear = r"forward.mode|forward AD|jvp|twice|double.backward|once_differentiable"
+        clear = r"forward.mode|forward AD|jvp|twice|double.backward|once_differentiable|has no gradients"
         assert re.search(clear, str(error)), f"{what} raises something else: {error}"
         return
     raise AssertionError(f"{what} neither works nor raises")
@@ -160,7 +176,7 @@ def _raises(function, what):
 
 def forward_mode(spec, case):
     """Tangents are right, or an error, with and without gradients: torch's custom ops give zeros."""
-    tensors = case.make(torch.float64)
+    tensors = case.make(torch.float64 if torch.float32 in spec.dtypes else spec.dtypes[0])
     tangents = {name: _like(t, 5) for name, t in tensors.items()}
 
     def tangents_of(function, requires_grad):
@@ -183,7 +199,7 @@ def forward_mode(spec, case):
 
 def needed_gradients(spec, case):
     """Every subset of needed gradients gives the same gradients as all of them, and no others."""
-    tensors = case.make(torch.float32)
+    tensors = case.make(spec.dtypes[0])
     everything = run(spec.fast, tensors, case.settings)
     for count in range(len(tensors) + 1):
         for needed in itertools.combinations(tensors, count):
@@ -193,13 +209,13 @@ def needed_gradients(spec, case):
                 check_bits(f"{name}, where {needed or 'nothing'} needs a gradient", value, everything[name])
 
 
-def opcheck(spec, case, layout=contiguous, dtype=torch.float32):
+def opcheck(spec, case, layout=contiguous, dtype=None):
     """torch's own check of the registered operation: schema, fake, autograd, tracing."""
-    tensors = {name: layout(t) for name, t in case.make(dtype).items()}
+    tensors = {name: layout(t) for name, t in case.make(dtype or spec.dtypes[0]).items()}
     for needs_grad in (False, True):
         arguments = {name: t.detach().requires_grad_(needs_grad) for name, t in tensors.items()}
         for op, call in spec.op_arguments(arguments, case.settings):
-            if op in spec.others:  # nobody may differentiate it
+            if op in spec.others or not spec.differentiable:  # nobody may differentiate it
                 call = [a.detach() if isinstance(a, torch.Tensor) else a for a in call]
             try:
                 torch.library.opcheck(op.overload, call)
@@ -207,10 +223,10 @@ def opcheck(spec, case, layout=contiguous, dtype=torch.float32):
                 raise AssertionError(f"opcheck: {error}") from error
 
 
-def compiled(spec, case, dynamic=False, dtype=torch.float32):
+def compiled(spec, case, dynamic=False, dtype=None):
     """torch.compile takes it as one graph, forward and backward, and gives what eager gives."""
     torch._dynamo.reset()
-    tensors = case.make(dtype)
+    tensors = case.make(dtype or spec.dtypes[0])
     function = torch.compile(spec.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     _equal(run(function, tensors, case.settings), run(spec.fast, tensors, case.settings), "compiled")
 
@@ -234,19 +250,21 @@ def _equal(got, expected, where):
 
 def zero_sizes(spec, case):
     """Nothing in, nothing out, in both directions, with the reference's shapes."""
-    tensors = case.make(torch.float32)
+    tensors = case.make(spec.dtypes[0])
     got, expected = (run(f, tensors, case.settings) for f in (spec.fast, spec.reference))
     _equal(got, expected, "empty")
 
 
-def gradient_of_a_sum(spec, case, dtype=torch.float32):
+def gradient_of_a_sum(spec, case):
     """Incoming gradients of stride 0, as ``y.sum()`` gives them, and those of a transposed consumer, in budget."""
+    dtype = spec.dtypes[0]
     error_budget(spec, case, dtype, upstream=constant)
     error_budget(spec, case, dtype, upstream=lambda g: g.mT.contiguous().mT if g.ndim > 1 else g)
 
 
-def nan_footprint(spec, case, dtype=torch.float32):
+def nan_footprint(spec, case):
     """One NaN or infinity in any group of any input, or of the incoming gradient, spreads as in the reference."""
+    dtype = spec.dtypes[0]
     clean = case.make(dtype)
     for name, value in itertools.product(clean, (float("nan"), float("inf"))):
         for group in spec.groups(clean[name], case.settings):
@@ -284,9 +302,9 @@ def repeatable(spec, case, dtype):
     _equal(*[run(spec.fast, tensors, case.settings) for _ in range(2)], "again")
 
 
-def autocast(spec, case, dtype=torch.float32):
-    """Autocast changes neither the dtype nor a bit: nothing here is a matrix product."""
-    tensors = case.make(dtype)
+def autocast(spec, case):
+    """Autocast changes neither the dtype nor a bit: an operation keeps what it is given."""
+    tensors = case.make(spec.dtypes[0])
 
     def under_autocast(**arguments):
         with torch.autocast("cpu", torch.bfloat16):
@@ -300,7 +318,7 @@ def declared_cost(spec, case, dtype, layout=contiguous):
     tensors = {name: layout(t) for name, t in case.make(dtype).items()}
     for op, call in spec.op_arguments(tensors, case.settings):
         declared = op.cost(*call)
-        with recording(spec.uncounted) as record, Traffic(ops={}) as beside:
+        with recording(spec.uncounted, spec.once) as record, Traffic(ops={}) as beside:
             op.body(*call)
         if beside.rows:
             hidden = {name: (row.read, row.written) for name, row in beside.rows.items()}

@@ -14,10 +14,9 @@ import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
 import triton
 
-from .codegen import ARCHITECTURES, CodegenError, check_binary, compile_variant
+from .codegen import CodegenError, check_binary, compile_variant
 from .launches import launches_of
 from .layouts import contiguous, stepped
 
@@ -27,14 +26,13 @@ COLUMNS = [
     "tensor_cores", "triton", "source",
 ]  # fmt: skip
 LAYOUTS = [contiguous, stepped]  # both ways channels can lie
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def all_factors(spec):
     """Everything that a compiled kernel may depend on: names and their values."""
-    calls = len(launches_of(spec, spec.small[0], torch.float32))
-    fixed = {"dtype": DTYPES, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False], "arch": ARCHITECTURES}
-    return spec.factors | fixed
+    calls = len(launches_of(spec, spec.small[0], spec.dtypes[0]))
+    fixed = {"dtype": spec.dtypes, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False]}
+    return spec.factors | fixed | {"arch": spec.architectures}
 
 
 def build(spec, arch, aligned, **choice):

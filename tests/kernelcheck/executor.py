@@ -24,9 +24,11 @@ INTEGERS = {name: tl.str_to_ty(name, None) for name in ("i8", "i16", "i32", "i64
 FLOATS = {name: tl.str_to_ty(name, None) for name in ("fp16", "fp32", "fp64")}
 WARPS = (1, 2, 4, 8, 16, 32)  # of a program, as a GPU takes them
 NEEDED_NAMES = ["_implicit_cvt", "_patch_lang", "_unwrap_tensor", "_get_np_dtype", "GridExecutor", "ReduceOps"]
-NEEDED = {  # methods of its builder that are replaced, with the parameters that must come first
+NEEDED = {  # methods of its builder that are replaced, or call these, with the parameters that must come first
     "create_masked_load": "self ptrs mask other",
     "create_masked_store": "self ptrs value mask",
+    "create_descriptor_load": "self desc indices",
+    "create_descriptor_store": "self desc value indices",
     "create_atomic_rmw": "self rmwOp ptr val mask",
     "create_atomic_cas": "self ptr cmp val",
     "create_addptr": "self ptr offset",

@@ -16,6 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from planecycle_fast.ops import registration
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -96,14 +99,18 @@ def recorded_launches(body):
     """Within it an operation's body, on `meta` tensors, launches into the list that it gives."""
     launches = []
 
-    def wrap(kernel):
-        class Recorder:
-            def __getitem__(self, grid):
-                return lambda *args, **constants: launches.append(Launch(kernel, tuple(grid), args, constants))
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-        return Recorder()
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launches.append(Launch(self.kernel, tuple(grid), args, constants))
 
-    with mock.patch.dict(body.__globals__, {"wrap_triton": wrap}):
+    def launch(kernel, *arguments, **constants):  # what is opaque to torch is not wrapped
+        kernel = kernel if isinstance(kernel, Recorder) else Recorder(kernel)
+        return registration.launch(kernel, *arguments, **constants)
+
+    with mock.patch.dict(body.__globals__, {"wrap_triton": Recorder, "launch": launch}):
         yield launches
 
 
@@ -125,6 +132,7 @@ def idle_launches():
     def run(kernel, *args, grid, warmup, **kwargs):
         launches.append(kernel.__name__)
         for t in (*args, *kwargs.values()):
+            t = t.base if isinstance(t, TensorDescriptor) else t
             if isinstance(t, torch.Tensor) and t.isnan().all():
                 t.zero_()
 

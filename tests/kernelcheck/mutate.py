@@ -183,7 +183,7 @@ def drop_dependency(node, s, names):
     """A step left out that later ones build on."""
     if isinstance(node, ast.AugAssign):
         yield "pass"
-    if isinstance(node, ast.Expr) and _called(node.value) in ("tl.store", "tl.debug_barrier"):
+    if isinstance(node, ast.Expr) and _called(node.value).endswith((".store", ".debug_barrier")):
         yield "pass"
 
 
@@ -207,10 +207,20 @@ def used_masked_lanes(node, s, names):
         yield "other=2"
 
 
+def another_tile(node, s, names):
+    """A descriptor's tile at its coordinates the other way round, or at the beginning along one axis."""
+    method = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+    if method in ("load", "store") and node.args and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 2:
+        first, second = (s.of(place) for place in node.args[0].elts)
+        rest = "".join(f", {s.of(a)}" for a in node.args[1:])
+        for places in sorted({f"{second}, {first}", f"0, {second}", f"{first}, 0"} - {f"{first}, {second}"}):
+            yield f"{s.of(node.func)}([{places}]{rest})"
+
+
 KINDS = [
     another_stride, another_axis_of_the_plane, the_other_plane, drop_mask, half_mask, bound_off_by_one, wrong_axis,
     narrow_integer, drop_edge, shorter_loop, another_reduction, another_operator, drop_factor, other_branch,
-    drop_dependency, another_constant, coarse_sum, used_masked_lanes,
+    drop_dependency, another_constant, coarse_sum, used_masked_lanes, another_tile,
 ]  # fmt: skip
 
 

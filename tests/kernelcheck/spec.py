@@ -60,9 +60,14 @@ class Spec:
     exempt: int = 0  # how many accesses of a kernel may be narrower: vectors per channel, statistics, tables
     tensor_cores: bool = False  # whether its kernels claim to use them
     any_strides: bool = True  # of what op takes; if not, the public function copies
+    dtypes: tuple = (torch.float32, torch.float16, torch.bfloat16)  # taken; if float32, float64 too
+    differentiable: bool = True  # if not, differentiating it must raise
+    opaque: bool = False  # whether torch.compile sees one call, and no kernels
+    architectures: tuple = (80, 90, 100, 120)  # that it runs on
     every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns
     others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out
+    once: frozenset[str] = field(default_factory=frozenset)  # those that it counts once however often they are loaded
     outputs: dict[str, set[str]] = field(default_factory=dict)  # of each kernel: the arguments that it may write to
 
     @property

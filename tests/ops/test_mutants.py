@@ -28,6 +28,7 @@ KERNEL = textwrap.dedent('''\
         if ACC:
             total = tl.where(total > 1, tl.sum(total, 0), tl.maximum(total, 1))
         tl.store(out + row * out_row, total, mask=tl.cdiv(n, 2) < 3)
+        tiles.store([row, 0], total)
 
 
     def _scale(x, before, after):
@@ -64,6 +65,7 @@ EXPECTED = {  # of every kind one edit: what it makes of KERNEL
         "tl.load(x + row * x_row + i1 * x_col, mask=mask, other=0).to(ACC).to(tl.float16).to(ACC)",
     ),
     "used_masked_lanes": ("other=0", "other=2"),
+    "another_tile": ("tiles.store([row, 0], total)", "tiles.store([0, row], total)"),
 }
 
 

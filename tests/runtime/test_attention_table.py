@@ -229,12 +229,12 @@ def test_a_pass_takes_the_table_and_others_torchs_own(machine, monkeypatch):
 def test_sizes_repeat_from_their_second_pass_on(machine, monkeypatch):
     monkeypatch.setattr(backends, "_found", {"triton": None})
     sizes = torch.Size((1, 3, 4, 64, 64))
-    found = [Choice.of("auto", "auto", True, CUDA, sizes).repeats for _ in range(3)]
+    found = [Choice.of("auto", "auto", True, CUDA, sizes=sizes).repeats for _ in range(3)]
     assert found == [False, True, True]
-    assert not Choice.of("auto", "auto", True, CUDA, (2, *sizes[1:])).repeats
-    assert not Choice.of("auto", "flash", True, CUDA, sizes).repeats  # a name needs no table
+    assert not Choice.of("auto", "auto", True, CUDA, sizes=(2, *sizes[1:])).repeats
+    assert not Choice.of("auto", "flash", True, CUDA, sizes=sizes).repeats  # a name needs no table
     with torch.no_grad():
-        choice = Choice.of("auto", "auto", True, CUDA, sizes)
+        choice = Choice.of("auto", "auto", True, CUDA, sizes=sizes)
     assert choice.here(torch.zeros(1, 2).as_subclass(OnGpu)).repeats  # the mode may change, this does not
 
 
@@ -266,7 +266,7 @@ def test_around_a_block_it_is_that_of_the_pass(machine, monkeypatch):
     machine.missing = {"triton", "flash3"}
     monkeypatch.setattr(backends, "_found", {"triton": None})
     found, x = [], torch.ones(2, requires_grad=True)
-    choices = [Choice.of("auto", "auto", True, CUDA, (1, 3)) for _ in range(2)]
+    choices = [Choice.of("auto", "auto", True, CUDA, sizes=(1, 3)) for _ in range(2)]
 
     def block(x, choice):
         here = choice.here(x.as_subclass(OnGpu))
