@@ -17,6 +17,8 @@ share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activation
 
 from .activations.gelu import gelu, gelu_ref
 from .activations.swiglu import swiglu, swiglu_ref
+from .patch_embedding.patchify import patchify
+from .patch_embedding.pixel_rows import patchify_ref
 from .plane_change.plane_switch import plane_switch, plane_switch_ref
 from .residual.add_norm import add_norm
 from .residual.norm import Norm, add_norm_ref
@@ -34,6 +36,8 @@ __all__ = [
     "attention_ref",
     "gelu",
     "gelu_ref",
+    "patchify",
+    "patchify_ref",
     "plane_switch",
     "plane_switch_ref",
     "rope",

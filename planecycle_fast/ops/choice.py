@@ -30,6 +30,7 @@ class Choice:
     add_norm: str  # of one in full, and of the sum and its norm,
     rope: str
     swiglu: str
+    patchify: str  # "triton" or "reference"; `engine.embedding` says where a host embeds patches itself
     attention: str  # "sdpa", "reference", or the one asked for by name
     grad: bool  # whether gradients are recorded
     writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
@@ -40,9 +41,10 @@ class Choice:
         """Raises ValueError, with the reason, for a backend asked for by name that is not usable there."""
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
-        chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
+        chosen = [choose(asked, device, op, strict) if op in LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
-        by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
+        patchify = "reference" if "patchify" in LACKS[first] else first
+        by = (plane_switch, add_norm, rope, swiglu, patchify, resolve_attention(attention, device))
         return Choice(asked, strict, device, *by, *_mode(device))
 
     def for_rows(self, channels: int) -> Choice:
@@ -64,7 +66,7 @@ class Choice:
 
     def plain(self) -> Choice:
         """The same by references, nothing in place."""
-        references: dict[str, Any] = dict.fromkeys((*OPERATIONS, "attention"), "reference")
+        references: dict[str, Any] = dict.fromkeys((*OPERATIONS, "patchify", "attention"), "reference")
         return replace(self, writes=False, **references)
 
     def may_overwrite(

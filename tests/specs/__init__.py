@@ -1,9 +1,10 @@
 """What the test bed knows of each operation: one file per operation, its `SPEC` listed here."""
 
 from .add_norm import SPEC as ADD_NORM
+from .patchify import SPEC as PATCHIFY
 from .plane_switch import SPEC as PLANE_SWITCH
 from .rope import SPEC as ROPE
 from .swiglu import SPEC as SWIGLU
 
-SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE]
+SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, PATCHIFY]
 OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to
