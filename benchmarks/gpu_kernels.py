@@ -55,7 +55,7 @@ def run(path: Path, about: str, part: Part) -> int:
 def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """(name, what makes it) of every call: (operation, label, channels, arguments), forward and backward."""
     from planecycle_fast.geometry.planes import DH, DW, HW
-    from tests.specs import add_norm, plane_switch, rope, swiglu
+    from tests.specs import add_norm, patchify, plane_switch, rope, swiglu
 
     def each(spec, c, label, channels, directions=("forward", "backward")):
         for i, direction in enumerate(directions):
@@ -77,6 +77,8 @@ def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]
         yield from each(add_norm.SPEC, add_norm.case(HW, HW, rows, 0, channels, 1), f"{label}, in place", channels)
         c = rope.case("axial", sizes[1:], 5, 3 * heads, channels // heads, batch * sizes[0], 2 * heads, device="cuda")
         yield from each(rope.SPEC, c, f"{label}, packed", channels, ("forward", "backward", "in place"))
+        c = patchify.case((3, sizes[0], 16 * sizes[1], 16 * sizes[2]), (16, 16), 5, batch)
+        yield from each(patchify.SPEC, c, f"{label}, patch 16", channels)
         for packed in (False, True):
             c = swiglu.case(rows[:2], 4 * channels, packed)
             yield from each(swiglu.SPEC, c, f"{label}, {'packed' if packed else 'separate'}", channels)

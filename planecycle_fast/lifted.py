@@ -287,14 +287,14 @@ class LiftedModel(TensorsOfHost, TreeModule):
         check_strict(choice, self.attention, self.descriptions)
         axes, g = len(planes[0].sequence), self.adapter.num_globals
         tables = tables_of(self.depth_position, self.adapter, self.lifted_tree.blocks, volume, self.training, axes)
-        images = fix_shape(volume).transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
-        patches, globals_ = embed(self.adapter, images, choice)
+        embedded = embed(self.adapter, fix_shape(volume), choice)
         if self.depth_position == "sincos":
-            patches = add_depth(patches, sizes[0], self.adapter)
-        choice, taps = choice.for_rows(patches.shape[2]), live(self.taps)
+            inplace = choice.may_overwrite(embedded.patches, new=embedded.stream is not None)
+            embedded = embedded.become(add_depth(embedded.patches, sizes[0], self.adapter, inplace))
+        choice, taps = choice.for_rows(embedded.patches.shape[2]), live(self.taps)
         entering = Layer(HW, planes[0], sizes, g, self._pooling(HW, planes[0], sizes), choice)
-        held = [enter(patches, globals_, entering)]
-        del patches, globals_
+        held = [enter(embedded, entering)]
+        del embedded
 
         def step(i: int) -> Step:
             key = (i == 0, i % len(planes))  # of the planes before and after

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..engine.embedding import Embedded, by_product, may_be_product
 from ..engine.passes import OnStream, Step, check_strict, run_pass
 from ..engine.report import table_of
 from ..engine.stream import Layer, Stream, enter
@@ -16,7 +17,17 @@ from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
 from ..geometry.pooling import Transition, between
 from ..geometry.rope import PlaneAngles
 from ..hosts.description import BlockDescription, Reading, describe
-from ..hosts.dinov3 import BLOCK, block_parts, common_norm, embed_parts, input_channels, norm_parts, takes_volumes
+from ..hosts.dinov3 import (
+    BLOCK,
+    block_parts,
+    common_norm,
+    embed_parts,
+    from_patches,
+    input_channels,
+    norm_parts,
+    patch_projection,
+    takes_volumes,
+)
 from ..hosts.known import known_norm, why_called
 from ..inputs import check_volume, wanted_layers
 from ..ops import Norm
@@ -94,12 +105,13 @@ class Method:
         converted, readings, blocks = self._converted, self._readings(), [*model.blocks]
         inside = [converted and _need_not_be_called(block) for block in blocks]
         planes = [plane_of(block) if plain else start for block, plain in zip(blocks, inside)]
-        patches, globals_, at = self._embed(x, masks, start)
-        choice = choice.for_rows(patches.shape[2])
+        embedded, at = self._embed(x, masks, start, choice)
+        channels = embedded.patches.shape[2]
+        choice = choice.for_rows(channels)
         count = planes[0].slices(sizes)  # globals are all alike
         entering = Layer(at, planes[0], sizes, g, Transition(at.slices(sizes), count), choice)
-        held, shape = [enter(patches, globals_, entering)], (x.shape[0], *sizes, patches.shape[2])
-        del patches, globals_
+        held, shape = [enter(embedded, entering)], (x.shape[0], *sizes, channels)
+        del embedded
 
         def angles_of(rope: nn.Module | None, plane: Plane) -> PlaneAngles | None:
             """By the model's own module: once per plane, or anew for every block while it may draw."""
@@ -147,16 +159,19 @@ class Method:
         x: Tensor,  # (B, 3, D, height, width)
         masks: Tensor | None,
         start: Plane,
-    ) -> tuple[Tensor, Tensor, Plane]:
-        """Patches (N, L, C), globals (N, g, C) or (1, g, C), and the plane in whose order they are."""
-        model, x = self.model, fix_shape(x)
+        choice: Choice,
+    ) -> tuple[Embedded, Plane]:
+        """All tokens before the first block, and the plane in whose order they are."""
+        model, x, g = self.model, fix_shape(x), self.model.n_storage_tokens + 1
+        projection = patch_projection(model) if masks is None and may_be_product(x, choice) else None
+        if projection is not None:
+            return by_product(projection, partial(from_patches, model), g, x, choice), HW
         images = x.transpose(1, 2).flatten(0, 1)  # (B*D, 3, height, width)
         embedded = embed_parts(model, images) if masks is None else None
         if embedded is not None:
-            return *embedded, HW
+            return Embedded(*embedded), HW
         tokens = model.prepare_tokens_with_masks(x if takes_volumes(model) else images, masks)[0]
-        g = model.n_storage_tokens + 1
-        return tokens[:, g:], tokens[:, :g], start
+        return Embedded(tokens[:, g:], tokens[:, :g]), start
 
     @property
     def _converted(self) -> bool:

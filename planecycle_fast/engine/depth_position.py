@@ -63,8 +63,9 @@ def add_depth(
     patches: Tensor,  # (B*D, L, C), canonical order
     depth: int,  # D
     adapter: Adapter,
+    inplace: bool = False,
 ) -> Tensor:  # (B*D, L, C)
-    """Patches with the code of their slice, "sincos".
+    """Patches with the code of their slice, "sincos"; in place the same tensor.
 
     Raises ValueError where the learned positions have no values here, as while a framework has taken them away.
     """
@@ -80,7 +81,11 @@ def add_depth(
     size = amplitude(positions)
     turns = angles(depth, channels // 2, size.dtype, patches.device)
     code = torch.cat([turns.sin(), turns.cos()], dim=1) * (math.sqrt(2) * size)  # (D, C), of that very size
-    return (patches.unflatten(0, (-1, depth)) + code.to(patches.dtype)[:, None]).flatten(0, 1)
+    of_volumes, code = patches.unflatten(0, (-1, depth)), code.to(patches.dtype)[:, None]
+    if inplace:
+        of_volumes += code
+        return patches
+    return (of_volumes + code).flatten(0, 1)
 
 
 class DepthTables:

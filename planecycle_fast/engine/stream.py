@@ -18,6 +18,8 @@ from ..ops import Norm
 from ..ops.choice import Choice
 from ..ops.plane_change.plane_switch import check_switch, switch_on
 from ..ops.residual.norm import add_ref
+from ..runtime.tracing import may_fill
+from .embedding import Embedded
 
 
 class Stream(NamedTuple):
@@ -96,12 +98,19 @@ class Layer:
 
 
 def enter(
-    patches: Tensor,  # (B*D, L, C), canonical order, any strides
-    globals_: Tensor,  # (B*D, g, C), or (1, g, C): the same in all slices
+    embedded: Embedded,
     layer: Layer,  # from canonical order to the first block's plane
 ) -> Stream:
     """The stream of embedded slices, in the first block's plane order."""
-    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition, None, None, None, globals_)
-    check_switch(patches, *args)
-    entered: Any = switch_on(layer.choice.plane_switch, patches, *args)
-    return Own(entered) if entered is not patches and layer.choice.writes else Stream(entered)
+    patches, globals_, stream = embedded
+    args = (layer.old, layer.new, layer.sizes, layer.num_globals, layer.transition)
+    check_switch(patches, *args, None, None, None, globals_)
+    own = stream is not None and may_fill() and torch.promote_types(stream.dtype, globals_.dtype) == stream.dtype
+    entered: Any
+    if stream is not None and own:
+        if layer.num_globals:
+            stream[:, : layer.num_globals] = globals_
+        entered = switch_on(layer.choice.plane_switch, stream, *args)
+    else:
+        entered = switch_on(layer.choice.plane_switch, patches, *args, None, None, None, globals_)
+    return Own(entered) if (own or entered is not patches) and layer.choice.writes else Stream(entered)

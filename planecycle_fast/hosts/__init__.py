@@ -12,6 +12,7 @@ Start with `adapter.Adapter`, whose docstring shows one; then the family you kno
 | | |
 | --- | --- |
 | `description.py`, `parts.py`, `known.py`, `huggingface_parts.py` | blocks taken apart |
+| `projection.py` | the convolution of a patch embedding, where a product may take its place |
 | `wrapped.py`, `placement.py` | modules as frameworks leave them: wrapped, compiled, sharded, offloaded |
 | `buffers.py` | buffers that a model computes and does not save, refused where they hold something else |
 """

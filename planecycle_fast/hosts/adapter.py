@@ -16,6 +16,13 @@ from .parts import WHOLE, BlockParts
 from .wrapped import own_class
 
 SinCos = tuple[Tensor, Tensor]  # sin and cos, (L, hd) each
+_SHORTCUTS = (  # (a method, what does its work otherwise)
+    ("embed", "embed_parts"),
+    ("embed", "patch_projection"),
+    ("embed_parts", "patch_projection"),
+    ("call_block", "parts"),
+    ("norm", "final_norm"),
+)
 
 
 class Adapter(ABC):
@@ -55,7 +62,7 @@ class Adapter(ABC):
         """A subclass that overrides a method of a family loses the family's shortcut around that method."""
         super().__init_subclass__(**settings)
         families = [base for base in cls.__mro__[1:] if base is not Adapter]
-        for method, shortcut in (("embed", "embed_parts"), ("call_block", "parts"), ("norm", "final_norm")):
+        for method, shortcut in _SHORTCUTS:
             overrides = method in cls.__dict__ and any([method in base.__dict__ for base in families])
             if overrides and shortcut not in cls.__dict__:
                 setattr(cls, shortcut, getattr(Adapter, shortcut))
@@ -114,6 +121,24 @@ class Adapter(ABC):
         """`embed` without the concatenation, for models that allow it."""
         tokens = self.embed(images)
         return tokens[:, self.num_globals :], tokens[:, : self.num_globals]
+
+    def patch_projection(self) -> nn.Conv2d | None:
+        """The convolution of pixels to patches, where all else of `embed_parts` is `from_patches`; or None.
+
+        One matrix product does its work then, mostly on GPUs, and neither it nor what holds it is called: give it only
+        where nobody can tell (`hosts.projection.known_projection`).
+        """
+        return None
+
+    def from_patches(
+        self,
+        patches: Tensor,  # (N, L, C), as `patch_projection` makes them, any strides
+        height: int,  # of the slices, in pixels
+        width: int,
+        inplace: bool,  # whether patches may be written to, and returned
+    ) -> tuple[Tensor, Tensor]:  # as of `embed_parts`
+        """What `embed_parts` makes of them. Patches that are returned as they came are not copied."""
+        raise NotImplementedError(f"{type(self).__name__} has a patch_projection, and needs from_patches as well")
 
     def parts(self, block: nn.Module) -> BlockParts | str:
         """A block taken apart, or why it cannot be."""

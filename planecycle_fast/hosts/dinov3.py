@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..geometry.rope import Rope, make_periods
 from .adapter import Adapter, SinCos
 from .buffers import Computed
-from .known import consists_of, contents, is_identity, kind_of, known_activation
+from .known import consists_of, contents, is_identity, kind_of, known_activation, why_called
 from .parts import Attention, BlockParts, Mlp, Part, Scale
+from .projection import known_projection
 from .wrapped import read, unwrapped
 
 CLASS = "DinoVisionTransformer"
@@ -26,6 +27,7 @@ _CONTENTS = {  # of modules of both
     "Mlp": contents("fc1 act fc2 drop"),
     "SwiGLUFFN": contents("w1 w2 w3"),
     "LayerScale": contents("gamma"),
+    "PatchEmbed": contents("proj", "norm"),
 }
 _ATTRIBUTES = ("blocks", "n_storage_tokens", "norm", "patch_embed", "prepare_tokens_with_masks", "rope_embed")
 
@@ -122,13 +124,37 @@ def embed_parts(
     images: Tensor,  # (N, 3, height, width)
 ) -> tuple[Tensor, Tensor] | None:  # patches (N, L, C), globals (1, g, C)
     """`prepare_tokens_with_masks` of slices, without masks and without the concatenation; None where it is another."""
+    if not _prepares_as_known(model):
+        return None
+    return model.patch_embed(images).flatten(1, -2), _globals(model)  # from (N, h, w, C)
+
+
+def _prepares_as_known(model: nn.Module) -> bool:
     name = "prepare_tokens_with_masks"
     owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__)
-    if name in model.__dict__ or owner.__name__ != CLASS:
-        return None
-    patches = model.patch_embed(images).flatten(1, -2)  # from (N, h, w, C)
+    return name not in model.__dict__ and owner.__name__ == CLASS
+
+
+def _globals(model: nn.Module) -> Tensor:  # (1, g, C)
     cls = model.cls_token + 0 * model.mask_token  # so that every parameter has a gradient
-    return patches, torch.cat([cls, model.storage_tokens], dim=1) if model.n_storage_tokens else cls
+    return torch.cat([cls, model.storage_tokens], dim=1) if model.n_storage_tokens else cls
+
+
+def patch_projection(model: nn.Module) -> nn.Conv2d | None:
+    """`Adapter.patch_projection` of a DINOv3."""
+    found = model.patch_embed
+    known = _prepares_as_known(model) and _is(found, "PatchEmbed") and why_called(found) is None
+    return known_projection(found.proj) if known else None
+
+
+def from_patches(
+    model: nn.Module,
+    patches: Tensor,  # (N, L, C)
+    *_: object,
+) -> tuple[Tensor, Tensor]:  # patches (N, L, C), globals (1, g, C)
+    """`Adapter.from_patches` of a DINOv3."""
+    norm = getattr(model.patch_embed, "norm", None)
+    return patches if norm is None else norm(patches), _globals(model)
 
 
 class FacebookDINOv3(Adapter):
@@ -165,6 +191,12 @@ class FacebookDINOv3(Adapter):
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return embed_parts(self.model, images) or super().embed_parts(images)
+
+    def patch_projection(self) -> nn.Conv2d | None:
+        return patch_projection(self.model)
+
+    def from_patches(self, patches: Tensor, height: int, width: int, inplace: bool) -> tuple[Tensor, Tensor]:
+        return from_patches(self.model, patches)
 
     def parts(self, block: nn.Module) -> BlockParts | str:
         return block_parts(block)

@@ -19,6 +19,7 @@ from .adapter import Adapter, SinCos, is_instance_of, pair
 from .huggingface_parts import block_parts, made_of
 from .known import Contents, contents, why_called
 from .parts import BlockParts, Part
+from .projection import known_projection, plus, projected
 from .wrapped import read
 
 _PROJECTS = contents("projection")  # a module that holds the convolution, in most families
@@ -142,9 +143,17 @@ class LearnedPositions(HuggingFace):
         found = self.core.embeddings
         if not self._is_known(found):
             return super().embed_parts(images)
-        patches = attrgetter(self.projection)(found)(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
-        positions, g = self._positions(found, patches, *images.shape[2:]), int(self.has_cls)  # (1, g + L, C)
-        patches, first = patches + positions[:, g:], positions[:, :g]
+        patches = projected(attrgetter(self.projection)(found), self._cast(images))
+        return self.from_patches(patches, *images.shape[2:], inplace=False)
+
+    def patch_projection(self) -> nn.Conv2d | None:
+        found = self.core.embeddings
+        return known_projection(attrgetter(self.projection)(found)) if self._is_known(found) else None
+
+    def from_patches(self, patches: Tensor, height: int, width: int, inplace: bool) -> tuple[Tensor, Tensor]:
+        found, g = self.core.embeddings, int(self.has_cls)
+        positions = self._positions(found, patches, height, width)  # (1, g + L, C)
+        patches, first = plus(patches, positions[:, g:], inplace), positions[:, :g]
         globals_ = first + getattr(found, self.cls) if self.cls else first
         if (registers := getattr(found, "register_tokens", None)) is not None:
             globals_ = torch.cat([globals_, registers], dim=1)

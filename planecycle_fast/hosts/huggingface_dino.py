@@ -11,6 +11,7 @@ from .buffers import Computed
 from .huggingface import HuggingFace, LearnedPositions
 from .huggingface_parts import made_of
 from .known import contents, why_called
+from .projection import known_projection, projected
 
 _DINOV3_EMBEDDINGS = contents("cls_token patch_embeddings register_tokens", "mask_token")
 
@@ -41,11 +42,22 @@ class HuggingFaceDINOv3(HuggingFace):
         return block(tokens, position_embeddings=(cos, sin))
 
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model.embeddings
-        if not made_of(found, _DINOV3_EMBEDDINGS) or why_called(found) is not None:
+        if not self._is_known():
             return super().embed_parts(images)
-        patches = found.patch_embeddings(self._cast(images)).flatten(2).transpose(1, 2)  # (N, L, C)
+        patches = projected(self.model.embeddings.patch_embeddings, self._cast(images))
+        return self.from_patches(patches, *images.shape[2:], inplace=False)
+
+    def patch_projection(self) -> nn.Conv2d | None:
+        return known_projection(self.model.embeddings.patch_embeddings) if self._is_known() else None
+
+    def from_patches(self, patches: Tensor, height: int, width: int, inplace: bool) -> tuple[Tensor, Tensor]:
+        found = self.model.embeddings
         return patches, torch.cat([found.cls_token, found.register_tokens], dim=1)
+
+    def _is_known(self) -> bool:
+        """Whether the embeddings do what `embed_parts` does, and nobody sees that they are not called."""
+        found = self.model.embeddings
+        return made_of(found, _DINOV3_EMBEDDINGS) and why_called(found) is None
 
     def final_norm(self) -> nn.Module:
         return self.model.norm

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapter import Adapter, SinCos, is_exactly, pair
 from .known import comes_from, consists_of, contents, is_identity, kind_of, known_activation, known_norm, why_called
 from .parts import Attention, BlockParts, Mlp, Part, Scale
+from .projection import known_projection, plus, projected
 from .wrapped import own_class, read, unwrapped
 
 _CONTENTS = {  # of timm's modules; they alone do not tell a GluMlp from an Mlp
@@ -123,15 +124,21 @@ class Timm(Adapter):
         images: Tensor,  # (N, in_channels, height, width)
     ) -> Tensor:  # (N, h*w, C), any strides
         embed = self.model.patch_embed
-        if not is_timms(embed, "PatchEmbed") or why_called(embed) is not None or embed.dynamic_img_pad:
+        if not self._embeds_as_known():
             return embed(images).flatten(1, -2)  # from NHWC with dynamic sizes
         # Past its forward, which formats sizes into messages: torch.compile would take them for constants.
-        return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
+        return embed.norm(projected(embed.proj, images))
+
+    def _embeds_as_known(self) -> bool:
+        """Whether the patch embedding is a projection and a norm, and nobody sees that it is not called."""
+        embed = self.model.patch_embed
+        return is_timms(embed, "PatchEmbed") and why_called(embed) is None and not embed.dynamic_img_pad
 
     def embeds_in_parts(self) -> bool:
-        """Whether nothing but positions and globals comes between the patch embedding and the blocks."""
+        """Whether nothing but positions, globals and a norm comes between the patch embedding and the blocks."""
         between = [getattr(self.model, name, None) for name in ("patch_drop", "norm_pre")]
-        return is_identity(*between) and Part(between, [self.model.pos_drop]).why_not() is None
+        rows = is_identity(between[1]) or known_norm(between[1])[0] is not None
+        return is_identity(between[0]) and rows and Part(between, [self.model.pos_drop]).why_not() is None
 
     def positioned(
         self,
@@ -148,11 +155,39 @@ class Timm(Adapter):
     def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if not self.embeds_in_parts():
             return super().embed_parts(images)
-        patches, g = self.patches(images), self.num_globals
-        grid = [n // p for n, p in zip(images.shape[2:], self.patch_size)]
+        return self.completed(self.patches(images), *images.shape[2:], inplace=False)
+
+    def patch_projection(self) -> nn.Conv2d | None:
+        known = self.embeds_in_parts() and self._embeds_as_known()
+        return known_projection(self.model.patch_embed.proj) if known else None
+
+    def from_patches(self, patches: Tensor, height: int, width: int, inplace: bool) -> tuple[Tensor, Tensor]:
+        return self.completed(self.model.patch_embed.norm(patches), height, width, inplace)
+
+    def completed(
+        self,
+        patches: Tensor,  # (N, L, C), of the patch embedding
+        height: int,
+        width: int,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:  # patches (N, L, C), globals (1, g, C)
+        """What comes between the patch embedding and the blocks, of models that embed in parts."""
+        patches, globals_ = self.with_positions(patches, height, width, inplace)
+        norm = getattr(self.model, "norm_pre", None)
+        return (patches, globals_) if is_identity(norm) else (norm(patches), norm(globals_))
+
+    def with_positions(
+        self,
+        patches: Tensor,  # (N, L, C), of the patch embedding
+        height: int,
+        width: int,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:  # patches (N, L, C), globals (1, g, C)
+        """Both with their positions."""
+        g, grid = self.num_globals, [n // p for n, p in zip((height, width), self.patch_size)]
         empty = patches.new_zeros(1, *(grid if self.takes_all_sizes else [math.prod(grid)]), patches.shape[2])
         bare = self.positioned(empty)  # (1, g + L, C): globals and positions
-        return patches if self.model.pos_embed is None else patches + bare[:, g:], bare[:, :g]
+        return patches if self.model.pos_embed is None else plus(patches, bare[:, g:], inplace), bare[:, :g]
 
     def check_image_size(self, height: int, width: int) -> None:
         super().check_image_size(height, width)

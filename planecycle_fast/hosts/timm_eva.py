@@ -237,18 +237,16 @@ class TimmDINOv3(TimmEva):
 
     def embed(self, images: Tensor) -> Tensor:
         # Eva._pos_embed without its RoPE tables: those depend on the plane and are drawn by `lift`.
-        patches, globals_ = self._embedded(images)
+        patches, globals_ = self.with_positions(self.patches(images), *images.shape[2:], inplace=False)
         if self.num_globals:
             patches = torch.cat([globals_.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.model.norm_pre(self.model.pos_drop(patches))  # drawn in the order of memory
 
-    def _embedded(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.patches(images)
+    embed_parts, patch_projection = Timm.embed_parts, Timm.patch_projection
+
+    def with_positions(self, patches: Tensor, height: int, width: int, inplace: bool) -> tuple[Tensor, Tensor]:
         found = [t for t in (self.model.cls_token, self.model.reg_token) if t is not None]
         return patches, torch.cat(found, dim=1) if found else patches.new_empty(1, 0, patches.shape[2])
-
-    def embed_parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._embedded(images) if self.embeds_in_parts() else super().embed_parts(images)
 
     def turns_otherwise(self) -> None:
         return None

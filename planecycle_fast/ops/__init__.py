@@ -18,6 +18,8 @@ share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activation
 from .activations.gelu import gelu, gelu_ref
 from .activations.linear_gelu import linear_gelu, linear_gelu_ref
 from .activations.swiglu import swiglu, swiglu_ref
+from .patch_embedding.patchify import patchify
+from .patch_embedding.pixel_rows import patchify_ref
 from .plane_change.plane_switch import plane_switch, plane_switch_ref
 from .residual.add_norm import add_norm
 from .residual.norm import Norm, add_norm_ref
@@ -38,6 +40,8 @@ __all__ = [
     "gelu_ref",
     "linear_gelu",
     "linear_gelu_ref",
+    "patchify",
+    "patchify_ref",
     "plane_switch",
     "plane_switch_ref",
     "rope",

@@ -35,6 +35,7 @@ class Choice:
     add_norm: str  # of one in full, and of the sum and its norm,
     rope: str
     swiglu: str
+    patchify: str  # "triton" or "reference"; `engine.embedding` says where a host embeds patches itself
     attention: str  # "sdpa", "reference", the one asked for by name, or "auto": `attention_for` says what that is
     grad: bool  # whether gradients are recorded
     writes: bool  # whether what nobody else holds may be written to, see `tracing.may_write`
@@ -57,12 +58,13 @@ class Choice:
         """
         asked = asked_for(backend)
         first = choose(asked, device, OPERATIONS[0], strict)
-        chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
+        chosen = [choose(asked, device, op, strict) if op in LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
-        by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
+        patchify = "reference" if "patchify" in LACKS[first] else first
+        by = (plane_switch, add_norm, rope, swiglu, patchify, resolve_attention(attention, device))
         if gelu == "exact" and add_norm == "triton" and why_not_on(device) is None:
             gelu = "triton"
-        repeats = by[4] == "auto" and sizes is not None and seen_before(sizes)
+        repeats = by[-1] == "auto" and sizes is not None and seen_before(sizes)
         return Choice(asked, strict, device, *by, *_mode(device), gelu, repeats)
 
     def for_rows(self, channels: int) -> Choice:
@@ -99,7 +101,7 @@ class Choice:
 
     def plain(self) -> Choice:
         """The same by references, nothing in place."""
-        references: dict[str, Any] = dict.fromkeys((*OPERATIONS, "attention"), "reference")
+        references: dict[str, Any] = dict.fromkeys((*OPERATIONS, "patchify", "attention"), "reference")
         return replace(self, writes=False, **references)
 
     def may_overwrite(

@@ -118,5 +118,12 @@ def linear(
     return op, call
 
 
+def more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    """`vmap` of an operation whose first axis, of input and output, is of volumes and what they consist of."""
+    many = x.movedim(in_dim, 0)  # (V, B, ...)
+    out = function(many.flatten(0, 1), *arguments)
+    return out.unflatten(0, (len(many), out.shape[0] // max(len(many), 1))), 0
+
+
 def _is_tensors(argument: object) -> bool:
     return isinstance(argument, list) and all([isinstance(item, Tensor) for item in argument])  # [None, t] is none

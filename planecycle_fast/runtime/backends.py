@@ -18,7 +18,7 @@ from . import native
 from .tracing import constant_when_compiled, recorder, transforms_active
 
 BACKENDS = ("triton", "cpu", "reference")
-LACKS: dict[str, tuple[str, ...]] = {"triton": ("self_attention",), "cpu": (), "reference": ()}  # operations
+LACKS: dict[str, tuple[str, ...]] = {"triton": (), "cpu": ("patchify",), "reference": ()}  # operations
 VARIABLE = "PLANECYCLE_FAST_BACKEND"
 NO_CUDA = "no CUDA device was found"
 RECORDED = "{}, which records torch's own operations, is running; while it does, 'auto' is the reference"

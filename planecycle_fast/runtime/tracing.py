@@ -57,6 +57,12 @@ def may_write() -> bool:
     )
 
 
+def may_fill() -> bool:
+    """Whether a tensor that has just been made may be filled part by part: also where a compiler makes something else
+    of it."""
+    return may_write() or (torch.compiler.is_compiling() and recorder() is None)
+
+
 def shape_of(
     x: Tensor,  # any shape
 ) -> Sequence[int]:

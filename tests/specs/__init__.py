@@ -2,9 +2,10 @@
 
 from .add_norm import SPEC as ADD_NORM
 from .linear_gelu import SPEC as LINEAR_GELU
+from .patchify import SPEC as PATCHIFY
 from .plane_switch import SPEC as PLANE_SWITCH
 from .rope import SPEC as ROPE
 from .swiglu import SPEC as SWIGLU
 
-SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU]
+SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU, PATCHIFY]
 OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...geometry.planes import Plane, Sizes, parse_plane, permutation
 from ...geometry.pooling import Transition
 from ...runtime.backends import pick
-from ...runtime.tracing import may_write, recorder
+from ...runtime.tracing import may_fill
 from ..residual.add_norm import pick_rows
 from ..residual.norm import Norm, add_ref, check_stream, normalize_ref
 
@@ -56,7 +56,7 @@ def plane_switch_ref(
         pooled = transition.apply(volumes[:, :, :g])
     elif pooled is not None and pooled.shape[0] != 1:
         pooled = transition.apply(pooled.unflatten(0, (batch, old.slices(sizes))))
-    if not may_write() and (recorder() is not None or not torch.compiler.is_compiling()):
+    if not may_fill():
         parts = [] if pooled is None else [pooled.expand(batch, slices, -1, -1).flatten(0, 1).to(dtype)]
         # Three axes: of four torch.export asks which memory format they have, and fixes sizes by it.
         out = torch.cat([*parts, source.reshape(batch * slices, length, channels).to(dtype)], 1)

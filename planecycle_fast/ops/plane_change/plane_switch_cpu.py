@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..native_ops import register
-from ..registry import linear
-from .plane_switch_shapes import adjoint, call_of, fake, more_volumes
+from ..registry import linear, more_volumes
+from .plane_switch_shapes import adjoint, call_of, fake
 
 OP, _switch = linear(register, "plane_switch", adjoint, more_volumes, fake=fake)
 

@@ -120,12 +120,6 @@ def adjoint(
     return new, old, sizes, num_globals, via, mean, not transposed
 
 
-def more_volumes(function: Callable[..., Tensor], in_dim: int, x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-    many = x.movedim(in_dim, 0)  # (V, B*P1, g + L1, C)
-    out = function(many.flatten(0, 1), *arguments)
-    return out.unflatten(0, (len(many), out.shape[0] // max(len(many), 1))), 0
-
-
 def call_of(switch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`plane_switch_ref` in one pass, by what `linear` gives for an operation.
 

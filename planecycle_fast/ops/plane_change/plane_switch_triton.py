@@ -25,9 +25,9 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 
 from ...geometry.planes import PLANES, row_map
 from ..registration import INTERPRETED, launch, register
-from ..registry import Cost, linear
+from ..registry import Cost, linear, more_volumes
 from ..scalars_triton import scalars
-from .plane_switch_shapes import Shapes, _check_limits, adjoint, call_of, fake, more_volumes
+from .plane_switch_shapes import Shapes, _check_limits, adjoint, call_of, fake
 
 BLOCK_G = 8  # global tokens of a tile
 
