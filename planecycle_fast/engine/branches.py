@@ -65,7 +65,7 @@ def queries_keys_values(
     block: BlockDescription,
     normed: Tensor,  # (N, rows, C)
     layer: Layer,
-) -> list[Tensor]:  # (N, rows, heads, hd) each
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, rows, heads, hd) each
     """By the host's linear layers; queries and keys turned, as RoPE wants it on this plane."""
     return _split(_turned(_projected(block, normed), block, layer), block.attention.heads)
 
@@ -88,8 +88,9 @@ def _projected(
 def _split(
     made: Sequence[Tensor],  # (N, rows, any, hd) each, heads of q, k and v in a row
     heads: int,
-) -> list[Tensor]:  # q, k and v (N, rows, heads, hd)
-    return [part for t in made for part in t.split(heads, dim=2)]
+) -> tuple[Tensor, Tensor, Tensor]:  # q, k and v (N, rows, heads, hd)
+    q, k, v = [part for t in made for part in t.split(heads, dim=2)]
+    return q, k, v
 
 
 def _by_own_kernels(
@@ -107,22 +108,25 @@ def _by_own_kernels(
     backward = choice.grad and any([t.requires_grad for t in made])
     load = "" if known is None else turned_on_load(made[0].shape[1], backward)
     settings = g, found.scale, found.in_table_dtype
-    if known is not None and load == "":
-        if len(made) == 1 and backward and choice.writes and block.plain_qkv:
-            return self_attention_within(made[0], _angles(known, choice.rope), tables, *settings)
-        made = _turned(made, block, layer)
-        made = made if len(made) == 1 else _split(made, found.heads)
-    elif load == "q":  # keys turn where they are, if nobody else has them
-        q, k, v = _split(made, found.heads)
-        inplace = choice.may_overwrite(k, block.plain_qkv)
-        k = rope_on(choice.rope, k, _angles(known, choice.rope), g, None, inplace, found.in_table_dtype)
-        made = [q, k, v]
+    if known is not None and load != "qk":
+        angles = _angles(known, choice.rope)
+        if load == "" and len(made) == 1 and backward and choice.writes and block.plain_qkv:
+            return self_attention_within(made[0], angles, tables, *settings)
+        if load == "":
+            made = _turned(made, block, layer)
+            made = made if len(made) == 1 else [*_split(made, found.heads)]
+        else:  # keys turn where they are, if nobody else has them
+            q, k, v = _split(made, found.heads)
+            inplace = choice.may_overwrite(k, block.plain_qkv)
+            made = [q, rope_on(choice.rope, k, angles, g, None, inplace, found.in_table_dtype), v]
     return self_attention_on("triton", *_three(made), tables, *settings, load)
 
 
-def _three(made: list[Tensor]) -> list[Tensor | None]:
-    """q, k and v; k and v are None where all are in one."""
-    return [*made, None, None][:3]
+def _three(
+    made: Sequence[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """q, k and v, as operations take them: k and v are None where all are in one."""
+    return (made[0], None, None) if len(made) == 1 else (made[0], made[1], made[2])
 
 
 def _turned(
