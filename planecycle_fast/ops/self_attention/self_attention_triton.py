@@ -29,7 +29,8 @@ from ..registration import INTERPRETED, launch, register
 from ..registry import Cost
 from ..scalars_triton import scalars
 from ..tiles import LIMIT, MAX_PROGRAMS
-from .self_attention_autograd import call_of, setup_context
+from .self_attention_autograd import backward_by, call_of, setup_context
+from .self_attention_backward_triton import BACKWARD
 from .self_attention_shapes import fake, parts
 from .self_attention_tiles import tiles
 from .self_attention_turning_triton import sincos, turned
@@ -403,6 +404,6 @@ def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost
     return Cost((1 + 2 * again) * one.nbytes, out.nbytes + lse.nbytes, launches=1)
 
 
-OP = register(_self_attention, fake=fake, setup_context=setup_context, cost=_cost)
+OP = register(_self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
 
 self_attention_triton = call_of(OP, "triton")
