@@ -18,10 +18,12 @@ class Tiles(NamedTuple):
 
     regime: str  # "tile", "short", "general"
     queries: int  # rows of a tile
-    keys: tuple[int, ...]  # of a tile; "short": of all three, 0 where there are fewer
+    keys: int
     warps: int
     stages: int
     heads: int = 1  # of a program
+    full: int = 0  # tiles of keys, "short" only,
+    tail: int = 0  # and keys of one that is less; 0: none
 
 
 def tiles(
@@ -31,21 +33,16 @@ def tiles(
 ) -> Tiles:
     """What a launch takes."""
     if not isinstance(rows, int) or rows > SHORT:
-        return Tiles("general", 64, (64,), 4, 3)
+        return Tiles("general", 64, 64, 4, 3)
     if rows <= 32:
         block = 16 if rows <= 16 else 32
-        return Tiles("tile", block, (block,), 1, 1, 2)
+        return Tiles("tile", block, block, 1, 1, 2)
     if rows <= ONE_TILE:
-        return Tiles("tile", 64, (64,), 4, 1, 2)
-    return Tiles("short", 64, key_tiles(rows), 4, 1)
+        return Tiles("tile", 64, 64, 4, 1, 2)
+    return Tiles("short", 64, 64, 4, 1, 1, *in_tiles(rows, 64))
 
 
-def key_tiles(rows: int) -> tuple[int, int, int]:
-    """Powers of two, the larger first, that cover the keys of at most 320 rows with the fewest idle lanes; 0: none.
-
-    All but the last are full.
-    """
-    sizes = (128, 64, 32, 16)
-    found = [(a, b, c) for a in sizes for b in (*sizes, 0) for c in (*sizes, 0) if a >= b >= c and a + b + c >= rows]
-    full = [tiles for tiles in found if sum(tiles) - min([size for size in tiles if size]) < rows]
-    return min(full, key=lambda tiles: (sum(tiles), -tiles.count(0)))
+def in_tiles(rows: int, size: int) -> tuple[int, int]:
+    """Full tiles of keys, and a power of two from 16 on that takes the rest, or 0."""
+    full, rest = divmod(rows, size)
+    return full, max(16, 1 << (rest - 1).bit_length()) if rest else 0

@@ -4,8 +4,8 @@ All take q, k and v as they lie, turn what they are told to when they load it, a
 wants it. Heads are read in halves, as they turn, and scores are the sum of two products.
 
 - One tile, for few rows: a program has all rows of a sequence, makes sine and cosine once, and goes through heads.
-- Short: a program has all keys of a sequence and head, turned once, in up to three tiles whose sizes are powers of two
-  (256 + 5 are 128, 128 and 16), and goes through tiles of queries.
+- Short: a program has all keys of a sequence and head, turned once, in tiles of 64 and one that is less (256 + 5 are
+  four and one of 16), and goes through tiles of queries.
 - General: a program has a tile of queries and goes through tiles of keys, with an online softmax. Keys that are to
   turn do so for each tile of queries: right, but slow; better turn them before. A plain kernel of pointers was the
   fastest on an H100 (0.6258 ms against 0.8559 with tensor descriptors and warp specialisation at 261 rows, 1.3898
@@ -111,8 +111,9 @@ def _scores(q1, q2, k1, k2, key, rows, WHOLE: tl.constexpr, ACC: tl.constexpr, P
 
 
 @triton.jit
-def _started(q1, q2, k1, k2, values, key, rows, scale, WHOLE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _started(q1, q2, tile, rows, scale, WHOLE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """A softmax with a first tile of keys: largest scores, in powers of 2, sums of exponentials, weighted values."""
+    key, k1, k2, values = tile
     s = _scores(q1, q2, k1, k2, key, rows, WHOLE, ACC, PRECISION)
     top = tl.max(s, 1) * scale
     base = tl.where(top == float("-inf"), 0.0, top)  # of a row that has had nothing else
@@ -122,10 +123,10 @@ def _started(q1, q2, k1, k2, values, key, rows, scale, WHOLE: tl.constexpr, ACC:
 
 @triton.jit
 def _continued(
-    top, total, acc, q1, q2, k1, k2, values, key, rows, scale,
-    WHOLE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    top, total, acc, q1, q2, tile, rows, scale, WHOLE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same with one more tile."""
+    key, k1, k2, values = tile
     s = _scores(q1, q2, k1, k2, key, rows, WHOLE, ACC, PRECISION)
     new = tl.maximum(top, tl.max(s, 1) * scale)
     base = tl.where(new == float("-inf"), 0.0, new)
@@ -198,7 +199,7 @@ def self_attention_tile_kernel(
         place = (n * k_seq + h * k_head + wide * k_row) * UNIT
         k1, k2 = _halves(k, place, row, rows, num_globals, j, sin, cos, HALF, LOAD == "qk", False, COMPUTE, WIDE)
         values = _tile(v, (n * v_seq + h * v_head + wide * v_row) * UNIT, row < rows, c, HD, False)
-        top, total, acc = _started(q1, q2, k1, k2, values, row, rows, scale, False, ACC, PRECISION)
+        top, total, acc = _started(q1, q2, (row, k1, k2, values), rows, scale, False, ACC, PRECISION)
         _store(out, lse, top, total, acc, n * heads + h, row, rows, heads, c, HD)
 
 
@@ -216,9 +217,9 @@ def self_attention_short_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,  # of the first tile,
-    KEYS_1: tl.constexpr,  # the second
-    KEYS_2: tl.constexpr,  # and the third; 0: none
+    KEYS: tl.constexpr,
+    FULL: tl.constexpr,  # tiles of KEYS
+    TAIL: tl.constexpr,  # keys of another one; 0: none
     S0: tl.constexpr, S1: tl.constexpr,
     COMPUTE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -237,19 +238,17 @@ def self_attention_short_kernel(
     k += (n * k_seq + h * k_head) * UNIT
     v += (n * v_seq + h * v_head) * UNIT
     j, c = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_C)
-    key, k1, k2, values = _keys(
-        k, v, 0, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
-        UNIT, HD, S0, S1, LOAD == "qk", KEYS_1 > 0, COMPUTE, WIDE, KEYS,
-    )  # fmt: skip
-    if KEYS_1 > 0:
-        key_1, k1_1, k2_1, values_1 = _keys(
-            k, v, KEYS, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
-            UNIT, HD, S0, S1, LOAD == "qk", KEYS_2 > 0, COMPUTE, WIDE, KEYS_1,
+    held = ()
+    for i in tl.static_range(FULL):
+        tile = _keys(
+            k, v, i * KEYS, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
+            UNIT, HD, S0, S1, LOAD == "qk", True, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
-    if KEYS_2 > 0:
-        key_2, k1_2, k2_2, values_2 = _keys(
-            k, v, KEYS + KEYS_1, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
-            UNIT, HD, S0, S1, LOAD == "qk", False, COMPUTE, WIDE, KEYS_2,
+        held = held + (tile,)  # noqa: RUF005  (no stars in kernels)
+    if TAIL > 0:
+        tail = _keys(
+            k, v, FULL * KEYS, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
+            UNIT, HD, S0, S1, LOAD == "qk", False, COMPUTE, WIDE, TAIL,
         )  # fmt: skip
     for start in range(0, rows, QUERIES):
         row = start + tl.arange(0, QUERIES)
@@ -257,15 +256,11 @@ def self_attention_short_kernel(
             q, row, q_row, rows, num_globals, n1, n2, j, sin0, sin1, sin2, cos0, cos1, cos2,
             UNIT, HD // 2, S0, S1, LOAD != "", False, COMPUTE, WIDE,
         )  # fmt: skip
-        top, total, acc = _started(q1, q2, k1, k2, values, key, rows, scale, KEYS_1 > 0, ACC, PRECISION)
-        if KEYS_1 > 0:
-            top, total, acc = _continued(
-                top, total, acc, q1, q2, k1_1, k2_1, values_1, key_1, rows, scale, KEYS_2 > 0, ACC, PRECISION
-            )  # fmt: skip
-        if KEYS_2 > 0:
-            top, total, acc = _continued(
-                top, total, acc, q1, q2, k1_2, k2_2, values_2, key_2, rows, scale, False, ACC, PRECISION
-            )  # fmt: skip
+        top, total, acc = _started(q1, q2, held[0], rows, scale, True, ACC, PRECISION)
+        for i in tl.static_range(1, FULL):
+            top, total, acc = _continued(top, total, acc, q1, q2, held[i], rows, scale, True, ACC, PRECISION)
+        if TAIL > 0:
+            top, total, acc = _continued(top, total, acc, q1, q2, tail, rows, scale, False, ACC, PRECISION)
         _store(out, lse, top, total, acc, head, row, rows, heads, c, HD)
 
 
@@ -314,21 +309,17 @@ def self_attention_kernel(
     acc = tl.zeros([QUERIES, BLOCK_C], ACC)
     whole = rows // KEYS * KEYS
     for start in range(0, whole, KEYS):
-        key, k1, k2, values = _keys(
+        tile = _keys(
             k, v, start, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
             UNIT, HD, S0, S1, LOAD == "qk", True, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
-        top, total, acc = _continued(
-            top, total, acc, q1, q2, k1, k2, values, key, rows, scale, True, ACC, PRECISION
-        )  # fmt: skip
+        top, total, acc = _continued(top, total, acc, q1, q2, tile, rows, scale, True, ACC, PRECISION)
     if whole < rows:  # a tile that is masked, which the others pay nothing for
-        key, k1, k2, values = _keys(
+        tile = _keys(
             k, v, whole, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
             UNIT, HD, S0, S1, LOAD == "qk", False, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
-        top, total, acc = _continued(
-            top, total, acc, q1, q2, k1, k2, values, key, rows, scale, False, ACC, PRECISION
-        )  # fmt: skip
+        top, total, acc = _continued(top, total, acc, q1, q2, tile, rows, scale, False, ACC, PRECISION)
     _store(out, lse, top, total, acc, head, row, rows, heads, c, HD)
 
 
@@ -372,15 +363,16 @@ def _self_attention(
     compute = q.dtype
     if sin:
         compute = sin[0].dtype if in_table_dtype else torch.promote_types(q.dtype, sin[0].dtype)
-    keys = dict(zip(("KEYS", "KEYS_1", "KEYS_2"), chosen.keys))
+    short = dict(FULL=chosen.full, TAIL=chosen.tail) if chosen.regime == "short" else {}
     kernel: Any = KERNELS[chosen.regime]
     launch(
         kernel if INTERPRETED else wrap_triton(kernel), (programs,), q.device,
         q, k, v, out, lse if keep else None, *_padded(sin), *_padded(cos), rows, heads, num_globals,
         *_padded(grid, 1)[1:], chosen.heads, *strides, scale * LOG2_E,
         UNIT=unit, LOAD=load, HD=head_dim, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_C=max(16, triton.next_power_of_2(head_dim)), QUERIES=chosen.queries, **keys, S0=sum(sections[:1]),
-        S1=sum(sections[1:2]), COMPUTE=_TYPES[compute], WIDE=_wide(compute), ACC=_wide(q.dtype), PRECISION=precision, num_warps=chosen.warps, num_stages=chosen.stages,
+        BLOCK_C=max(16, triton.next_power_of_2(head_dim)), QUERIES=chosen.queries, KEYS=chosen.keys, S0=sum(sections[:1]),
+        S1=sum(sections[1:2]), COMPUTE=_TYPES[compute], WIDE=_wide(compute), ACC=_wide(q.dtype), PRECISION=precision,
+        num_warps=chosen.warps, num_stages=chosen.stages, **short,
     )  # fmt: skip
     return out, lse
 
