@@ -62,6 +62,7 @@ def groups(t, settings):
 
 
 def named_cases():
+    yield case((1,), 0, name="1 row")
     yield case((1,), 1, packed=False, name="2 rows")
     yield case((5, 3), 0, heads=3, name="15 rows of three heads")
     yield case((5, 3), 1, packed=False, load="q", name="16 rows, keys turned before")

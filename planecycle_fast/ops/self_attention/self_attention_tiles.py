@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-ONE_TILE = 64  # rows that one tile takes
 SHORT = 320  # rows whose keys one program holds
 
 
@@ -37,8 +36,8 @@ TILE = {
     # All others: static, the fewest warps that keep no register in memory on sm_80, 90, 100 and 120.
     (True, False): {16: 1, 32: 1, 64: 4},
     (True, True): {16: 1, 32: 2, 64: 8},
-    (False, False): {16: 2, 32: 4, 64: 8},
-    (False, True): {16: 4, 32: 8, 64: 16},
+    (False, False): {16: 2, 32: 4},
+    (False, True): {16: 4, 32: 8},
 }
 # Any rows, by kind of products, whether heads are wide, and whether keys turn.
 GENERAL = {
@@ -47,15 +46,15 @@ GENERAL = {
     # All others: static, the largest tiles that keep no register in memory on sm_80, 90, 100 and 120.
     ("16-bit", False, True): Tiles("general", 64, 64, 4, 1),
     ("16-bit", True, False): Tiles("general", 64, 32, 8, 2),
-    ("16-bit", True, True): Tiles("general", 64, 32, 8, 1),
+    ("16-bit", True, True): Tiles("general", 32, 32, 4, 1),
     ("tf32", False, False): Tiles("general", 64, 32, 4, 2),
     ("tf32", False, True): Tiles("general", 64, 16, 4, 2),
-    ("tf32", True, False): Tiles("general", 32, 32, 4, 1),
-    ("tf32", True, True): Tiles("general", 32, 32, 4, 1),
+    ("tf32", True, False): Tiles("general", 32, 32, 8, 1),
+    ("tf32", True, True): Tiles("general", 32, 16, 8, 1),
     ("tf32x3", False, False): Tiles("general", 64, 16, 4, 2),
-    ("tf32x3", False, True): Tiles("general", 64, 16, 4, 2),
-    ("tf32x3", True, False): Tiles("general", 32, 16, 8, 1, precision="ieee"),
-    ("tf32x3", True, True): Tiles("general", 32, 16, 8, 1, precision="ieee"),
+    ("tf32x3", False, True): Tiles("general", 64, 16, 4, 1),
+    ("tf32x3", True, False): Tiles("general", 16, 16, 4, 1),
+    ("tf32x3", True, True): Tiles("general", 16, 16, 8, 1, precision="ieee"),
     ("ieee", False, False): Tiles("general", 32, 16, 8, 1),
     ("ieee", False, True): Tiles("general", 32, 16, 8, 1),
     ("ieee", True, False): Tiles("general", 32, 16, 8, 1),
@@ -73,9 +72,10 @@ def tiles(
     """What a launch takes."""
     kind = "16-bit" if dtype.itemsize == 2 else "ieee" if dtype == torch.float64 else precision
     wide = head_dim > WIDE
-    if isinstance(rows, int) and rows <= ONE_TILE:
-        block = next(size for size in (16, 32, 64) if size >= rows)
-        return Tiles("tile", block, block, TILE[kind == "16-bit", wide][block], 1, HEADS)
+    warps = TILE[kind == "16-bit", wide]
+    if isinstance(rows, int) and rows <= max(warps):
+        block = [size for size in warps if size >= rows][0]
+        return Tiles("tile", block, block, warps[block], 1, HEADS)
     if holds_keys(rows, head_dim, dtype):
         return Tiles("short", 64, 64, 4, 1, 1, *in_tiles(int(rows), 64))
     return GENERAL[kind, wide, "k" in load]
@@ -90,7 +90,8 @@ def holds_keys(
 
     In float32 they do not fit next to their products' parts, and wider heads not into the shared memory of an sm_120.
     """
-    return isinstance(rows, int) and (rows <= ONE_TILE or (rows <= SHORT and dtype.itemsize == 2 and head_dim <= WIDE))
+    narrow, wide = dtype.itemsize == 2, head_dim > WIDE
+    return isinstance(rows, int) and rows <= (SHORT if narrow and not wide else max(TILE[narrow, wide]))
 
 
 def in_tiles(rows: int, size: int) -> tuple[int, int]:
