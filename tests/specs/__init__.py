@@ -5,7 +5,12 @@ from .linear_gelu import SPEC as LINEAR_GELU
 from .patchify import SPEC as PATCHIFY
 from .plane_switch import SPEC as PLANE_SWITCH
 from .rope import SPEC as ROPE
+from .self_attention import SPEC as SELF_ATTENTION
 from .swiglu import SPEC as SWIGLU
 
+<<<<<<< HEAD
 SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU, PATCHIFY]
+=======
+SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, SELF_ATTENTION]
+>>>>>>> wt-fwd
 OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to

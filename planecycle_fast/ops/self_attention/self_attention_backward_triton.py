@@ -1,7 +1,7 @@
 """The backward of self_attention on NVIDIA GPUs: gradients of q, k and v, written once each, where they belong.
 
-Weights are computed again from queries, keys and the logarithms of sums. Of up to `ONE_TILE` rows a program holds all of a
-sequence and head and makes the five products in one launch. Beyond, tiles of queries run over all keys for dq, and
+Weights are computed again from queries, keys and the logarithms of sums. Of few rows (`one_tile`) a program holds all of a
+sequence and head and makes the five products in one launch; it needs no context. Beyond, tiles of queries run over all keys for dq, and
 leave delta, the sums of grad times out, for tiles of keys that run over all queries for dk and dv: two launches, seven
 products, no atomics, and every sum in a fixed order.
 
@@ -46,7 +46,7 @@ def _halves(
     a, b = tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
     if TURNS:
         sin, cos = sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
-        a, b = turned(a, b, sin, cos, COMPUTE, TURN)
+        a, b = turned(a, b, sin, cos, COMPUTE, TURN, row >= num_globals)
     return a, b
 
 
@@ -65,8 +65,8 @@ def _store_halves(
     rows, num_globals, n1, n2 = sizes
     if BACK:
         sin, cos = sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
-        a, b = a.to(TURN), b.to(TURN)
-        a, b = a * cos + b * sin, b * cos - a * sin
+        a, b, patch = a.to(TURN), b.to(TURN), (row >= num_globals)[:, None]
+        a, b = tl.where(patch, a * cos + b * sin, a), tl.where(patch, b * cos - a * sin, b)
     offsets, mask = place[:, None] + j[None, :], (row < rows)[:, None] & (j < HALF)[None, :]
     tl.store(x + offsets, a.to(x.dtype.element_ty), mask=mask)
     tl.store(x + (offsets + HALF), b.to(x.dtype.element_ty), mask=mask)
@@ -99,7 +99,6 @@ def self_attention_tile_backward_kernel(
     grad,  # (N, rows, heads, hd), channels dense
     q,  # (N, rows, heads, hd), channels dense; without k and v (N, rows, 3*heads, hd)
     k, v,  # (N, rows, heads, hd), channels dense, or None
-    out,  # (N, rows, heads, hd), contiguous
     lse,  # (N, heads, rows)
     grad_q, grad_k, grad_v,  # like q, k and v, contiguous
     sin0, sin1, sin2, cos0, cos1, cos2,  # tables of the axes, (n_i, s_i), dense; None where there are fewer
@@ -129,8 +128,8 @@ def self_attention_tile_backward_kernel(
     grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
     q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
     k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    factor = tl.cast(tl.cast(scale, tl.float64) * LOG2E, ACC)  # as forward has it: weights are as close as they can be
     scale = tl.cast(scale, ACC)
-    factor = scale * LOG2E
     if k is None:
         k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
         grad_k, grad_v = grad_q + heads.to(tl.int64) * (2 * HALF), grad_q + heads.to(tl.int64) * (4 * HALF)
@@ -149,14 +148,17 @@ def self_attention_tile_backward_kernel(
         ka, kb = _halves(x, row * k_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
         value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
         g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
-        context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
-        along = tl.sum(g.to(ACC) * context.to(ACC), 1)
         shift = tl.load(lse + ((n * heads + h) * rows + row), mask=ok, other=0)
-        weights = _weights(qa, qb, ka, kb, shift[:, None], ok[:, None] & ok[None, :], factor, PRECISION, ACC)
+        weights = _weights(qa, qb, ka, kb, shift[:, None], ok[None, :], factor, PRECISION, ACC)
+        weights = tl.where(
+            ok[:, None], weights * (1 / tl.sum(weights, 1))[:, None], 0
+        )  # all are here: exactly 1 in all
         place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
         of_v = _product(weights.to(g.dtype).T, g, None, PRECISION, ACC)
         _store_whole(grad_v, of_v, place, ok, d, HALF)
-        of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - along[:, None])).to(g.dtype)
+        of_weights = _product(g, value.T, None, PRECISION, ACC)
+        along = tl.sum(weights * of_weights, 1)
+        of_scores = (weights * (of_weights - along[:, None])).to(g.dtype)
         a, b = _product(of_scores, ka, None, PRECISION, ACC), _product(of_scores, kb, None, PRECISION, ACC)
         _store_halves(grad_q, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_Q, TURN)
         a, b = _product(of_scores.T, qa, None, PRECISION, ACC), _product(of_scores.T, qb, None, PRECISION, ACC)
@@ -165,7 +167,9 @@ def self_attention_tile_backward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES.split())
 def self_attention_queries_backward_kernel(
-    grad, q, k, v, out, lse,  # all as of `self_attention_tile_backward_kernel`, where not said
+    grad, q, k, v,  # all as of `self_attention_tile_backward_kernel`, where not said
+    out,  # (N, rows, heads, hd), contiguous
+    lse,
     delta,  # (N, heads, rows), written
     grad_q,
     sin0, sin1, sin2, cos0, cos1, cos2,
@@ -187,8 +191,8 @@ def self_attention_queries_backward_kernel(
     grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
     q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
     k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    factor = tl.cast(tl.cast(scale, tl.float64) * LOG2E, ACC)  # as forward has it: weights are as close as they can be
     scale = tl.cast(scale, ACC)
-    factor = scale * LOG2E
     if k is None:
         k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
     tables, sizes = (sin0, sin1, sin2, cos0, cos1, cos2), (rows, num_globals, n1, n2)
@@ -273,8 +277,8 @@ def self_attention_keys_backward_kernel(
     grad_seq, grad_row, grad_head, grads_row = scalars((grad_seq, grad_row, grad_head, grads_row), tl.int64)
     q_seq, q_row, q_head, k_seq, k_row = scalars((q_seq, q_row, q_head, k_seq, k_row), tl.int64)
     k_head, v_seq, v_row, v_head = scalars((k_head, v_seq, v_row, v_head), tl.int64)
+    factor = tl.cast(tl.cast(scale, tl.float64) * LOG2E, ACC)  # as forward has it: weights are as close as they can be
     scale = tl.cast(scale, ACC)
-    factor = scale * LOG2E
     if k is None:
         k, v = q + heads * q_head * UNIT, q + 2 * heads * q_head * UNIT
         grad_k, grad_v = grad_q + heads.to(tl.int64) * (2 * HALF), grad_q + heads.to(tl.int64) * (4 * HALF)
@@ -362,7 +366,7 @@ def _self_attention_backward(
         _check(rows, heads, head_dim, programs)
         launch(
             _kernel(self_attention_tile_backward_kernel), (programs,), q.device,
-            grad, q, k, v, out, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
+            grad, q, k, v, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
             BLOCK=one.block, BACK_Q="q" in back, BACK_K="k" in back, PRECISION=one.precision or precision, **constants,
             num_warps=one.warps, num_stages=one.stages,
         )  # fmt: skip
@@ -413,7 +417,7 @@ def _cost(
         return Cost(0, 0, 0)
     rows, head_dim = grad.shape[1], grad.shape[3]
     if one_tile(rows, q.dtype, head_dim):
-        return Cost(5 * size, 3 * size, launches=1)
+        return Cost(4 * size, 3 * size, launches=1)
     tiles = passes(q.dtype, head_dim, settings[-1])
     queries, keys = [triton.cdiv(rows, t.block) for t in tiles]
     through = 4 if tiles.keys.apart else 2  # of grad and q, for each tile of keys
