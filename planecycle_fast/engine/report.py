@@ -122,8 +122,11 @@ def _attentions(
 ) -> Iterator[tuple[str, str]]:
     """Rows of sequences, or a plane, and what is chosen for them; neighbours alike in one."""
     if planes is not None:
+        same: dict[tuple[int, str], list[str]] = {}
         for name, (sequences, rows) in planes.items():
-            yield f"{name}, {rows} rows", _chosen(choice, call._replace(sequences=sequences, rows=rows))
+            what = _chosen(choice, call._replace(sequences=sequences, rows=rows))
+            same.setdefault((rows, what), []).append(name)
+        yield from [(f"{', '.join(names)}, {rows} rows", what) for (rows, what), names in same.items()]
         return
     ends = {limit for row in TABLE for limit in (row.rows[0] - 1, row.rows[1]) if limit is not None}
     starts = [1, *[end + 1 for end in sorted(ends) if end > 0]]

@@ -133,12 +133,12 @@ def order(folder):
 def test_parts_run_in_order_each_with_its_time(stubs, tmp_path, capsys):
     assert gpu.main([]) == 0
     assert set(order(tmp_path)[:2]) == {"smoke", "warm"}  # side by side
-    assert order(tmp_path)[2:] == ["models", "tests", "kernels", "ops", "sweep"]
+    assert order(tmp_path)[2:] == ["models", "tests", "attention", "kernels", "ops", "sweep"]
     printed = capsys.readouterr().out
     assert "smoke and warm: 50 s at most" in printed and "sweep: done" in printed
     assert "smoke: a row, until 50" in (tmp_path / "smoke.md").read_text()
     run = (tmp_path / "run.md").read_text()
-    assert run.startswith("Some GPU, `make gpu`\n") and run.count("| done |") == 7
+    assert run.startswith("Some GPU, `make gpu`\n") and run.count("| done |") == 8
 
 
 def test_some_parts_alone(stubs, tmp_path):
@@ -153,7 +153,7 @@ def test_what_hangs_or_crashes_loses_nothing_and_the_next_begins(stubs, tmp_path
     monkeypatch.setattr(gpu, "STAGES", dict.fromkeys(gpu.STAGES, 0.5) | {("sweep",): 60})
     monkeypatch.setattr(gpu, "GRACE", 1.5)
     assert gpu.main([]) == 1
-    assert order(tmp_path)[2:] == ["models", "tests", "kernels", "ops", "sweep"]
+    assert order(tmp_path)[2:] == ["models", "tests", "attention", "kernels", "ops", "sweep"]
     rows = (tmp_path / "run.md").read_text()
     for words in ("| models | killed after", "| tests | crashed: SIGSEGV |", "| kernels | failed |",
                   "| ops | crashed: status 2 |", "| sweep | done |"):  # fmt: skip
