@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,16 +103,19 @@ def _by_own_kernels(
     found, choice, known, g = block.attention, layer.choice, layer.angles, layer.num_globals
     if choice.autocast is not None:  # norms of queries and keys may have made float32 of them
         made = [t if t.dtype == torch.float64 else t.to(choice.autocast) for t in made]
-    tables = None if known is None else known.by_axis()
+    tables: Any = None if known is None else known.by_axis()
     if not block.plain_qkv:  # others may return anything
         check_self_attention(*_three(made), tables, g)
     backward = choice.grad and any([t.requires_grad for t in made])
-    load = "" if known is None else turned_on_load(made[0].shape[1], backward)
+    load = "" if known is None else turned_on_load(made[0].shape[1], made[0].shape[3], made[0].dtype, backward)
     settings = g, found.scale, found.in_table_dtype
     if known is not None and load != "qk":
         angles = _angles(known, choice.rope)
         if load == "" and len(made) == 1 and backward and choice.writes and block.plain_qkv:
-            return self_attention_within(made[0], angles, tables, *settings)
+            from ..ops.self_attention.self_attention_within import self_attention_within
+
+            scale = made[0].shape[3] ** -0.5 if found.scale is None else found.scale
+            return self_attention_within(made[0], angles, tables, g, scale, found.in_table_dtype)
         if load == "":
             made = _turned(made, block, layer)
             made = made if len(made) == 1 else [*_split(made, found.heads)]

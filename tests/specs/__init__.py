@@ -8,9 +8,5 @@ from .rope import SPEC as ROPE
 from .self_attention import SPEC as SELF_ATTENTION
 from .swiglu import SPEC as SWIGLU
 
-<<<<<<< HEAD
-SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU, PATCHIFY]
-=======
-SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, SELF_ATTENTION]
->>>>>>> wt-fwd
+SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU, PATCHIFY, SELF_ATTENTION]
 OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to

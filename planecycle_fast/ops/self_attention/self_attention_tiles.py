@@ -10,27 +10,8 @@ from typing import NamedTuple
 import torch
 
 SHORT = 320  # rows whose keys one program holds
-
-
-<<<<<<< HEAD
-def turned_on_load(rows: int | torch.SymInt, training: bool) -> str:
-    """Which of queries and keys kernels turn when they load them ("", "q", "qk"); the others turn before.
-
-    Turning on load is free where all of a sequence is in one program, and of queries, which are loaded once; keys of
-    more rows would turn once for every tile of queries, and in backward both are loaded many times. Of rows that
-    torch.compile does not know nothing is asked.
-    """
-    if torch.compiler.is_compiling():
-        return ""
-    if rows <= ONE_TILE:
-        return "qk"
-    if training:
-        return ""
-    return "qk" if rows <= SHORT else "q"
-=======
 HEADS = 2  # of a program with one tile: enough to share sine and cosine, few enough for many programs
 WIDE = 64  # channels of a head
->>>>>>> wt-fwd
 
 
 class Tiles(NamedTuple):
@@ -109,6 +90,25 @@ def holds_keys(
     """
     narrow, wide = dtype.itemsize == 2, head_dim > WIDE
     return isinstance(rows, int) and rows <= (SHORT if narrow and not wide else max(TILE[narrow, wide]))
+
+
+def turned_on_load(
+    rows: int | torch.SymInt,  # as of `tiles`
+    head_dim: int,
+    dtype: torch.dtype,
+    training: bool,  # whether there will be a backward
+) -> str:
+    """Which of queries and keys kernels turn when they load them ("", "q", "qk"); the others turn before.
+
+    Turning on load is free where a program holds all keys, and of queries, which are loaded once. Keys of more rows
+    would turn once for every tile of queries, and backward loads both many times. Under torch.compile sizes may be
+    symbols, of which nothing is asked.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    if training:
+        return "qk" if rows <= max(TILE[dtype.itemsize == 2, head_dim > WIDE]) else ""
+    return "qk" if holds_keys(rows, head_dim, dtype) else "q"
 
 
 def in_tiles(rows: int, size: int) -> tuple[int, int]:
