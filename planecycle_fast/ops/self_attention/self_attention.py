@@ -14,6 +14,7 @@ from ..rotary.angles import Axial, Tables
 from ..rotary.rope import check_angles, rope_on
 from .attention import attention_on, check_heads, resolve_attention
 from .self_attention_shapes import parts
+from .self_attention_tiles import holds_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the kernels
 LARGEST_HEAD = 128
@@ -77,15 +78,23 @@ def self_attention_on(
     num_globals: int = 0,
     scale: float | None = None,
     in_table_dtype: bool = False,
-    load: str = "qk",
+    load: str | None = None,
 ) -> Tensor:  # (N, rows, heads, hd), contiguous
-    """`self_attention` of what is known to belong together. `load` says what turns: "q" where k has turned before."""
+    """`self_attention` of what is known to belong together.
+
+    `load` says what turns: "q" where keys have turned before. None: both, and keys in a pass of their own where a
+    kernel would turn them for each tile of queries.
+    """
     if chosen == "triton":
         from .self_attention_triton import self_attention_triton
 
+        if load is None and angles is not None and not holds_keys(q.shape[1], int(q.shape[3]), q.dtype):
+            q, k, v = parts(q, k, v)
+            k, load = rope_on(chosen, k, angles, num_globals, in_table_dtype=in_table_dtype), "q"
+        load = "qk" if load is None else load
         return self_attention_triton(q, k, v, angles, num_globals, scale, in_table_dtype, load)
     attention = resolve_attention("auto", q.device) if chosen == "cpu" else "reference"
-    return in_steps(chosen, attention, q, k, v, angles, num_globals, scale, in_table_dtype, load)
+    return in_steps(chosen, attention, q, k, v, angles, num_globals, scale, in_table_dtype, load or "qk")
 
 
 def in_steps(

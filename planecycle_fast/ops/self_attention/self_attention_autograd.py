@@ -35,7 +35,7 @@ def backward_by(operation: Callable[..., list[Tensor]]) -> Callable[..., tuple[A
             grad = grad if grad.stride(3) == 1 else grad.contiguous()
             turns = (num_globals, grid, sin, cos, load, load, in_table_dtype, precision)
             grads = [*operation(grad, q, k, v, out, lse, scale, *turns), None, None][:3]
-        return *grads, None, None, None, [None] * axes, [None] * axes, None, None, None, None
+        return *grads, None, None, None if grid else [], [None] * axes, [None] * axes, None, None, None, None
 
     return backward
 
@@ -58,19 +58,30 @@ def call_of(op: Callable[..., tuple[Tensor, Tensor]], backend: str) -> Callable[
         load: str = "qk",  # what turns: those that have turned already do not
     ) -> Tensor:  # (N, rows, heads, hd), contiguous
         refuse_transforms("self_attention", backend)
-        packed = k is None or v is None
-        held = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v) if t is not None]
-        if isinstance(angles, Axial):
-            angles = angles.tables()
-        grid, sin, cos = table_arguments(angles)
-        check_fixed((sin, cos), backend)
-        keep = torch.is_grad_enabled() and any([t.requires_grad for t in held])
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        load = load if sin else ""
-        arguments = (scale, num_globals, grid, sin, cos, load, in_table_dtype, keep, product_precision(q.dtype))
-        return op(*held, *([None, None] if packed else []), *arguments)[0]
+        return op(*arguments_of(backend, q, k, v, angles, num_globals, scale, in_table_dtype, load))[0]
 
     return self_attention
+
+
+def arguments_of(
+    backend: str,
+    q: Tensor,  # as of `self_attention`
+    k: Tensor | None,
+    v: Tensor | None,
+    angles: Tables | Axial | None,
+    num_globals: int,
+    scale: float | None,
+    in_table_dtype: bool,
+    load: str,
+) -> tuple[Any, ...]:
+    """What the operation takes. Raises ValueError for angles that need a gradient."""
+    held = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v) if t is not None]
+    grid, sin, cos = table_arguments(angles.tables() if isinstance(angles, Axial) else angles)
+    check_fixed((sin, cos), backend)
+    keep = torch.is_grad_enabled() and any([t.requires_grad for t in held])
+    scale = int(q.shape[3]) ** -0.5 if scale is None else scale
+    settings = scale, num_globals, grid, sin, cos, load if sin else "", in_table_dtype, keep
+    return *held, *[None] * (3 - len(held)), *settings, product_precision(q.dtype)
 
 
 def table_arguments(angles: Tables | None) -> tuple[list[int], list[Tensor], list[Tensor]]:

@@ -28,17 +28,13 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost
 from ..scalars_triton import scalars
-from ..tiles import LIMIT, MAX_PROGRAMS
 from .self_attention_autograd import backward_by, call_of, setup_context
-from .self_attention_backward_triton import BACKWARD
+from .self_attention_backward_triton import _TYPES, BACKWARD, _check, _padded, _unit
 from .self_attention_shapes import fake, parts
 from .self_attention_tiles import tiles
 from .self_attention_turning_triton import sincos, turned
 
 LOG2_E = math.log2(math.e)
-_TYPES = {
-    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
-}  # fmt: skip
 
 
 @triton.jit
@@ -244,7 +240,7 @@ def self_attention_short_kernel(
             k, v, i * KEYS, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
             UNIT, HD, S0, S1, LOAD == "qk", True, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
-        held = held + (tile,)  # noqa: RUF005  (no stars in kernels)
+        held = held + (tile,)  # type: ignore[assignment]  # noqa: RUF005  (kernels have no stars)
     if TAIL > 0:
         tail = _keys(
             k, v, FULL * KEYS, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
@@ -256,7 +252,7 @@ def self_attention_short_kernel(
             q, row, q_row, rows, num_globals, n1, n2, j, sin0, sin1, sin2, cos0, cos1, cos2,
             UNIT, HD // 2, S0, S1, LOAD != "", False, COMPUTE, WIDE,
         )  # fmt: skip
-        top, total, acc = _started(q1, q2, held[0], rows, scale, True, ACC, PRECISION)
+        top, total, acc = _started(q1, q2, held[0], rows, scale, True, ACC, PRECISION)  # type: ignore[misc]
         for i in tl.static_range(1, FULL):
             top, total, acc = _continued(top, total, acc, q1, q2, held[i], rows, scale, True, ACC, PRECISION)
         if TAIL > 0:
@@ -323,9 +319,6 @@ def self_attention_kernel(
     _store(out, lse, top, total, acc, head, row, rows, heads, c, HD)
 
 
-KERNELS = {"tile": self_attention_tile_kernel, "short": self_attention_short_kernel, "general": self_attention_kernel}
-
-
 def _self_attention(
     q: Tensor,  # (N, rows, heads, hd), channels dense, as in k and v; packed without these: (N, rows, 3*heads, hd)
     k: Tensor | None,  # (N, rows, heads, hd)
@@ -344,35 +337,32 @@ def _self_attention(
     if out.numel() == 0:
         return out, lse
     n, rows, heads, head_dim = *out.shape[:3], int(out.shape[3])  # a number, also where torch traces sizes
-    chosen = tiles(rows, head_dim, q.dtype)
+    chosen = tiles(rows, head_dim, q.dtype, load, precision)
     programs = n * triton.cdiv(heads, chosen.heads)
     if chosen.regime == "general":
         programs *= triton.cdiv(rows, chosen.queries)
-    if n * rows > LIMIT or programs > MAX_PROGRAMS:
-        raise ValueError(
-            f"q is too large for backend 'triton': {n * rows} rows, {programs} programs; expected at most 2**30 rows "
-            "and 2**31 - 1 programs"
-        )
-    held = [t for t in (q, k, v) if t is not None]
-    vector = 16 // q.element_size()
-    offsets = [head_dim, *[offset for t in held for offset in (t.storage_offset(), *t.stride()[:3])]]
-    unit = vector if all([offset % vector == 0 for offset in offsets]) else 1
-    strides = [stride // unit for t in (q, k if k is not None else q, v if v is not None else q)
-               for stride in t.stride()[:3]]  # fmt: skip
+    _check(rows, heads, head_dim, programs)
+    held = [q, q, q] if k is None or v is None else [q, k, v]
+    unit = _unit(held, head_dim)
+    strides = [stride // unit for t in held for stride in t.stride()[:3]]
     sections = [int(t.shape[1]) for t in sin]
     compute = q.dtype
     if sin:
         compute = sin[0].dtype if in_table_dtype else torch.promote_types(q.dtype, sin[0].dtype)
     short = dict(FULL=chosen.full, TAIL=chosen.tail) if chosen.regime == "short" else {}
-    kernel: Any = KERNELS[chosen.regime]
+    kernel: Any = self_attention_kernel if INTERPRETED else wrap_triton(self_attention_kernel)
+    if chosen.regime == "tile":
+        kernel = self_attention_tile_kernel if INTERPRETED else wrap_triton(self_attention_tile_kernel)
+    elif chosen.regime == "short":
+        kernel = self_attention_short_kernel if INTERPRETED else wrap_triton(self_attention_short_kernel)
     launch(
-        kernel if INTERPRETED else wrap_triton(kernel), (programs,), q.device,
+        kernel, (programs,), q.device,
         q, k, v, out, lse if keep else None, *_padded(sin), *_padded(cos), rows, heads, num_globals,
         *_padded(grid, 1)[1:], chosen.heads, *strides, scale * LOG2_E,
         UNIT=unit, LOAD=load, HD=head_dim, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_C=max(16, triton.next_power_of_2(head_dim)), QUERIES=chosen.queries, KEYS=chosen.keys, S0=sum(sections[:1]),
-        S1=sum(sections[1:2]), COMPUTE=_TYPES[compute], WIDE=_wide(compute), ACC=_wide(q.dtype), PRECISION=precision,
-        num_warps=chosen.warps, num_stages=chosen.stages, **short,
+        BLOCK_C=max(16, triton.next_power_of_2(head_dim)), QUERIES=chosen.queries, KEYS=chosen.keys,
+        S0=sum(sections[:1]), S1=sum(sections[1:2]), COMPUTE=_TYPES[compute], WIDE=_wide(compute), ACC=_wide(q.dtype),
+        PRECISION=chosen.precision or precision, num_warps=chosen.warps, num_stages=chosen.stages, **short,
     )  # fmt: skip
     return out, lse
 
@@ -381,19 +371,14 @@ def _wide(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _padded(values: list[Any], filling: Any = None) -> list[Any]:
-    """Three of them, one per axis."""
-    return [*values, *[filling] * (3 - len(values))]
-
-
 def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost:
     one = parts(q, k, v)[0]
     if one.numel() == 0:
         return Cost(0, 0, 0)
-    chosen = tiles(one.shape[1], one.shape[3], q.dtype)
+    chosen = tiles(one.shape[1], one.shape[3], q.dtype, settings[5], settings[-1])
     again = triton.cdiv(one.shape[1], chosen.queries) if chosen.regime == "general" else 1  # keys and values are read
-    out, lse = fake(q, k, v, *settings)
-    return Cost((1 + 2 * again) * one.nbytes, out.nbytes + lse.nbytes, launches=1)
+    size = one.numel() * one.element_size()
+    return Cost((1 + 2 * again) * size, size, launches=1)
 
 
 OP = register(_self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
