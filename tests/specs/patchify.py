@@ -80,9 +80,9 @@ def random_cases():
     )  # fmt: skip
 
 
-def codegen_case(patch, channels, rows):
-    """Of four by six patches; `rows` are their dtype, None: the volume's."""
-    return case((channels, 3, 4 * patch, 8 * patch), (patch, patch), 5, 2, rows)
+def codegen_case(patch, rows):
+    """Of four by eight patches; `rows` are their dtype, None: the volume's."""
+    return case((3, 3, 4 * patch, 8 * patch), (patch, patch), 5, 2, rows)
 
 
 SPEC = Spec(
@@ -99,8 +99,8 @@ SPEC = Spec(
     strategy=random_cases,
     groups=groups,
     exact=frozenset({"pixels", "globals", "patches"}),
-    factors={"patch": [16, 14, 8], "channels": [3, 1], "rows": [None, torch.bfloat16]},
+    factors={"patch": [16, 14], "rows": [None, torch.bfloat16]},
     factors_case=codegen_case,
-    wide=lambda choice: choice["patch"] == 16 or (choice["patch"] * choice["dtype"].itemsize) % 16 == 0,
+    wide=lambda choice: choice["patch"] == 16,  # rows of 14 pixels are not 16 bytes apart
     outputs={"patchify_kernel": {"rows"}, "patchify_back_kernel": {"volume"}},
 )  # fmt: skip
