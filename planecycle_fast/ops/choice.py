@@ -45,7 +45,8 @@ class Choice:
         chosen = [choose(asked, device, op, strict) if LACKS[first] else first for op in OPERATIONS]
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         by = (plane_switch, add_norm, rope, swiglu, resolve_attention(attention, device))
-        if gelu == "exact" and add_norm == "triton" and why_not_on(device) is None:
+        compiled = torch.compiler.is_compiling()  # fc1 and GELU are two there
+        if gelu == "exact" and add_norm == "triton" and not compiled and why_not_on(device) is None:
             gelu = "triton"
         return Choice(asked, strict, device, *by, *_mode(device), gelu)
 
