@@ -96,6 +96,16 @@ def test_a_gpu_says_how_many_programs_run_at_once(monkeypatch):
     assert {constants["PROGRAMS"] for _, constants in launched} == {14}
 
 
+def test_as_many_tiles_as_it_takes(monkeypatch):
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda *arguments, **_: launched.append(arguments))
+    x = torch.empty(2**30, 8, dtype=torch.half, device="meta")
+    OP.body(x, torch.empty(2**15, 8, dtype=torch.half, device="meta"), None)  # 2**23 by 2**7
+    assert len(launched) == 1
+    with pytest.raises(ValueError, match=f"1073741824 rows in {2**23 * (2**7 + 1)} tiles; expected at most 2"):
+        OP.body(x, torch.empty(2**15 + 256, 8, dtype=torch.half, device="meta"), None)
+
+
 X, WEIGHT, BIAS = torch.zeros(6, 16).half(), torch.zeros(24, 16).half(), torch.zeros(24).half()
 
 
