@@ -62,7 +62,8 @@ class Choice:
         plane_switch, add_norm, rope, swiglu = chosen  # written out, as they have types
         patchify = "reference" if "patchify" in LACKS[first] else first
         by = (plane_switch, add_norm, rope, swiglu, patchify, resolve_attention(attention, device))
-        if gelu == "exact" and add_norm == "triton" and why_not_on(device) is None:
+        compiled = torch.compiler.is_compiling()  # fc1 and GELU are two there
+        if gelu == "exact" and add_norm == "triton" and not compiled and why_not_on(device) is None:
             gelu = "triton"
         repeats = by[-1] == "auto" and sizes is not None and seen_before(sizes)
         return Choice(asked, strict, device, *by, *_mode(device), gelu, repeats)

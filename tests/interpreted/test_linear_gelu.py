@@ -1,18 +1,26 @@
 """The Triton kernel of linear_gelu passes everything, and refuses what it does not take."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import planecycle_fast as pcf
 from planecycle_fast.ops import linear_gelu, linear_gelu_ref
+from planecycle_fast.ops.activations import linear_gelu as op
+from planecycle_fast.ops.activations import linear_gelu_table
+from planecycle_fast.ops.activations import linear_gelu_triton as kernels
 from planecycle_fast.ops.activations.linear_gelu import why_not_linear_gelu
 from planecycle_fast.ops.activations.linear_gelu_table import NARROW, WIDE, tiling
 from planecycle_fast.ops.activations.linear_gelu_triton import OP
 from planecycle_fast.ops.registry import Cost
 
+from ..host_models import BY_NAME
 from ..kernelcheck.budget import check_bits
 from ..kernelcheck.harness import op_tests
 from ..kernelcheck.observers import Observer, observing
+from ..kernelcheck.recorder import recording
 from ..specs.linear_gelu import SPEC, case
 
 TestLinearGelu = op_tests(SPEC, examples=25)
@@ -68,6 +76,34 @@ def test_as_many_programs_as_tiles_and_no_more_than_multiprocessors():
         for rows, hidden in ((1, 8), (129, 512), (128 * 67, 512)):
             SPEC.fast(**case((rows,), 8, hidden).make(torch.bfloat16))
     assert seen.grids == [1, 4, 132]
+
+
+class OnGpu(torch.Tensor):
+    """What its body asks of a tensor on a GPU, without one."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_gpu_says_how_many_programs_run_at_once(monkeypatch):
+    launched = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=7))
+    monkeypatch.setattr(kernels, "launch", lambda _, grid, *__, **constants: launched.append((grid, constants)))
+    monkeypatch.setattr(kernels, "tiling", lambda hidden: NARROW._replace(programs=2))
+    for rows in (128 * 3, 128 * 40):
+        tensors = case((rows,), 8, 8).make(torch.bfloat16).values()
+        OP.body(*[t.as_subclass(OnGpu) for t in tensors])
+    assert [grid for grid, _ in launched] == [(3,), (14,)]
+    assert {constants["PROGRAMS"] for _, constants in launched} == {14}
+
+
+def test_as_many_tiles_as_it_takes(monkeypatch):
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda *arguments, **_: launched.append(arguments))
+    x = torch.empty(2**30, 8, dtype=torch.half, device="meta")
+    OP.body(x, torch.empty(2**15, 8, dtype=torch.half, device="meta"), None)  # 2**23 by 2**7
+    assert len(launched) == 1
+    with pytest.raises(ValueError, match=f"1073741824 rows in {2**23 * (2**7 + 1)} tiles; expected at most 2"):
+        OP.body(x, torch.empty(2**15 + 256, 8, dtype=torch.half, device="meta"), None)
 
 
 X, WEIGHT, BIAS = torch.zeros(6, 16).half(), torch.zeros(24, 16).half(), torch.zeros(24).half()
@@ -128,3 +164,39 @@ def test_gradients_are_refused_by_name_and_follow_torch_otherwise():
 def test_transforms_are_refused_by_name():
     with pytest.raises(NotImplementedError, match="linear_gelu has no forward-mode .* use backend='reference'"):
         torch.func.vmap(lambda t: linear_gelu(t, WEIGHT, BIAS, backend="triton"))(X[None])
+
+
+@pytest.fixture
+def lifted(monkeypatch):
+    """A model whose fc1 the table says to win, where there is no GPU, for any number of rows."""
+    model = BY_NAME["timm-dinov2-s"].make().eval().bfloat16()
+    fc1 = model.blocks[0].mlp.fc1
+    monkeypatch.setattr(op, "LEAST_ROWS", 1)
+    monkeypatch.setitem(linear_gelu_table.MEASURED, (0, fc1.in_features, fc1.out_features), (1, 1.0, 2.0))
+    return pcf.lift(model, backend="triton")
+
+
+def taken(lifted, volume):
+    """How many blocks took it, and the features."""
+    with recording() as record:
+        out = lifted(volume).patches
+    return record.launches["linear_gelu_kernel"], out
+
+
+def test_blocks_take_it_in_inference(lifted, monkeypatch):
+    volume = BY_NAME["timm-dinov2-s"].volume().bfloat16()
+    with torch.no_grad():
+        count, got = taken(lifted, volume)
+        exact = pcf.lift(pcf.unlift(lifted), backend="reference")(volume).patches
+        assert count == len(lifted.blocks) == 5
+        assert (got - exact).abs().max() < 0.05 * exact.abs().max()
+        assert taken(pcf.lift(pcf.unlift(lifted), backend="triton", gelu="tanh_epilogue"), volume)[0] == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert taken(lifted, volume)[0] == 0
+        handle = lifted.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
+        assert taken(lifted, volume)[0] == 4
+        handle.remove()
+        with monkeypatch.context() as few:
+            few.setattr(op, "LEAST_ROWS", 2**16)
+            assert taken(lifted, volume)[0] == 0
+    assert taken(lifted, volume)[0] == 0  # gradients are recorded

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from planecycle_fast.ops import linear_gelu, linear_gelu_ref
-from planecycle_fast.ops.activations.linear_gelu import rows_of
-from planecycle_fast.ops.activations.linear_gelu_triton import OP
+from planecycle_fast.ops.activations.linear_gelu_triton import OP, rows_of
 
 from ..kernelcheck.spec import Case, Spec
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...runtime.backends import pick
 from ...runtime.tracing import constant_when_compiled, may_write, transforms_active
 from . import linear_gelu_table
 from .gelu import gelu_tanh
-from .linear_gelu_table import LEAST_ROWS, Row
+from .linear_gelu_table import ALIGNED, LEAST_ROWS, EpilogueRow
 
 DTYPES = (torch.float16, torch.bfloat16)
-ALIGNED = 16  # bytes: where rows start, as tensor descriptors need it
 
 
 def linear_gelu_ref(
@@ -139,18 +139,11 @@ def why_not_linear_gelu(
         if not t.is_contiguous() and (t.ndim != 2 or t.stride(1) != 1 or t.stride(0) < channels):
             return f"it needs rows of {name} at one distance and channels next to each other, got strides {t.stride()}"
         # Under torch.compile and torch.func there are no addresses; the body looks at them when it runs.
-        hidden_address = torch.compiler.is_compiling() or transforms_active()
+        hidden_address = torch.compiler.is_compiling() or transforms_active() or type(t) is FakeTensor
         start = 0 if hidden_address else t.data_ptr() // t.element_size()
         if start % unit or (t.ndim == 2 and t.stride(0) % unit):
             return f"it needs rows of {name} that start at multiples of {ALIGNED} bytes"
     return None
-
-
-def rows_of(
-    x: Tensor,  # (..., C), of what the kernel takes
-) -> Tensor:  # (rows, C)
-    """A view."""
-    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
 
 
 @constant_when_compiled
@@ -168,9 +161,9 @@ def why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def row_for(device: torch.device, channels: int, hidden: int) -> Row:
+def row_for(device: torch.device, channels: int, hidden: int) -> EpilogueRow:
     """What the table says of a layer on a device."""
     if (reason := why_not_on(device)) is not None:
-        return Row(False, reason)
+        return EpilogueRow(False, reason)
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     return linear_gelu_table.row(capability, channels, hidden)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+ALIGNED = 16  # bytes: where rows start, as tensor descriptors need it
 LEAST_ROWS = 65_536  # static: half of the fewest rows that were measured; small products are the host's time
 
 
@@ -42,7 +43,7 @@ MEASURED = {  # (compute capability, C, hidden): rows, and ms of the prototype, 
 }
 
 
-class Row(NamedTuple):
+class EpilogueRow(NamedTuple):
     """Of the table."""
 
     wins: bool
@@ -58,12 +59,12 @@ def row(
     capability: int,  # the major compute capability of an NVIDIA GPU
     channels: int,
     hidden: int,
-) -> Row:
+) -> EpilogueRow:
     """Whether fc1 takes GELU into its epilogue there, and why."""
     if (found := MEASURED.get((capability, channels, hidden))) is not None:
         rows, ours, others = found
-        return Row(True, f"measured on an H100: {ours:.3g} ms for {others:.3g} at {rows:,} rows (prototype)")
+        return EpilogueRow(True, f"measured on an H100: {ours:.3g} ms for {others:.3g} at {rows:,} rows (prototype)")
     if capability == 9 and hidden == 4 * channels and 384 <= channels <= 1024:
-        return Row(True, "static: between widths where it was measured to win on an H100")
+        return EpilogueRow(True, "static: between widths where it was measured to win on an H100")
     where = f"from {channels} to {hidden} channels" if capability == 9 else f"on compute capability {capability}.x"
-    return Row(False, f"static: not measured {where}")
+    return EpilogueRow(False, f"static: not measured {where}")

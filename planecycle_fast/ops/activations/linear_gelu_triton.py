@@ -20,8 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..registration import launch, register
 from ..registry import Cost, refuse_transforms
 from ..tiles import LIMIT
-from .linear_gelu import ALIGNED, rows_of
-from .linear_gelu_table import Tiling, tiling
+from .linear_gelu_table import ALIGNED, Tiling, tiling
 
 PROGRAMS = 132  # multiprocessors, where there is no GPU to ask
 INFERENCE = "linear_gelu on backend 'triton' has no gradients: training keeps what goes into GELU; use 'reference'"
@@ -150,6 +149,13 @@ def _cost(x: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
 
 def _refused(ctx: Any, grad: Tensor) -> None:
     raise NotImplementedError(INFERENCE)
+
+
+def rows_of(
+    x: Tensor,  # (..., C), of what the kernel takes
+) -> Tensor:  # (rows, C)
+    """A view."""
+    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
 
 
 OP = register(_linear_gelu, fake=fake, backward=_refused, cost=_cost, opaque=True)
