@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +116,13 @@ class Augmentation:
         return coords
 
 
+class Tables(NamedTuple):
+    """Sine and cosine of the angles of each axis, one to three of them, or one dense table each."""
+
+    sin: Sequence[Tensor]  # per axis (n_i, s_i), L = product of n_i, sum of s_i = hd/2
+    cos: Sequence[Tensor]  # like sin
+
+
 @dataclass(frozen=True)
 class Rope:
     """The RoPE settings of a host model, read from it by its adapter."""
@@ -196,6 +204,12 @@ class Rope:
         sin, cos = self.halves(grid, augmentation)
         return sin.repeat(1, 2), cos.repeat(1, 2)
 
+    def axis_tables(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> Tables:
+        """Sine and cosine tables of each axis, which `halves` has side by side."""
+        angles = self.angles(grid, augmentation)
+        dtype = self.table_dtype or angles[0].dtype
+        return Tables(tuple([a.sin().to(dtype) for a in angles]), tuple([a.cos().to(dtype) for a in angles]))
+
     def halves(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:
         """The first halves of `sincos`, which the second ones repeat, (L, hd/2) each."""
         angles = dense_table(self.angles(grid, augmentation), grid)  # (L, hd/2)
@@ -229,6 +243,7 @@ class PlaneAngles:
         self._sincos = sincos
         self._periods: list[Tensor] | None = None
         self._halves: tuple[Tensor, Tensor] | None = None
+        self._by_axis: Tables | None = None
         self._elsewhere: dict[torch.device, PlaneAngles] = {}
 
     def sincos(self) -> tuple[Tensor, Tensor]:
@@ -247,6 +262,16 @@ class PlaneAngles:
             assert self.rope is not None
             self._halves = self.rope.halves(self.grid, self.augmentation)
         return self._halves
+
+    def by_axis(self) -> Tables:
+        """`Rope.axis_tables`, made once; where there are only dense tables, those as of one axis."""
+        if self._by_axis is None:
+            if self.rope is not None and hasattr(self.rope, "axis_tables"):
+                self._by_axis = self.rope.axis_tables(self.grid, self.augmentation)
+            else:
+                sin, cos = self.halves()
+                self._by_axis = Tables((sin.contiguous(),), (cos.contiguous(),))
+        return self._by_axis
 
     def on(self, device: torch.device) -> PlaneAngles:
         """The same for rows that are on this device."""

@@ -12,14 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry.rope import Augmentation, Rope, dense_table
-
-
-class Tables(NamedTuple):
-    """Sine and cosine of the angles, one to three tables each, or one dense one."""
-
-    sin: Sequence[Tensor]  # per axis (n_i, s_i), L = product of n_i, sum of s_i = hd/2
-    cos: Sequence[Tensor]  # like sin
+from ...geometry.rope import Augmentation, Rope, Tables, dense_table
 
 
 class Axial(NamedTuple):
@@ -32,9 +25,7 @@ class Axial(NamedTuple):
 
     def tables(self) -> Tables:
         """The same as tables of each axis, to the bit of those of `Rope.sincos`."""
-        angles = self.rope.angles(self.grid, self.augmentation)
-        dtype = self.rope.table_dtype or angles[0].dtype
-        return Tables(tuple([a.sin().to(dtype) for a in angles]), tuple([a.cos().to(dtype) for a in angles]))
+        return self.rope.axis_tables(self.grid, self.augmentation)
 
 
 def rope_ref(
