@@ -204,7 +204,7 @@ def test_a_backend_by_name_never_falls_back(capsys):
 @needs_cpu
 @pytest.mark.parametrize("missing", OPERATIONS)
 def test_a_backend_without_an_operation(monkeypatch, missing):
-    monkeypatch.setitem(backends.LACKS, "cpu", (missing,))
+    monkeypatch.setitem(backends.LACKS, "cpu", (missing, "patchify"))
     host = BY_NAME["timm-dinov3-s+"]  # SwiGLU
     model, volume = host.make(), host.volume()
     with pytest.raises(ValueError, match=f"backend 'cpu' is not usable: it has no {missing} yet; usable: .*reference"):
@@ -305,7 +305,7 @@ def test_checks_come_before_any_work(monkeypatch):
 
 
 def test_names_are_checked_when_lifting():
-    with pytest.raises(ValueError, match="attention 'triton' is not usable: it has no self_attention yet; us"):
+    with pytest.raises(ValueError, match="attention 'triton' is not usable: no CUDA device was found; us"):
         check_attention("triton")
 
 
