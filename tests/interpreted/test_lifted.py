@@ -9,7 +9,7 @@ import planecycle_fast as pcf
 from benchmarks import traffic
 from planecycle_fast.ops import registration as custom
 
-from ..host_models import HOSTS
+from ..host_models import BY_NAME, HOSTS
 from ..kernelcheck.models import check_model
 from ..kernelcheck.recorder import recording
 
@@ -38,6 +38,39 @@ def test_models_are_within_the_budget(host, settings, dtype, shape):
         check_model(host, settings, dtype, shape=shape)
     assert set(record.launches) >= {"add_norm_kernel", "add_norm_backward_kernel", "column_sums_kernel"}
     assert ("rope_kernel" in record.launches) == host.rope
+
+
+LONG = (1, 2, (8, 9))  # 72 patches, more than one tile takes
+OWN = [  # hosts, and what of their attention there is to see
+    ("timm-dinov3-s", torch.bfloat16, SHAPES[0], []),  # packed, turned on load
+    ("hf-dinov3", torch.float32, SHAPES[1], []),  # three layers
+    ("timm-dinov2-s", torch.float32, SHAPES[2], []),  # nothing turns
+    ("facebook-stand-in", torch.bfloat16, SHAPES[0], []),
+    ("timm-dinov3-s", torch.float32, LONG, pytest.mark.full),  # turned in place before
+    ("hf-dinov3", torch.bfloat16, LONG, pytest.mark.full),
+    ("timm-dinov2-s-reg4", torch.bfloat16, LONG, pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("name, dtype, shape", [pytest.param(*case, marks=marks) for *case, marks in OWN], ids=str)
+def test_models_with_attention_of_our_own_are_within_the_budget(name, dtype, shape):
+    with recording() as record:
+        check_model(BY_NAME[name], {}, dtype, shape=shape, attention="triton")
+    assert any("self_attention" in kernel and "backward" in kernel for kernel in record.launches)
+    assert ("rope_kernel" in record.launches) == (BY_NAME[name].rope and shape == LONG)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], pytest.param((1, 2, (18, 18)), marks=pytest.mark.full)], ids=str)
+def test_inference_turns_on_load_what_a_program_holds(shape):
+    """Without gradients: no pass of its own but for keys, of more rows than that."""
+    host, (batch, depth, grid) = BY_NAME["timm-dinov3-s"], shape
+    model, volume = host.make(), host.volume(batch=batch, depth=depth, grid=grid)
+    with recording() as record, torch.no_grad():
+        got = pcf.lift(model, backend="triton", attention="triton").intermediate(volume, [1])[0]
+        expected = pcf.lift(model, backend="reference").intermediate(volume, [1])[0]
+    for ours, theirs in zip(got, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert ("rope_kernel" in record.launches) == (shape != SHAPES[0])
 
 
 @pytest.mark.parametrize("block_type", ["PlaneCycle", "Slice2D", "Flatten3D"])

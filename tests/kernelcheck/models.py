@@ -36,9 +36,9 @@ class Allowing(TorchDispatchMode):
             torch.use_deterministic_algorithms(before)
 
 
-def results(model, volume, settings, backend):
+def results(model, volume, settings, backend, attention="auto"):
     """Features and gradients by name, of the volume and of every parameter that has one."""
-    lifted = pcf.lift(model, backend=backend, **settings)
+    lifted = pcf.lift(model, backend=backend, attention=attention, **settings)
     volume = volume.detach().requires_grad_()
     with poisoned():
         features = lifted.intermediate(volume, [min(LAYERS, len(lifted.blocks)) - 1])[0]
@@ -52,7 +52,7 @@ def results(model, volume, settings, backend):
     return {name: t.detach() for name, t in found.items()} | made
 
 
-def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5)), backend="triton"):
+def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5)), backend="triton", attention="auto"):
     """Raises BudgetError where a host lifted with a backend is further from float64 than it may be.
 
     Args:
@@ -72,4 +72,4 @@ def check_model(host, settings, dtype, device="cpu", shape=(1, 3, (2, 5)), backe
             results(wide, volume(seed).double(), settings, "reference"),
         )
     )
-    check_all(results(model, volume(0), settings, backend), exact, largest)
+    check_all(results(model, volume(0), settings, backend, attention), exact, largest)
