@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def all_factors(spec):
     """Everything that a compiled kernel may depend on: names and their values."""
-    calls = len(launches_of(spec, spec.small[0], torch.float32))
+    calls = max([len(launches_of(spec, case, torch.float32)) for case in (spec.small[0], *spec.plain)])
     fixed = {"dtype": DTYPES, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False], "arch": ARCHITECTURES}
     return spec.factors | fixed
 
@@ -40,7 +40,8 @@ def all_factors(spec):
 def build(spec, arch, aligned, **choice):
     """The (name, variant, whether its accesses must be wide) of one choice of every factor."""
     factors = tuple((name, choice[name]) for name in spec.factors)
-    launch = _launches(spec.op.name, factors, choice["dtype"], choice["layout"])[choice["call"]]
+    launches = _launches(spec.op.name, factors, choice["dtype"], choice["layout"])
+    launch = launches[choice["call"] % len(launches)]  # some cases have fewer than others
     variant = launch.variant(aligned, arch)
     return variant.name, variant, aligned and choice["layout"] is contiguous and spec.wide(choice)
 

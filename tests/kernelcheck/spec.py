@@ -58,6 +58,9 @@ class Spec:
     factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
     wide: Callable[[dict], bool] = lambda choice: False  # of a choice of factors: whether rows take 16-byte accesses
     exempt: int = 0  # how many accesses of a kernel may be narrower: vectors per channel, statistics, tables
+    slow_builds: bool = (
+        False  # a build takes seconds: `make test` compiles few of them, and leaves the rest to the table
+    )
     tensor_cores: bool = False  # whether its kernels claim to use them
     any_strides: bool = True  # of what op takes; if not, the public function copies
     every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns

@@ -16,7 +16,12 @@ from ..specs import SPECS
 from ..specs.plane_switch import SPEC as PLANE_SWITCH
 from ..specs.plane_switch import case
 
-BUILDS = [(spec, choice) for spec in SPECS for choice in codegen_table.pairwise(codegen_table.all_factors(spec))]
+FEW = 4  # of builds that take seconds
+BUILDS = [
+    pytest.param(spec, choice, marks=[pytest.mark.full] if spec.slow_builds and i >= FEW else [])
+    for spec in SPECS
+    for i, choice in enumerate(codegen_table.pairwise(codegen_table.all_factors(spec)))
+]
 
 
 def _name(value):
