@@ -1,12 +1,13 @@
 """The backward of self_attention on NVIDIA GPUs: gradients of q, k and v, written once each, where they belong.
 
-Weights are computed again from queries, keys and the logarithms of sums. Of few rows (`one_tile`) a program holds all of a
-sequence and head and makes the five products in one launch; it needs no context. Beyond, tiles of queries run over all keys for dq, and
-leave delta, the sums of grad times out, for tiles of keys that run over all queries for dk and dv: two launches, seven
-products, no atomics, and every sum in a fixed order.
+Weights are computed again from queries, keys and the logarithms of sums. Of few rows (`one_tile`) a program holds all
+of a sequence and head: five products, one launch, and neither context nor exact sums are needed, as all weights are there.
+Beyond, tiles of queries run over all keys for dq, and leave delta, the sums of grad times out, for tiles of keys that
+run over all queries for dk and dv: seven products in two launches, or eight where dk and dv wait for each other. No
+atomics, and every sum in a fixed order.
 
-Queries and keys lie in halves of their channels (`self_attention_turning_triton`), and so do dq and dk: they are turned back
-before they are stored. Products take what came, in its dtype, and sum in ACC.
+Queries and keys lie in halves of their channels (`self_attention_turning_triton`), and so do dq and dk, which turn
+back before they are stored. Products take what came, in its dtype, and sum in ACC.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def _weights(a, b, c, d, shift, ok, factor, PRECISION: tl.constexpr, ACC: tl.con
     return tl.exp2(tl.where(ok, scores * factor - shift * LOG2E, float("-inf")))
 
 
-_SIZES = """rows num_globals n1 n2 heads per_group scale grad_seq grad_row grad_head q_seq q_row q_head k_seq k_row k_head
-v_seq v_row v_head grads_row"""
+_SIZES = """rows num_globals n1 n2 heads per_group scale grad_seq grad_row grad_head q_seq q_row q_head
+k_seq k_row k_head v_seq v_row v_head grads_row"""
 
 
 @triton.jit(do_not_specialize=_SIZES.split())  # a new volume shape compiles nothing
@@ -141,28 +142,28 @@ def self_attention_tile_backward_kernel(
     ok = row < rows
     j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
     for head in range(group * per_group, tl.minimum((group + 1) * per_group, heads)):
-        h = head.to(tl.int64)
+        h = tl.cast(head, tl.int64)
         x = q + (n * q_seq + h * q_head) * UNIT
         qa, qb = _halves(x, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
         x = k + (n * k_seq + h * k_head) * UNIT
         ka, kb = _halves(x, row * k_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
-        value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
-        g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
         shift = tl.load(lse + ((n * heads + h) * rows + row), mask=ok, other=0)
         weights = _weights(qa, qb, ka, kb, shift[:, None], ok[None, :], factor, PRECISION, ACC)
         weights = tl.where(
             ok[:, None], weights * (1 / tl.sum(weights, 1))[:, None], 0
         )  # all are here: exactly 1 in all
+        g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
         place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
         of_v = _product(weights.to(g.dtype).T, g, None, PRECISION, ACC)
         _store_whole(grad_v, of_v, place, ok, d, HALF)
+        value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
         of_weights = _product(g, value.T, None, PRECISION, ACC)
         along = tl.sum(weights * of_weights, 1)
         of_scores = (weights * (of_weights - along[:, None])).to(g.dtype)
-        a, b = _product(of_scores, ka, None, PRECISION, ACC), _product(of_scores, kb, None, PRECISION, ACC)
-        _store_halves(grad_q, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_Q, TURN)
         a, b = _product(of_scores.T, qa, None, PRECISION, ACC), _product(of_scores.T, qb, None, PRECISION, ACC)
         _store_halves(grad_k, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_K, TURN)
+        a, b = _product(of_scores, ka, None, PRECISION, ACC), _product(of_scores, kb, None, PRECISION, ACC)
+        _store_halves(grad_q, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK_Q, TURN)
 
 
 @triton.jit(do_not_specialize=_SIZES.split())
