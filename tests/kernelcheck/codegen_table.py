@@ -33,7 +33,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def all_factors(spec):
     """Everything that a compiled kernel may depend on: names and their values."""
     calls = max([len(launches_of(spec, case, torch.float32)) for case in (spec.small[0], *spec.plain)])
-    fixed = {"dtype": DTYPES, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False], "arch": ARCHITECTURES}
+    fixed = {"dtype": DTYPES, "layout": LAYOUTS, "call": range(calls), "arch": ARCHITECTURES}
+    fixed["aligned"] = [True, False] if spec.any_alignment else [True]
     return spec.factors | fixed
 
 

@@ -63,6 +63,7 @@ class Spec:
     )
     tensor_cores: bool = False  # whether its kernels claim to use them
     any_strides: bool = True  # of what op takes; if not, the public function copies
+    any_alignment: bool = True  # of what op takes; if not, the public function copies what is not aligned to 16 bytes
     every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns
     others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out

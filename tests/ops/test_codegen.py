@@ -36,7 +36,8 @@ def test_torch_finds_the_kernels_for_its_compile_caches():
     from torch._library.triton import get_inner_triton_kernels
 
     for spec in SPECS:
-        kernels = {launch.kernel for launch in launches_of(spec, spec.typical, torch.float32)}
+        cases = [case for case in (spec.typical, *spec.cases) if not case.narrower]
+        kernels = {launch.kernel for c in cases for launch in launches_of(spec, c, c.only or torch.float32)}
         assert {kernel for op in spec.ops for kernel in get_inner_triton_kernels(op.body)} == kernels
 
 

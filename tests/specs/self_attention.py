@@ -165,6 +165,7 @@ SPEC = Spec(
     slow_builds=True,
     exempt=24,  # tables of an odd number of channels, logarithms of sums, delta
     any_strides=False,
+    any_alignment=False,
     every_dtype=False,
     others=(BACKWARD,),
     uncounted=frozenset([*TABLES, "lse", "delta"]),
