@@ -1,4 +1,8 @@
-"""The backward kernels of self_attention against autograd of its reference, at the edges of their tiles."""
+"""The backward kernels of self_attention against autograd of its reference, at the edges of their tiles.
+
+Most of it is for `make test-full`: `test_self_attention.py` has gradients through the public function, but for what
+came turned before.
+"""
 
 import math
 from contextlib import nullcontext
@@ -22,6 +26,7 @@ from ..specs.rope import tables
 
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 UNCOUNTED = frozenset(["lse", "delta", *[f"{name}{i}" for name in ("sin", "cos") for i in range(3)]])
+DEAR = pytest.mark.full  # seconds
 HEADS = 3  # a program of two, and one of one
 
 
@@ -90,25 +95,28 @@ SIZES = [  # rows: grid, globals
 ]  # fmt: skip
 LONG = [((10, 25), 5), ((16, 16), 0), ((16, 16), 1), ((16, 16), 5), ((4, 8, 8), 1), ((267,), 5), ((15, 20), 0),
         ((2, 16, 16), 5)]  # fmt: skip
-ALL = [*SIZES, *[pytest.param(*size, marks=pytest.mark.full) for size in LONG]]
+ALL = [*SIZES, *LONG]
 
 
-@pytest.mark.parametrize("grid, g", ALL, ids=str)
+@pytest.mark.parametrize(
+    "grid, g", [pytest.param(*size, marks=[] if i in (0, 6) else DEAR) for i, size in enumerate(ALL)], ids=str
+)
 def test_float64(grid, g):
     made = Case(grid, g, dtype=FP64)
     close(made.by_kernels(), made.by_autograd(wide=True))
 
 
+@DEAR
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("grid, g", [*SIZES[3:6], SIZES[-3], SIZES[-1], *ALL[len(SIZES) :]], ids=str)
+@pytest.mark.parametrize("grid, g", ALL, ids=str)
 def test_error_budget(grid, g, dtype):
     within_budget(dtype, grid, g)
 
 
-HEAD_DIMS = [(80, FP16), (24, FP64), (8, FP32), *[pytest.param(h, d, marks=pytest.mark.full) for h, d in
-             [(128, BF16), (96, FP32), (64, FP16), (40, BF16), (88, FP64), (72, FP16)]]]  # fmt: skip
+HEAD_DIMS = [(80, FP16), (24, FP64), (8, FP32), (128, BF16), (96, FP32), (64, FP16), (40, BF16), (88, FP64), (72, FP16)]
 
 
+@DEAR
 @pytest.mark.parametrize("head_dim, dtype", HEAD_DIMS)
 @pytest.mark.parametrize("grid, g", [((2, 3), 1), ((11, 6), 1)], ids=str)
 def test_head_dims(head_dim, dtype, grid, g):
@@ -119,19 +127,21 @@ def test_head_dims(head_dim, dtype, grid, g):
         within_budget(dtype, grid, g, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("precision", ["tf32", pytest.param("ieee", marks=pytest.mark.full)])
+@DEAR
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_other_products_of_float32(precision):
     made = Case((11, 6), 1)
     close(made.by_kernels(precision=precision), made.by_kernels(), 1e-5)
 
 
+@DEAR
 @pytest.mark.parametrize("grid, g", [((3, 4), 2), ((6, 11), 2)], ids=str)
 @pytest.mark.parametrize("settings", [{"dense": True}, {"table": BF16}, {"table": BF16, "narrow": True}], ids=str)
 def test_tables(grid, g, settings):
     within_budget(BF16 if settings.get("narrow") else FP32, grid, g, **settings)
 
 
-@pytest.mark.parametrize("grid, g", [((2, 5), 2), ((5, 13), 2)], ids=str)
+@pytest.mark.parametrize("grid, g", [((2, 5), 2), pytest.param((5, 13), 2, marks=DEAR)], ids=str)
 @pytest.mark.parametrize("load, back, packed", [("", "", False), ("", "qk", True), ("q", "q", False), ("q", "qk", True),
                                                 ("qk", "", True), ("qk", "qk", False)])  # fmt: skip
 def test_what_is_turned(grid, g, load, back, packed):
@@ -160,7 +170,7 @@ def spread(t):  # rows, heads and sequences apart, channels dense; an odd addres
     return larger[1:-2, 1:-2, 1:-2, 1:-2].copy_(t)
 
 
-@pytest.mark.parametrize("grid, g, dtype", [((2, 5), 2, FP32), ((5, 13), 2, BF16)], ids=str)
+@pytest.mark.parametrize("grid, g, dtype", [((2, 5), 2, FP32), pytest.param((5, 13), 2, BF16, marks=DEAR)], ids=str)
 @pytest.mark.parametrize("packed", [True, False])
 def test_strides(grid, g, dtype, packed):
     grad, q, k, v, *rest = Case(grid, g, 8, dtype, sequences=2).arguments(packed=packed)
@@ -182,6 +192,7 @@ def test_repeatable(grid, g):
         check_bits(name, got, found)
 
 
+@DEAR
 @pytest.mark.parametrize("grid, g", [((4, 4), 5), ((11, 6), 1)], ids=str)
 @pytest.mark.parametrize("dtype, precision", [(FP32, "tf32x3"), (FP32, "ieee"), (BF16, "ieee")])
 @pytest.mark.parametrize("head_dim", [16, 72])
@@ -222,11 +233,9 @@ HUGE = {
 }
 
 
-DEAR = pytest.mark.full  # seconds
-
-
+@DEAR
 @pytest.mark.parametrize("typed", [nullcontext, typed_by_inductor])
-@pytest.mark.parametrize("name", [*list(HUGE)[:2], *[pytest.param(name, marks=DEAR) for name in list(HUGE)[2:]]])
+@pytest.mark.parametrize("name", HUGE)
 def test_overflow(name, typed):
     arguments = HUGE[name]()
     with typed(), probing() as probe:

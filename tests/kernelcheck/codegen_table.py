@@ -30,15 +30,17 @@ LAYOUTS = [contiguous, stepped]  # both ways channels can lie
 
 def all_factors(spec):
     """Everything that a compiled kernel may depend on: names and their values."""
-    calls = len(launches_of(spec, spec.small[0], spec.dtypes[0]))
-    fixed = {"dtype": spec.dtypes, "layout": LAYOUTS, "call": range(calls), "aligned": [True, False]}
-    return spec.factors | fixed | {"arch": spec.architectures}
+    calls = max([len(launches_of(spec, case, spec.dtypes[0])) for case in (spec.small[0], *spec.plain)])
+    fixed = {"dtype": spec.dtypes, "layout": LAYOUTS, "call": range(calls), "arch": spec.architectures}
+    fixed["aligned"] = [True, False] if spec.any_alignment else [True]
+    return spec.factors | fixed
 
 
 def build(spec, arch, aligned, **choice):
     """The (name, variant, whether its accesses must be wide) of one choice of every factor."""
     factors = tuple((name, choice[name]) for name in spec.factors)
-    launch = _launches(spec.op.name, factors, choice["dtype"], choice["layout"])[choice["call"]]
+    launches = _launches(spec.op.name, factors, choice["dtype"], choice["layout"])
+    launch = launches[choice["call"] % len(launches)]  # some cases have fewer than others
     variant = launch.variant(aligned, arch)
     return variant.name, variant, aligned and choice["layout"] is contiguous and spec.wide(choice)
 

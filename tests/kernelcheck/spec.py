@@ -58,12 +58,16 @@ class Spec:
     factors_case: Callable[..., Case] | None = None  # a case of one value of every factor
     wide: Callable[[dict], bool] = lambda choice: False  # of a choice of factors: whether rows take 16-byte accesses
     exempt: int = 0  # how many accesses of a kernel may be narrower: vectors per channel, statistics, tables
+    slow_builds: bool = (
+        False  # a build takes seconds: `make test` compiles few of them, and leaves the rest to the table
+    )
     tensor_cores: bool = False  # whether its kernels claim to use them
     any_strides: bool = True  # of what op takes; if not, the public function copies
     dtypes: tuple = (torch.float32, torch.float16, torch.bfloat16)  # taken; if float32, float64 too
     differentiable: bool = True  # if not, differentiating it must raise
     opaque: bool = False  # whether torch.compile sees one call, and no kernels
     architectures: tuple = (80, 90, 100, 120)  # that it runs on
+    any_alignment: bool = True  # of what op takes; if not, the public function copies what is not aligned to 16 bytes
     every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns
     others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out

@@ -16,7 +16,12 @@ from ..specs import SPECS
 from ..specs.plane_switch import SPEC as PLANE_SWITCH
 from ..specs.plane_switch import case
 
-BUILDS = [(spec, choice) for spec in SPECS for choice in codegen_table.pairwise(codegen_table.all_factors(spec))]
+FEW = 4  # of builds that take seconds
+BUILDS = [
+    pytest.param(spec, choice, marks=[pytest.mark.full] if spec.slow_builds and i >= FEW else [])
+    for spec in SPECS
+    for i, choice in enumerate(codegen_table.pairwise(codegen_table.all_factors(spec)))
+]
 
 
 def _name(value):
@@ -31,7 +36,8 @@ def test_torch_finds_the_kernels_for_its_compile_caches():
     from torch._library.triton import get_inner_triton_kernels
 
     for spec in SPECS:
-        kernels = {launch.kernel for launch in launches_of(spec, spec.typical, spec.dtypes[0])}
+        cases = [case for case in (spec.typical, *spec.cases) if not case.narrower]
+        kernels = {launch.kernel for c in cases for launch in launches_of(spec, c, c.only or spec.dtypes[0])}
         found = {kernel for op in spec.ops for kernel in get_inner_triton_kernels(op.body)}
         assert kernels and found == (set() if spec.opaque else kernels)
 

@@ -76,7 +76,7 @@ def named_cases():
     yield case((8, 8), 1, heads=1, only=BF16, name="65 rows")
     yield case((8, 8), 5, heads=1, head_dim=8, load="", only=FP16, name="69 rows, nothing turns")
     yield case((4, 4), 5, heads=1, scale=0.7, narrow=True, kind="bf16 tables", name="in bf16, of another scale")
-    yield case((11, 6), 1, heads=1, head_dim=8, only=FP32, name="67 rows, too wide to hold all keys")
+    yield case((11, 6), 1, heads=1, head_dim=40, only=FP32, name="67 rows, too wide to hold all keys")
 
 
 def long_cases():
@@ -98,7 +98,7 @@ def huge_cases():
         return case(*args, device="meta", **kwargs)
 
     yield huge((4, 4), 5, 16, 64, 100_000, name="100,000 sequences of 21 rows")
-    yield huge((16, 16), 5, 64, 8, 2**17, packed=False, kind="dense", name="2^17 sequences of 261 rows")
+    yield huge((8, 8), 5, 64, 8, 2**17, packed=False, kind="dense", name="2^17 sequences of 69 rows")
     yield huge((2**13, 2**13), 2**10, 2, 40, 2, load="q", name="2^26 rows")
     yield huge((2**7, 2**9, 2**9), 0, 1, 128, 2**5, load="", packed=False, name="2^25 rows, nothing turns")
     yield huge((7,), 1, 2**24, 8, 20, name="2^24 heads")
@@ -148,7 +148,6 @@ SPEC = Spec(
     small=[
         case((2, 1), 1, 1, 8, name="tables"),
         case((2,), 0, 1, 8, load="q", packed=False, name="keys turned before"),
-        case((2,), 1, 1, 8, load="", name="nothing turns"),
     ],
     empty=[
         case((2, 3), 2, 3, 16, 0, name="no sequences"),
@@ -158,12 +157,15 @@ SPEC = Spec(
     strategy=random_cases,
     groups=groups,
     forward_mode=False,
+    cancels=True,
     twice=False,
     factors={"model": list(MODELS)},
     factors_case=codegen_case,
     wide=lambda choice: True,
+    slow_builds=True,
     exempt=24,  # tables of an odd number of channels, logarithms of sums, delta
     any_strides=False,
+    any_alignment=False,
     every_dtype=False,
     others=(BACKWARD,),
     uncounted=frozenset([*TABLES, "lse", "delta"]),

@@ -124,7 +124,10 @@ def why_not_triton(
     v: Tensor | None,
     scale: float | None = None,
 ) -> str | None:
-    """The reason why Triton's kernels do not take these tensors, or None. Channels that are not dense are copied."""
+    """The reason why Triton's kernels do not take these tensors, or None.
+
+    Rows of heads that do not start at multiples of 16 bytes, or whose channels are not dense, are copied.
+    """
     held = [t for t in (q, k, v) if t is not None]
     dtypes = [str(t.dtype).removeprefix("torch.") for t in held]
     if q.dtype not in DTYPES or any([t.dtype != q.dtype for t in held]):

@@ -32,7 +32,7 @@ def backward_by(operation: Callable[..., list[Tensor]]) -> Callable[..., tuple[A
         sin, cos = tables[:axes], tables[axes:]
         grads: list[Tensor | None] = [None] * 3
         if grad is not None:
-            grad = grad if grad.stride(3) == 1 else grad.contiguous()
+            grad = aligned(grad)
             turns = (num_globals, grid, sin, cos, load, load, in_table_dtype, precision)
             grads = [*operation(grad, q, k, v, out, lse, scale, *turns), None, None][:3]
         return *grads, None, None, None if grid else [], [None] * axes, [None] * axes, None, None, None, None
@@ -75,13 +75,28 @@ def arguments_of(
     load: str,
 ) -> tuple[Any, ...]:
     """What the operation takes. Raises ValueError for angles that need a gradient."""
-    held = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v) if t is not None]
+    held = [aligned(t) for t in (q, k, v) if t is not None]
     grid, sin, cos = table_arguments(angles.tables() if isinstance(angles, Axial) else angles)
     check_fixed((sin, cos), backend)
     keep = torch.is_grad_enabled() and any([t.requires_grad for t in held])
     scale = int(q.shape[3]) ** -0.5 if scale is None else scale
     settings = scale, num_globals, grid, sin, cos, load if sin else "", in_table_dtype, keep
     return *held, *[None] * (3 - len(held)), *settings, product_precision(q.dtype)
+
+
+def aligned(
+    t: Tensor,  # (N, rows, heads, hd), any strides
+) -> Tensor:  # the same, channels dense
+    """t itself where each head of each row starts at a multiple of 16 bytes, else a copy: kernels of whole tiles in
+    registers have none left for an address of each element."""
+    if t.stride(3) == 1 and (torch.compiler.is_compiling() or _starts_aligned(t)):  # a compiler aligns its own memory
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _starts_aligned(t: Tensor) -> bool:
+    vector = 16 // t.element_size()
+    return all([start % vector == 0 for start in (t.storage_offset(), *t.stride()[:3])])
 
 
 def table_arguments(angles: Tables | None) -> tuple[list[int], list[Tensor], list[Tensor]]:

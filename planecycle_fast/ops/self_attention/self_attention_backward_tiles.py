@@ -1,8 +1,8 @@
 """How the backward kernels of self_attention cut their rows, chosen without a GPU or a timing.
 
 Found by compiling for all GPUs: the largest tiles that keep no register in memory on any of them (sm_80, 90, 100, 120).
-Fused multiply-adds ("ieee") hold far fewer registers than the three products of "tf32x3", and are as exact: where these
-do not fit, those run.
+Three products of tf32 for one of float32 ("tf32x3") hold more than there are; fused multiply-adds ("ieee"), which are
+more exact, run instead. In one tile, where memory is what takes the time, they do so for "tf32" as well.
 """
 
 from __future__ import annotations
@@ -36,13 +36,11 @@ class Passes(NamedTuple):
 # by kind of products and whether heads are wide
 GENERAL = {
     ("16-bit", False): Passes(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    ("16-bit", True): Passes(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, apart=True)),
+    ("16-bit", True): Passes(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2)),
     ("tf32", False): Passes(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 2, apart=True)),
     ("tf32", True): Passes(Tiles(64, 16, 4, 1), Tiles(32, 16, 4, 1, apart=True)),
-    ("tf32x3", False): Passes(Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1, apart=True)),
-    ("ieee", False): Passes(Tiles(32, 16, 8, 2), Tiles(32, 32, 8, 1, apart=True)),
-    ("ieee", True): Passes(Tiles(32, 16, 8, 2), Tiles(32, 32, 8, 1, apart=True)),
 }
+EXACT = Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 32, 8, 1, apart=True, precision="ieee"))
 # by whether products are of 16 bits, whether heads are wide, and rows: warps
 ONE = {
     (True, False): {16: 1, 32: 2, 64: 8},
@@ -67,7 +65,4 @@ def one_tile(
 
 def passes(dtype: torch.dtype, head_dim: int, precision: str) -> Passes:
     """Of any number of rows."""
-    kind = "16-bit" if dtype.itemsize == 2 else "ieee" if dtype == torch.float64 else precision
-    if (kind, head_dim > WIDE) in GENERAL:
-        return GENERAL[kind, head_dim > WIDE]
-    return Passes(*[tiles._replace(precision="ieee") for tiles in GENERAL["ieee", True]])
+    return GENERAL.get(("16-bit" if dtype.itemsize == 2 else precision, head_dim > WIDE), EXACT)

@@ -1,7 +1,7 @@
 """The backward of self_attention on NVIDIA GPUs: gradients of q, k and v, written once each, where they belong.
 
 Weights are computed again from queries, keys and the logarithms of sums. Of few rows (`one_tile`) a program holds all
-of a sequence and head: five products, one launch, and neither context nor exact sums are needed, as all weights are there.
+of a sequence and head: five products, one launch; neither context nor exact sums are needed, as all weights are there.
 Beyond, tiles of queries run over all keys for dq, and leave delta, the sums of grad times out, for tiles of keys that
 run over all queries for dk and dv: seven products in two launches, or eight where dk and dv wait for each other. No
 atomics, and every sum in a fixed order.
@@ -366,7 +366,7 @@ def _self_attention_backward(
         programs = sequences * triton.cdiv(heads, per_group)
         _check(rows, heads, head_dim, programs)
         launch(
-            _kernel(self_attention_tile_backward_kernel), (programs,), q.device,
+            self_attention_tile_backward_kernel if INTERPRETED else wrap_triton(self_attention_tile_backward_kernel), (programs,), q.device,
             grad, q, k, v, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
             BLOCK=one.block, BACK_Q="q" in back, BACK_K="k" in back, PRECISION=one.precision or precision, **constants,
             num_warps=one.warps, num_stages=one.stages,
@@ -377,7 +377,7 @@ def _self_attention_backward(
     programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
-        _kernel(self_attention_queries_backward_kernel), (programs,), q.device,
+        self_attention_queries_backward_kernel if INTERPRETED else wrap_triton(self_attention_queries_backward_kernel), (programs,), q.device,
         grad, q, k, v, out, lse, delta, grad_q, *tables, *settings, *last,
         BLOCK=tiles.block, STEP=tiles.step, BACK="q" in back, PRECISION=tiles.precision or precision, **constants,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -386,16 +386,12 @@ def _self_attention_backward(
     programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
-        _kernel(self_attention_keys_backward_kernel), (programs,), q.device,
+        self_attention_keys_backward_kernel if INTERPRETED else wrap_triton(self_attention_keys_backward_kernel), (programs,), q.device,
         grad, q, k, v, lse, delta, grad_q if k is None else None, grad_k, grad_v, *tables, *settings, *last,
         BLOCK=tiles.block, STEP=tiles.step, APART=tiles.apart, BACK="k" in back,
         PRECISION=tiles.precision or precision, **constants, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return grads
-
-
-def _kernel(kernel: Any) -> Any:
-    return kernel if INTERPRETED else wrap_triton(kernel)
 
 
 def _check(rows: int, heads: int, head_dim: int, programs: int) -> None:

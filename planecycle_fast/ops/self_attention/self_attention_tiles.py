@@ -115,3 +115,22 @@ def in_tiles(rows: int, size: int) -> tuple[int, int]:
     """Full tiles of keys, and a power of two from 16 on that takes the rest, or 0."""
     full, rest = divmod(rows, size)
     return full, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def channel_tiles(head_dim: int) -> tuple[int, int]:
+    """Channels of half a head and of a head, as tiles hold them: powers of two, and what a tensor core takes."""
+    return max(16, 1 << (head_dim // 2 - 1).bit_length()), max(16, 1 << (head_dim - 1).bit_length())
+
+
+def useful_share(
+    rows: int,  # all as of `tiles`
+    head_dim: int,
+    dtype: torch.dtype,
+) -> float:
+    """Of the multiply-adds that a launch issues, those that are not padding: both products, tiles as they are."""
+    chosen, (half, whole) = tiles(rows, head_dim, dtype), channel_tiles(head_dim)
+    queries = -(-rows // chosen.queries) * chosen.queries
+    keys = -(-rows // chosen.keys) * chosen.keys if chosen.regime == "general" else chosen.keys
+    if chosen.regime == "short":
+        keys = chosen.full * chosen.keys + chosen.tail
+    return rows**2 * 2 * head_dim / (queries * keys * (2 * half + whole))

@@ -31,7 +31,7 @@ from ..scalars_triton import scalars
 from .self_attention_autograd import backward_by, call_of, setup_context
 from .self_attention_backward_triton import _TYPES, BACKWARD, _check, _padded, _unit
 from .self_attention_shapes import fake, parts
-from .self_attention_tiles import tiles
+from .self_attention_tiles import channel_tiles, tiles
 from .self_attention_turning_triton import sincos, turned
 
 LOG2_E = math.log2(math.e)
@@ -346,6 +346,7 @@ def _self_attention(
     unit = _unit(held, head_dim)
     strides = [stride // unit for t in held for stride in t.stride()[:3]]
     sections = [int(t.shape[1]) for t in sin]
+    block_j, block_c = channel_tiles(head_dim)
     compute = q.dtype
     if sin:
         compute = sin[0].dtype if in_table_dtype else torch.promote_types(q.dtype, sin[0].dtype)
@@ -359,8 +360,7 @@ def _self_attention(
         kernel, (programs,), q.device,
         q, k, v, out, lse if keep else None, *_padded(sin), *_padded(cos), rows, heads, num_globals,
         *_padded(grid, 1)[1:], chosen.heads, *strides, scale * LOG2_E,
-        UNIT=unit, LOAD=load, HD=head_dim, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_C=max(16, triton.next_power_of_2(head_dim)), QUERIES=chosen.queries, KEYS=chosen.keys,
+        UNIT=unit, LOAD=load, HD=head_dim, BLOCK_J=block_j, BLOCK_C=block_c, QUERIES=chosen.queries, KEYS=chosen.keys,
         S0=sum(sections[:1]), S1=sum(sections[1:2]), COMPUTE=_TYPES[compute], WIDE=_wide(compute), ACC=_wide(q.dtype),
         PRECISION=chosen.precision or precision, num_warps=chosen.warps, num_stages=chosen.stages, **short,
     )  # fmt: skip
