@@ -23,11 +23,12 @@ def case(size, patch, g=0, batch=1, dtype=None, narrower=None, name=""):
 
 def op_arguments(tensors, settings):
     """The call that `patchify` makes, and the one of its backward."""
-    volume, patch, g = tensors["volume"], [*settings["patch"]], settings["num_globals"]
-    size, dtypes = [*volume.shape[1:]], (volume.dtype, settings["dtype"] or volume.dtype)
-    out = OP.overload(volume.to("meta"), size, patch, g, *dtypes, False)
+    volume, g = tensors["volume"], settings["num_globals"]
+    patch, size = ",".join(str(n) for n in (volume.shape[1], *settings["patch"])), [*volume.shape[2:]]
+    dtypes = (volume.dtype, settings["dtype"] or volume.dtype)
+    out = OP.overload(volume.to("meta"), patch, size, g, *dtypes, False)
     grad = volume.new_ones(out.shape, dtype=out.dtype, requires_grad=volume.requires_grad)
-    return [(OP, (t, size, patch, g, *dtypes, back)) for t, back in ((volume, False), (grad, True))]
+    return [(OP, (t, patch, size, g, *dtypes, back)) for t, back in ((volume, False), (grad, True))]
 
 
 def groups(t, settings):

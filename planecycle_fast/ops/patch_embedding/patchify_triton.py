@@ -108,20 +108,24 @@ def _check(programs: int, rows: int, *counts: int) -> None:
         )
 
 
+def numbers(patch: str) -> tuple[int, ...]:
+    """(channels, ph, pw)."""
+    return tuple([int(n) for n in patch.split(",")])
+
+
 def _patchify(
     x: Tensor,  # (B, channels, D, height, width); transposed (B*D, g + L, K)
-    size: list[int],  # (channels, D, height, width) of a volume
-    patch: list[int],  # (ph, pw)
+    patch: str,  # "channels,ph,pw", for which kernels are compiled: torch would make symbols of numbers
+    size: list[int],  # (D, height, width) of a volume
     num_globals: int,  # g
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,  # from rows to a volume
 ) -> Tensor:  # (B*D, g + L, K); transposed (B, channels, D, height, width)
-    channels, depth, height, width = size
-    ph, pw, g = int(patch[0]), int(patch[1]), num_globals
-    pixels = int(channels) * ph * pw  # a number, also where torch traces sizes: kernels are compiled for it
+    (channels, ph, pw), (depth, height, width), g = numbers(patch), size, num_globals
+    pixels = channels * ph * pw
     lines, columns = height // ph, width // pw
-    out = fake(x, size, patch, num_globals, volume_dtype, rows_dtype, transposed)
+    out = fake(x, patch, size, num_globals, volume_dtype, rows_dtype, transposed)
     if out.numel() == 0:
         return out
     length = g + lines * columns
@@ -157,18 +161,18 @@ def _patchify(
 
 def fake(
     x: Tensor,  # as of `_patchify`
+    patch: str,
     size: list[int],
-    patch: list[int],
     num_globals: int,
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
-    channels, depth, height, width = size
+    (channels, ph, pw), (depth, height, width) = numbers(patch), size
     if transposed:
-        return x.new_empty(x.shape[0] // depth, *size, dtype=volume_dtype)
-    row = row_length(int(channels) * int(patch[0]) * int(patch[1]), rows_dtype)
-    length = num_globals + (height // patch[0]) * (width // patch[1])
+        return x.new_empty(x.shape[0] // depth, channels, *size, dtype=volume_dtype)
+    row = row_length(channels * ph * pw, rows_dtype)
+    length = num_globals + (height // ph) * (width // pw)
     return x.new_empty(x.shape[0] * depth, length, row, dtype=rows_dtype)
 
 
@@ -178,16 +182,16 @@ def adjoint(*arguments: Any) -> tuple[Any, ...]:
 
 def _cost(
     x: Tensor,
+    patch: str,
     size: list[int],
-    patch: list[int],
     num_globals: int,
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,
 ) -> Cost:
-    channels, depth, height, width = size
-    h, w = height // patch[0], width // patch[1]
-    slices, pixels = x.shape[0] if transposed else x.shape[0] * depth, channels * patch[0] * patch[1]
+    (channels, ph, pw), (depth, height, width) = numbers(patch), size
+    h, w, pixels = height // ph, width // pw, channels * ph * pw
+    slices = x.shape[0] if transposed else x.shape[0] * depth
     if transposed:
         written = slices * channels * height * width * volume_dtype.itemsize
     else:
@@ -206,5 +210,5 @@ def patchify_triton(
     dtype: torch.dtype | None,
 ) -> Tensor:  # (B*D, g + L, K)
     """`patchify_ref` in one pass."""
-    size = [*volume.shape[1:]]
-    return _rows(volume, size, [*patch], num_globals, volume.dtype, dtype or volume.dtype, False)
+    of = ",".join([str(int(n)) for n in (volume.shape[1], *patch)])
+    return _rows(volume, of, [*volume.shape[2:]], num_globals, volume.dtype, dtype or volume.dtype, False)
