@@ -26,7 +26,6 @@ from .residual.norm import Norm, add_norm_ref
 from .rotary.angles import Axial, Tables, rope_ref
 from .rotary.rope import rope
 from .self_attention.attention import attention, attention_ref
-from .self_attention.self_attention import self_attention, self_attention_ref
 
 __all__ = [
     "Axial",
@@ -46,8 +45,6 @@ __all__ = [
     "plane_switch_ref",
     "rope",
     "rope_ref",
-    "self_attention",
-    "self_attention_ref",
     "swiglu",
     "swiglu_ref",
 ]

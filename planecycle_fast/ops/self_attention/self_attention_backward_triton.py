@@ -366,7 +366,8 @@ def _self_attention_backward(
         programs = sequences * triton.cdiv(heads, per_group)
         _check(rows, heads, head_dim, programs)
         launch(
-            self_attention_tile_backward_kernel if INTERPRETED else wrap_triton(self_attention_tile_backward_kernel), (programs,), q.device,
+            self_attention_tile_backward_kernel if INTERPRETED else wrap_triton(self_attention_tile_backward_kernel),
+            (programs,), q.device,
             grad, q, k, v, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
             BLOCK=one.block, BACK_Q="q" in back, BACK_K="k" in back, PRECISION=one.precision or precision, **constants,
             num_warps=one.warps, num_stages=one.stages,
@@ -377,7 +378,8 @@ def _self_attention_backward(
     programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
-        self_attention_queries_backward_kernel if INTERPRETED else wrap_triton(self_attention_queries_backward_kernel), (programs,), q.device,
+        self_attention_queries_backward_kernel if INTERPRETED else wrap_triton(self_attention_queries_backward_kernel),
+        (programs,), q.device,
         grad, q, k, v, out, lse, delta, grad_q, *tables, *settings, *last,
         BLOCK=tiles.block, STEP=tiles.step, BACK="q" in back, PRECISION=tiles.precision or precision, **constants,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -386,7 +388,8 @@ def _self_attention_backward(
     programs = sequences * heads * triton.cdiv(rows, tiles.block)
     _check(rows, heads, head_dim, programs)
     launch(
-        self_attention_keys_backward_kernel if INTERPRETED else wrap_triton(self_attention_keys_backward_kernel), (programs,), q.device,
+        self_attention_keys_backward_kernel if INTERPRETED else wrap_triton(self_attention_keys_backward_kernel),
+        (programs,), q.device,
         grad, q, k, v, lse, delta, grad_q if k is None else None, grad_k, grad_v, *tables, *settings, *last,
         BLOCK=tiles.block, STEP=tiles.step, APART=tiles.apart, BACK="k" in back,
         PRECISION=tiles.precision or precision, **constants, num_warps=tiles.warps, num_stages=tiles.stages,

@@ -14,7 +14,7 @@ HEADS = 2  # of a program with one tile: enough to share sine and cosine, few en
 WIDE = 64  # channels of a head
 
 
-class Tiles(NamedTuple):
+class LaunchTiles(NamedTuple):
     """Of a launch."""
 
     regime: str  # "tile", "short", "general"
@@ -40,23 +40,23 @@ TILE = {
 # Any rows, by kind of products, whether heads are wide, and whether keys turn.
 GENERAL = {
     # Measured on an H100, 1.39 ms for 2^18 rows of 1029 with 6 heads of 64 (prototype; FA3 1.43).
-    ("16-bit", False, False): Tiles("general", 64, 64, 4, 3),
+    ("16-bit", False, False): LaunchTiles("general", 64, 64, 4, 3),
     # All others: static, the largest tiles that keep no register in memory on sm_80, 90, 100 and 120.
-    ("16-bit", False, True): Tiles("general", 64, 64, 4, 1),
-    ("16-bit", True, False): Tiles("general", 64, 32, 8, 2),
-    ("16-bit", True, True): Tiles("general", 32, 32, 4, 1),
-    ("tf32", False, False): Tiles("general", 64, 32, 4, 2),
-    ("tf32", False, True): Tiles("general", 64, 16, 4, 2),
-    ("tf32", True, False): Tiles("general", 32, 32, 8, 1),
-    ("tf32", True, True): Tiles("general", 32, 16, 8, 1),
-    ("tf32x3", False, False): Tiles("general", 64, 16, 4, 2),
-    ("tf32x3", False, True): Tiles("general", 64, 16, 4, 1),
-    ("tf32x3", True, False): Tiles("general", 16, 16, 4, 1),
-    ("tf32x3", True, True): Tiles("general", 16, 16, 8, 1, precision="ieee"),
-    ("ieee", False, False): Tiles("general", 32, 16, 8, 1),
-    ("ieee", False, True): Tiles("general", 32, 16, 8, 1),
-    ("ieee", True, False): Tiles("general", 32, 16, 8, 1),
-    ("ieee", True, True): Tiles("general", 32, 16, 8, 1),
+    ("16-bit", False, True): LaunchTiles("general", 64, 64, 4, 1),
+    ("16-bit", True, False): LaunchTiles("general", 64, 32, 8, 2),
+    ("16-bit", True, True): LaunchTiles("general", 32, 32, 4, 1),
+    ("tf32", False, False): LaunchTiles("general", 64, 32, 4, 2),
+    ("tf32", False, True): LaunchTiles("general", 64, 16, 4, 2),
+    ("tf32", True, False): LaunchTiles("general", 32, 32, 8, 1),
+    ("tf32", True, True): LaunchTiles("general", 32, 16, 8, 1),
+    ("tf32x3", False, False): LaunchTiles("general", 64, 16, 4, 2),
+    ("tf32x3", False, True): LaunchTiles("general", 64, 16, 4, 1),
+    ("tf32x3", True, False): LaunchTiles("general", 16, 16, 4, 1),
+    ("tf32x3", True, True): LaunchTiles("general", 16, 16, 8, 1, precision="ieee"),
+    ("ieee", False, False): LaunchTiles("general", 32, 16, 8, 1),
+    ("ieee", False, True): LaunchTiles("general", 32, 16, 8, 1),
+    ("ieee", True, False): LaunchTiles("general", 32, 16, 8, 1),
+    ("ieee", True, True): LaunchTiles("general", 32, 16, 8, 1),
 }
 
 
@@ -66,16 +66,16 @@ def tiles(
     dtype: torch.dtype,
     load: str = "q",  # what turns when it is loaded
     precision: str = "tf32x3",  # of products of float32
-) -> Tiles:
+) -> LaunchTiles:
     """What a launch takes."""
     kind = "16-bit" if dtype.itemsize == 2 else "ieee" if dtype == torch.float64 else precision
     wide = head_dim > WIDE
     warps = TILE[kind == "16-bit", wide]
     if isinstance(rows, int) and rows <= max(warps):
-        block = [size for size in warps if size >= rows][0]
-        return Tiles("tile", block, block, warps[block], 1, HEADS)
+        block = next(size for size in warps if size >= rows)
+        return LaunchTiles("tile", block, block, warps[block], 1, HEADS)
     if holds_keys(rows, head_dim, dtype):
-        return Tiles("short", 64, 64, 4, 1, 1, *in_tiles(int(rows), 64))
+        return LaunchTiles("short", 64, 64, 4, 1, 1, *in_tiles(int(rows), 64))
     return GENERAL[kind, wide, "k" in load]
 
 

@@ -20,7 +20,7 @@ from .self_attention_backward_triton import BACKWARD
 from .self_attention_triton import OP
 
 
-class _Within(torch.autograd.Function):
+class _SelfAttentionWithin(torch.autograd.Function):
     """Context of heads of q, k and v; one gradient for all three."""
 
     @staticmethod
@@ -65,4 +65,4 @@ def self_attention_within(
     turning = turning_on("triton").arguments_of(qkv, angles, num_globals, 2 * (qkv.shape[2] // 3), in_table_dtype)
     by = table_arguments(tables)
     check_fixed((*turning, *by), "triton")
-    return _Within.apply(qkv, turning, by, scale, num_globals, in_table_dtype)
+    return _SelfAttentionWithin.apply(qkv, turning, by, scale, num_globals, in_table_dtype)
