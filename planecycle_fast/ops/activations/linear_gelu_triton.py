@@ -48,7 +48,7 @@ def _store(out, bias, total, row, column, HIDDEN: tl.constexpr, WIDTH: tl.conste
     """GELU of a part of a tile, WIDTH hidden channels from `column` on, rounded."""
     if bias is not None:
         c = tl.cast(column, tl.int64) + tl.arange(0, WIDTH)
-        total += tl.load(bias + c, mask=c < HIDDEN, other=0).to(total.dtype)[None, :]
+        total += tl.load(bias + c, mask=c < HIDDEN).to(total.dtype)[None, :]
     out.store([row, column], _gelu(total, COARSE).to(out.dtype))
 
 
