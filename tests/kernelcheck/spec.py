@@ -63,6 +63,7 @@ class Spec:
     every_dtype: bool = True  # whether each case runs in every dtype, or in one of them by turns
     others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out
+    compiled_for: frozenset[str] = frozenset()  # arguments of operations that may become numbers, besides channels
     outputs: dict[str, set[str]] = field(default_factory=dict)  # of each kernel: the arguments that it may write to
 
     @property
