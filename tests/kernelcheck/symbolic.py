@@ -6,6 +6,7 @@ compiled for must be numbers; channels, the last axes, may become numbers on the
 Any other size must stay a symbol, or a graph serves one shape only. Not under TRITON_INTERPRET=1.
 """
 
+import inspect
 import logging
 from unittest import mock
 
@@ -21,13 +22,16 @@ from .launches import recorded_launches
 def symbolic_sizes(spec, case, dtype=torch.float32):
     """All calls of a case, backward's too, with symbols for sizes."""
     for op, call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
-        trace(op, call)
+        trace(op, call, spec.compiled_for)
 
 
-def trace(op, call):
-    """One call of an operation. Raises AssertionError for what a symbol must not become."""
-    symbols = Symbols()
-    call = tree_map(symbols.of, call)
+def trace(op, call, fixed=()):
+    """One call of an operation. Raises AssertionError for what a symbol must not become.
+
+    `fixed` are names of arguments that are numbers, as kernels are compiled for them.
+    """
+    symbols, names = Symbols(), inspect.signature(op.body).parameters
+    call = [a if name in fixed else tree_map(symbols.of, a) for name, a in zip(names, call)]
     fixed_before = {name for name, size in symbols.sizes.items() if not _is_symbol(size)}  # sizes of 0 and 1
     with recorded_launches(op.body) as launches, symbols.mode:
         try:

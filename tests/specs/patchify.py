@@ -24,7 +24,7 @@ def case(size, patch, g=0, batch=1, dtype=None, narrower=None, name=""):
 def op_arguments(tensors, settings):
     """The call that `patchify` makes, and the one of its backward."""
     volume, g = tensors["volume"], settings["num_globals"]
-    patch, size = ",".join(str(n) for n in (volume.shape[1], *settings["patch"])), [*volume.shape[2:]]
+    patch, size = [volume.shape[1], *settings["patch"]], [*volume.shape[2:]]
     dtypes = (volume.dtype, settings["dtype"] or volume.dtype)
     out = OP.overload(volume.to("meta"), patch, size, g, *dtypes, False)
     grad = volume.new_ones(out.shape, dtype=out.dtype, requires_grad=volume.requires_grad)
@@ -103,5 +103,6 @@ SPEC = Spec(
     factors={"patch": [16, 14], "rows": [None, torch.bfloat16]},
     factors_case=codegen_case,
     wide=lambda choice: choice["patch"] == 16,  # rows of 14 pixels are not 16 bytes apart
+    compiled_for=frozenset({"patch"}),
     outputs={"patchify_kernel": {"rows"}, "patchify_back_kernel": {"volume"}},
 )  # fmt: skip

@@ -108,21 +108,21 @@ def _check(programs: int, rows: int, *counts: int) -> None:
         )
 
 
-def numbers(patch: str) -> tuple[int, ...]:
-    """(channels, ph, pw)."""
-    return tuple([int(n) for n in patch.split(",")])
+def _numbers(patch: list[int]) -> list[int]:
+    """(channels, ph, pw) as numbers, also where torch traces sizes."""
+    return [int(n) for n in patch]
 
 
 def _patchify(
     x: Tensor,  # (B, channels, D, height, width); transposed (B*D, g + L, K)
-    patch: str,  # "channels,ph,pw", for which kernels are compiled: torch would make symbols of numbers
+    patch: list[int],  # (channels, ph, pw): what kernels are compiled for, as a model has one for good
     size: list[int],  # (D, height, width) of a volume
     num_globals: int,  # g
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,  # from rows to a volume
 ) -> Tensor:  # (B*D, g + L, K); transposed (B, channels, D, height, width)
-    (channels, ph, pw), (depth, height, width), g = numbers(patch), size, num_globals
+    (channels, ph, pw), (depth, height, width), g = _numbers(patch), size, num_globals
     pixels = channels * ph * pw
     lines, columns = height // ph, width // pw
     out = fake(x, patch, size, num_globals, volume_dtype, rows_dtype, transposed)
@@ -161,14 +161,14 @@ def _patchify(
 
 def fake(
     x: Tensor,  # as of `_patchify`
-    patch: str,
+    patch: list[int],
     size: list[int],
     num_globals: int,
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
-    (channels, ph, pw), (depth, height, width) = numbers(patch), size
+    (channels, ph, pw), (depth, height, width) = _numbers(patch), size
     if transposed:
         return x.new_empty(x.shape[0] // depth, channels, *size, dtype=volume_dtype)
     row = row_length(channels * ph * pw, rows_dtype)
@@ -182,14 +182,14 @@ def adjoint(*arguments: Any) -> tuple[Any, ...]:
 
 def _cost(
     x: Tensor,
-    patch: str,
+    patch: list[int],
     size: list[int],
     num_globals: int,
     volume_dtype: torch.dtype,
     rows_dtype: torch.dtype,
     transposed: bool,
 ) -> Cost:
-    (channels, ph, pw), (depth, height, width) = numbers(patch), size
+    (channels, ph, pw), (depth, height, width) = _numbers(patch), size
     h, w, pixels = height // ph, width // pw, channels * ph * pw
     slices = x.shape[0] if transposed else x.shape[0] * depth
     if transposed:
@@ -210,5 +210,6 @@ def patchify_triton(
     dtype: torch.dtype | None,
 ) -> Tensor:  # (B*D, g + L, K)
     """`patchify_ref` in one pass."""
-    of = ",".join([str(int(n)) for n in (volume.shape[1], *patch)])
-    return _rows(volume, of, [*volume.shape[2:]], num_globals, volume.dtype, dtype or volume.dtype, False)
+    return _rows(
+        volume, [volume.shape[1], *patch], [*volume.shape[2:]], num_globals, volume.dtype, dtype or volume.dtype, False
+    )
