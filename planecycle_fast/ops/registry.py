@@ -17,12 +17,14 @@ from ..runtime.tracing import transforms_active
 
 
 class Cost(NamedTuple):
-    """What one call moves, by the traffic ledger: every load and store of activations, and how many kernels."""
+    """What one call moves, by the traffic ledger: loads and stores of activations, and how many kernels.
+
+    What programs of a kernel share by caches counts once.
+    """
 
     read: int  # bytes
     written: int  # bytes
     launches: int
-    again: int = 0  # bytes that are read more than once, by programs side by side: from the cache, not from memory
 
 
 @dataclass(frozen=True)

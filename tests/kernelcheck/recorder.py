@@ -43,7 +43,7 @@ def recording(uncounted=(), once=()):
     """Within it every kernel that the interpreter runs is recorded in the `Record` that it gives.
 
     Arguments of kernels in `uncounted` are not: the ledger leaves out weights, statistics and tables. Of those in
-    `once`, which the tiles of a matrix product share by caches, each element counts once per kernel.
+    `once`, which programs share by caches, each element counts once per kernel.
     """
     with observing(Record(uncounted, once)) as record:
         yield record

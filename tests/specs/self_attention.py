@@ -168,6 +168,7 @@ SPEC = Spec(
     every_dtype=False,
     others=(BACKWARD,),
     uncounted=frozenset([*TABLES, "lse", "delta"]),
+    once=frozenset(["q", "k", "v", "grad"]),
     outputs={
         "self_attention_tile_kernel": {"out", "lse"},
         "self_attention_short_kernel": {"out", "lse"},

@@ -375,10 +375,8 @@ def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost
     one = parts(q, k, v)[0]
     if one.numel() == 0:
         return Cost(0, 0, 0)
-    chosen = tiles(one.shape[1], one.shape[3], q.dtype, settings[5], settings[-1])
-    tiles_of_queries = triton.cdiv(one.shape[1], chosen.queries) if chosen.regime == "general" else 1
     size = one.numel() * one.element_size()
-    return Cost(3 * size, size, 1, again=2 * (tiles_of_queries - 1) * size)
+    return Cost(3 * size, size, launches=1)
 
 
 OP = register(_self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
