@@ -24,7 +24,7 @@ from planecycle_fast.bench.table import markdown_table
 from planecycle_fast.bench.timing import compare
 from planecycle_fast.geometry.rope import Rope, make_periods
 from planecycle_fast.ops import Axial, attention_ref, rope, rope_ref
-from planecycle_fast.ops.self_attention.attention import attention_on
+from planecycle_fast.ops.multihead_attention.attention import attention_on
 from planecycle_fast.runtime.attention_table import choose_attention
 from planecycle_fast.runtime.attentions import ARCHITECTURES, AttentionCall, why_not_attention, why_not_for
 

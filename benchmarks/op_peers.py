@@ -18,7 +18,7 @@ from torch import Tensor
 from planecycle_fast.bench.contenders import NotHereError
 from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
 from planecycle_fast.ops import Tables
-from planecycle_fast.ops.self_attention.attention import attention_on
+from planecycle_fast.ops.multihead_attention.attention import attention_on
 from planecycle_fast.runtime.attentions import why_not_attention, why_not_for
 
 from .op_cells import Maker
@@ -70,7 +70,7 @@ def own_attention(device: str) -> Callable[..., Tensor]:
     reason = why_not_attention("triton")
     if reason is not None:
         raise NotHereError(reason)
-    function = load("planecycle_fast.ops.self_attention.self_attention", "self_attention", device)
+    function = load("planecycle_fast.ops.multihead_attention.self_attention", "self_attention", device)
     return lambda qkv, angles, num_globals: function(qkv, None, None, angles, num_globals, backend="triton")
 
 

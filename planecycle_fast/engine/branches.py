@@ -15,11 +15,11 @@ from ..ops.activations.gelu import gelu_ref, gelu_tanh
 from ..ops.activations.linear_gelu import linear_gelu_on, linear_gelu_tanh, pays
 from ..ops.activations.swiglu import check_swiglu, swiglu_on
 from ..ops.choice import Choice
+from ..ops.multihead_attention.attention import attention_on, check_takes
+from ..ops.multihead_attention.self_attention import check_self_attention, self_attention_on
+from ..ops.multihead_attention.self_attention_tiles import turned_on_load
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
-from ..ops.self_attention.attention import attention_on, check_takes
-from ..ops.self_attention.self_attention import check_self_attention, self_attention_on
-from ..ops.self_attention.self_attention_tiles import turned_on_load
 from ..runtime.attentions import AttentionCall, lie_as_kernels_want
 from ..runtime.tracing import recorder
 from .stream import Layer
@@ -112,7 +112,7 @@ def _by_own_kernels(
     if known is not None and load != "qk":
         angles = _angles(known, choice.rope)
         if load == "" and len(made) == 1 and backward and choice.writes and block.plain_qkv:
-            from ..ops.self_attention.self_attention_within import self_attention_within
+            from ..ops.multihead_attention.self_attention_within import self_attention_within
 
             scale = made[0].shape[3] ** -0.5 if found.scale is None else found.scale
             return self_attention_within(made[0], angles, tables, g, scale, found.in_table_dtype)

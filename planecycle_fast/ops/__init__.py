@@ -18,6 +18,8 @@ share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activation
 from .activations.gelu import gelu, gelu_ref
 from .activations.linear_gelu import linear_gelu, linear_gelu_ref
 from .activations.swiglu import swiglu, swiglu_ref
+from .multihead_attention.attention import attention, attention_ref
+from .multihead_attention.self_attention import self_attention, self_attention_ref
 from .patch_embedding.patchify import patchify
 from .patch_embedding.pixel_rows import patchify_ref
 from .plane_change.plane_switch import plane_switch, plane_switch_ref
@@ -25,7 +27,6 @@ from .residual.add_norm import add_norm
 from .residual.norm import Norm, add_norm_ref
 from .rotary.angles import Axial, Tables, rope_ref
 from .rotary.rope import rope
-from .self_attention.attention import attention, attention_ref
 
 __all__ = [
     "Axial",
@@ -45,6 +46,8 @@ __all__ = [
     "plane_switch_ref",
     "rope",
     "rope_ref",
+    "self_attention",
+    "self_attention_ref",
     "swiglu",
     "swiglu_ref",
 ]

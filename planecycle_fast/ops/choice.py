@@ -18,8 +18,8 @@ from ..runtime.backends import LACKS, asked_for, choose
 from ..runtime.sizes_seen import seen_before
 from ..runtime.tracing import may_write
 from .activations.linear_gelu import why_not_on
+from .multihead_attention.attention import resolve_attention
 from .residual.add_norm import backend_of_rows
-from .self_attention.attention import resolve_attention
 
 OPERATIONS = ("plane_switch", "add_norm", "rope", "swiglu")  # gelu is torch's own, whatever the backend
 

@@ -5,8 +5,8 @@ import torch
 
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.ops import rope_ref
-from planecycle_fast.ops.self_attention.self_attention import self_attention, self_attention_ref
-from planecycle_fast.ops.self_attention.self_attention_triton import OP
+from planecycle_fast.ops.multihead_attention.self_attention import self_attention, self_attention_ref
+from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import check_bits

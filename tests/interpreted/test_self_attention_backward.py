@@ -12,10 +12,10 @@ import torch
 
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.ops import Tables
+from planecycle_fast.ops.multihead_attention.self_attention import self_attention_ref
+from planecycle_fast.ops.multihead_attention.self_attention_backward_triton import BACKWARD
+from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
 from planecycle_fast.ops.rotary.angles import rope_ref
-from planecycle_fast.ops.self_attention.self_attention import self_attention_ref
-from planecycle_fast.ops.self_attention.self_attention_backward_triton import BACKWARD
-from planecycle_fast.ops.self_attention.self_attention_triton import OP
 
 from ..kernelcheck.budget import check_all, check_bits, reference_errors
 from ..kernelcheck.executor import typed_by_inductor

@@ -6,8 +6,8 @@ from torch.autograd import forward_ad
 
 from planecycle_fast.geometry.rope import Rope, make_periods
 from planecycle_fast.ops import Axial
-from planecycle_fast.ops.self_attention.self_attention import self_attention_ref
-from planecycle_fast.ops.self_attention.self_attention_within import self_attention_within
+from planecycle_fast.ops.multihead_attention.self_attention import self_attention_ref
+from planecycle_fast.ops.multihead_attention.self_attention_within import self_attention_within
 
 HEADS, GLOBALS = 2, 2
 

@@ -11,7 +11,7 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.compiler import GPUTarget
 
-from planecycle_fast.ops.self_attention.self_attention_tiles import holds_keys, in_tiles, tiles, useful_share
+from planecycle_fast.ops.multihead_attention.self_attention_tiles import holds_keys, in_tiles, tiles, useful_share
 
 from ..kernelcheck.codegen import ARCHITECTURES, _run, check_binary, compile_variant
 from ..kernelcheck.launches import OPTIONS, launches_of, variants

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="needs triton, to compile kernels"
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels are not compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from planecycle_fast.ops.self_attention.self_attention_backward_triton import BACKWARD
+from planecycle_fast.ops.multihead_attention.self_attention_backward_triton import BACKWARD
 
 from ..kernelcheck.codegen import ARCHITECTURES, check_binary, compile_variant
 from ..kernelcheck.inductor import check_writes, inductor_variant

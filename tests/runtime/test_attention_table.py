@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planecycle_fast.ops import attention_ref
 from planecycle_fast.ops.choice import Choice
-from planecycle_fast.ops.self_attention.attention import TORCHS, attention_on
+from planecycle_fast.ops.multihead_attention.attention import TORCHS, attention_on
 from planecycle_fast.runtime import attention_table, attention_times, attentions, backends, sizes_seen
 from planecycle_fast.runtime.attention_table import TABLE, choose_attention
 from planecycle_fast.runtime.attentions import ATTENTIONS, AttentionCall
@@ -332,7 +332,7 @@ def test_symbols_stay_symbols_when_compiled(compiling):
 
 def test_attention_by_the_table_is_attention(monkeypatch):
     """On a machine without a GPU: what `attention` asks the table for, and that it does as it is told."""
-    from planecycle_fast.ops.self_attention import attention as module
+    from planecycle_fast.ops.multihead_attention import attention as module
 
     asked = []
 

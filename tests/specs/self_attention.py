@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from planecycle_fast.ops.self_attention.self_attention import in_steps, self_attention_on
-from planecycle_fast.ops.self_attention.self_attention_autograd import arguments_of
-from planecycle_fast.ops.self_attention.self_attention_backward_triton import BACKWARD
-from planecycle_fast.ops.self_attention.self_attention_triton import OP
+from planecycle_fast.ops.multihead_attention.self_attention import in_steps, self_attention_on
+from planecycle_fast.ops.multihead_attention.self_attention_autograd import arguments_of
+from planecycle_fast.ops.multihead_attention.self_attention_backward_triton import BACKWARD
+from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
 
 from ..kernelcheck.spec import Case, Spec
 from .rope import KINDS, placed
