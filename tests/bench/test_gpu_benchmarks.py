@@ -380,5 +380,5 @@ def test_the_cells_of_the_quick_run_are_those_of_the_benchmarks(monkeypatch):
     original = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *a, **k: original(*a, **k | {"device": "cpu"}))  # RoPE's periods
     cells = list(gpu_parts.quick_cells())
-    assert {cell.op for cell in cells} == set(gpu_parts.OPERATIONS) and len(gpu_parts.OPERATIONS) == 7
+    assert {cell.op for cell in cells} == set(gpu_parts.OPERATIONS) and len(gpu_parts.OPERATIONS) == 9
     assert all([cell.dtype == torch.bfloat16 for cell in cells])
