@@ -73,6 +73,24 @@ def test_training_has_the_gradient_of_the_packed_tensor(on_cpu):
     assert gradient.shape == packed.shape and gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("step, backward", [(INFERENCE, False), (TRAINING, True)])
+def test_what_is_compiled_ahead(monkeypatch, step, backward):
+    seen = []
+
+    def contender(name, cell, angles, device):
+        def attend(qkv):
+            qkv.requires_grad and qkv.register_hook(lambda gradient: seen.append("backward"))
+            seen.append((name, tuple(qkv.shape)))
+            return qkv[:, :, :6] * 1
+
+        return attend
+
+    monkeypatch.setattr(gpu_attention, "contender", contender)
+    gpu_attention.compile_only(CELL._replace(step=step), "cpu")
+    shape = (gpu_attention.CHECKED, 21, 18, 64)
+    assert ("backward" in seen) == backward and {("triton", shape), ("sdpa", shape)} <= set(seen)
+
+
 def row(rows=261, step=INFERENCE, chosen=("flash", "cudnn"), **ms):
     return {"head_dim": 64, "heads": 6, "rows": rows, "sequences": 9, "dtype": "bfloat16", "step": step, "ms": ms,
             "missing": {}, "refused": {}, "any": chosen[0], "repeat": chosen[1]}  # fmt: skip
