@@ -38,16 +38,16 @@ def page() -> str:
     table = markdown_table((*where, "attention", "why"), [(*row.where(), row.attention, row.why) for row in TABLE], 8)
     parts = [HEAD, *[f"{line}\n" for line in table], "\n## The times\n\nOn an H100, bfloat16, ms, RoPE apart.\n"]
     for title, times in (
-        ("inference, some 2^17 rows in all", FORWARD),
-        ("forward and backward, the same", TRAINING),
-        ("inference, some 2^18 rows; `triton` as prototypes of its kernels", PROTOTYPE),
+        ("Inference, some 2^17 rows in all", FORWARD),
+        ("Forward and backward, the same", TRAINING),
+        ("Inference, some 2^18 rows; `triton` as prototypes of its kernels", PROTOTYPE),
     ):
         names = list(dict.fromkeys([name for found in times.values() for name in found]))
         rows = [
             (*key, *[f"{found[name]:.3f}" if name in found else "" for name in names]) for key, found in times.items()
         ]
         headings = ("head dimension", "heads", "rows", *names)
-        parts += [f"\n{title[0].upper()}{title[1:]}:\n\n", *[f"{line}\n" for line in markdown_table(headings, rows, 0)]]
+        parts += [f"\n{title}:\n\n", *[f"{line}\n" for line in markdown_table(headings, rows, 0)]]
     return "".join(parts)
 
 

@@ -147,7 +147,7 @@ def measure(cell: AttentionCell, device: str = "cuda") -> dict:
             row["refused" if name == "triton" else "missing"][name] = text
     for repeats in (False, True):
         row["repeat" if repeats else "any"] = choose_attention(packed.device, call, repeats).attention
-    return row  # fmt: skip
+    return row
 
 
 def time_of(attend: Callable[[Tensor], Tensor], packed: Tensor, step: str) -> float:

@@ -28,7 +28,9 @@ from .budget import Part
 from .op_cells import DTYPES, SHAPES, OpCell
 from .part_table import PartTable, header, results_folder
 
-OPERATIONS = ("plane_switch", "add_norm", "rope", "attention", "swiglu", "gelu", "linear_gelu", "patchify")
+OPERATIONS = (
+    "plane_switch", "add_norm", "rope", "attention", "swiglu", "gelu", "linear_gelu", "patchify", "self_attention",
+)  # fmt: skip
 QUICK_SHAPES = (0, 2, 3)  # of SHAPES: short sequences, ViT-B, ViT-L
 
 

@@ -97,9 +97,9 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
         Args:
             volume_shape: (B, channels, D, height, width) in pixels, for which attention is said plane by plane; None:
-                by the number of rows of a sequence.
+                by the number of rows of a sequence, and the MLP as of many rows.
 
-        Raises ValueError for a shape of another kind.
+        Raises ValueError for a shape that no volume of this model has.
         """
         device, dtype = running_place(self) or (torch.device("cpu"), None)
         planes = None if volume_shape is None else self._lengths(volume_shape)
@@ -110,9 +110,12 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
     def _lengths(self, volume_shape: Sequence[int]) -> dict[str, tuple[int, int]]:
         """Sequences and rows along each plane of a volume (B, channels, D, height, width)."""
-        if len(volume_shape) != 5 or not all([isinstance(n, int) and n > 0 for n in volume_shape]):
-            expected = "five sizes (B, channels, D, height, width), at least 1 each"
-            raise ValueError(f"volume_shape must be {expected}, got {volume_shape!r}")
+        given, channels = isinstance(volume_shape, Sequence), self.adapter.in_channels
+        whole = given and len(volume_shape) == 5 and all([isinstance(n, int) and n > 0 for n in volume_shape])
+        if not whole or volume_shape[1] != channels:
+            expected = f"five sizes (B, {channels}, D, height, width), at least 1 each"
+            got = repr(volume_shape) if given else type(volume_shape).__name__
+            raise ValueError(f"volume_shape must be {expected}, got {got}")
         batch, _, depth, height, width = volume_shape
         self.adapter.check_image_size(height, width)
         patch_h, patch_w = self.adapter.patch_size

@@ -35,8 +35,8 @@ def accelerate(
             their `PlaneCycleConverter`; or a stock one converted by `planecycle_fast.PlaneCycleConverter`.
         backend: "auto" or a name of `backends()`.
         attention: "auto", or a name of `attentions.attentions()`.
-        strict: a backend or attention asked for by name that would have to leave parts of a block to the model's own
-            code raises ValueError when the model runs; False lets it. ``model.report()`` prints which parts.
+        strict: a backend, attention or GELU asked for by name that would have to leave parts of a block to the model's
+            own code raises ValueError when the model runs; False lets it. ``model.report()`` prints which parts.
         gelu: "exact", or "tanh_epilogue": as of `lift`.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from ..hosts.description import BlockDescription
 from ..hosts.parts import WHOLE
 from ..ops.activations.gelu import TANH_ERROR
-from ..ops.activations.linear_gelu import row_for
+from ..ops.activations.linear_gelu import DTYPES, row_for
+from ..ops.activations.linear_gelu_table import LEAST_ROWS
 from ..ops.choice import Choice
 from ..runtime.attention_table import TABLE, told_range
 from ..runtime.attentions import AttentionCall
@@ -24,8 +26,6 @@ PARTS = {  # of a block: the operation, and the parts that it replaces
     "add_norm": ("scale1", "norm2"),
     "mlp": ("mlp",),
 }
-
-
 SHOWN = 90  # characters of a reason
 
 
@@ -38,9 +38,11 @@ class ReportRow(NamedTuple):
     why: str  # not otherwise; empty where all of it is replaced
 
 
-def rows(blocks: Sequence[BlockDescription], choice: Choice) -> list[ReportRow]:
-    """The report of a model's blocks, neighbours alike in one row."""
-    per_block = [_rows(block, choice) for block in blocks]
+def rows(
+    blocks: Sequence[BlockDescription], choice: Choice, training: bool = False, tokens: int | None = None
+) -> list[ReportRow]:
+    """The report of a model's blocks, neighbours alike in one row; of so many tokens, or of many."""
+    per_block = [_rows(block, choice, training, tokens) for block in blocks]
     found = []
     for described, alike in groupby(range(len(blocks)), lambda i: per_block[i]):
         first, *rest = alike
@@ -49,7 +51,7 @@ def rows(blocks: Sequence[BlockDescription], choice: Choice) -> list[ReportRow]:
     return found
 
 
-def _rows(block: BlockDescription, choice: Choice) -> list[tuple[str, str, str]]:
+def _rows(block: BlockDescription, choice: Choice, training: bool, tokens: int | None) -> list[tuple[str, str, str]]:
     kept: Mapping[str, str] = block.kept
     if (reason := kept.get("block")) is not None:
         why = reason if reason == WHOLE else f"block: {reason}"
@@ -61,7 +63,7 @@ def _rows(block: BlockDescription, choice: Choice) -> list[tuple[str, str, str]]
         if op == "attention":
             runs = f"rope: {choice.rope}, attention: {choice.attention}"
         elif op == "mlp":
-            runs = choice.swiglu if left else _mlp(block, choice)
+            runs = choice.swiglu if left else _mlp(block, choice, training, tokens)
         else:
             runs = getattr(choice, op)
         whole = len(left) == len(names) and op != "plane_switch"
@@ -69,18 +71,30 @@ def _rows(block: BlockDescription, choice: Choice) -> list[tuple[str, str, str]]
     return described
 
 
-def _mlp(block: BlockDescription, choice: Choice) -> str:
-    """By what an MLP runs, and what the table of fc1 with GELU says."""
+def _mlp(block: BlockDescription, choice: Choice, training: bool, tokens: int | None) -> str:
+    """By what an MLP runs, and what the table of fc1 with GELU says; `branches` decides by the same."""
     if block.mlp.activation != "gelu" or choice.gelu == "exact":
         return choice.swiglu
-    found = plain_weights(block)
+    weights, why_not = plain_weights(block), None
+    if training or choice.autocast is not None:
+        why_not = "in training" if training else "under autocast"
+    elif weights is None:
+        why_not = "fc1 is more than a weight and a bias"
     if choice.gelu == "tanh_epilogue":
-        where = "fc1 + gelu" if found is not None else "gelu"
+        where = "fc1 + gelu" if why_not is None else "gelu"
         return f"{where}: tanh_epilogue, off by up to {TANH_ERROR} from the exact one"
-    if found is None:
-        return "fc1, then gelu: torch's, static: fc1 is more than a weight and a bias"
-    row = row_for(choice.device, *found[0].shape[::-1])
-    return f"fc1 + gelu: triton, {row.why}" if row.wins else f"fc1, then gelu: torch's, {row.why}"
+    if weights is not None and why_not is None:
+        weight, _ = weights
+        row = row_for(choice.device, *weight.shape[::-1])
+        if weight.dtype not in DTYPES:
+            why_not = f"of {str(weight.dtype).removeprefix('torch.')}"
+        elif tokens is not None and tokens < LEAST_ROWS:
+            why_not = f"fewer than {LEAST_ROWS:,} rows"
+        elif row.wins:
+            return f"fc1 + gelu: triton, from {LEAST_ROWS:,} rows on, {row.why}"
+        else:
+            why_not = row.why
+    return f"fc1, then gelu: torch's, {why_not}"
 
 
 def table_of(
@@ -96,7 +110,8 @@ def table_of(
         dtype: of the model's parameters; None: it has none.
         planes: sequences and rows along each plane, of a volume; None: any number of rows.
     """
-    table = _table(blocks, choice)
+    tokens = None if planes is None else max([sequences * rows for sequences, rows in planes.values()])
+    table = _table(rows(blocks, choice, training, tokens))
     dtype = dtype if choice.autocast is None else choice.autocast
     shapes = {shape for block in blocks if (shape := _heads(block)) is not None}
     if choice.attention != "auto" or dtype is None or len(shapes) != 1:
@@ -145,11 +160,11 @@ def _chosen(choice: Choice, call: AttentionCall) -> str:
 
 
 def _short(why: str) -> str:
-    return why if len(why) <= SHOWN else f"{why[: SHOWN - 4]} ..."
+    return shorten(why, SHOWN, placeholder=" ...")
 
 
-def _table(blocks: Sequence[BlockDescription], choice: Choice) -> str:
-    lines = [ReportRow("blocks", "part", "runs by", "left to the model, and why"), *rows(blocks, choice)]
+def _table(found: Sequence[ReportRow]) -> str:
+    lines = [ReportRow("blocks", "part", "runs by", "left to the model, and why"), *found]
     widths = [max([len(line[i]) for line in lines]) for i in range(3)]
     return "\n".join(
         ["  ".join([*[cell.ljust(width) for cell, width in zip(line, widths)], line[3]]).rstrip() for line in lines]

@@ -129,7 +129,7 @@ def why_not_for(
     for argument, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(3) != 1:
             return f"it needs channels next to each other, got a stride of {t.stride(3)} in {argument}"
-        if attention in ("flash3", "flash4") and not _aligned(t):
+        if attention in ("flash3", "flash4") and not starts_aligned(t):
             return f"it needs rows of {argument} that start at multiples of 16 bytes, or copies them"
     return None
 
@@ -181,12 +181,13 @@ def lie_as_kernels_want(
     *tensors: Tensor,  # (N, rows, heads, hd) each
 ) -> bool:
     """Whether every attention takes them as they lie: plain tensors, channels side by side, rows at 16 bytes."""
-    return all([type(t) in PLAIN and t.stride(3) == 1 and _aligned(t) for t in tensors])
+    return all([type(t) in PLAIN and t.stride(3) == 1 and starts_aligned(t) for t in tensors])
 
 
-def _aligned(
+def starts_aligned(
     t: Tensor,  # (N, rows, heads, hd)
 ) -> bool:
+    """Whether each head of each row starts at a multiple of 16 bytes."""
     offsets = (t.storage_offset(), *t.stride()[:3])
     return not any([offset * t.element_size() % 16 for offset in offsets])
 

@@ -173,7 +173,7 @@ def test_the_report_says_which_way_it_goes(made, capsys, monkeypatch):
     pcf.lift(model, gelu=NAMED).report()
     assert "fc1 + gelu: tanh_epilogue, off by up to 0.00048 from the exact one" in capsys.readouterr().out
     monkeypatch.setattr(op, "why_not_on", lambda device: None)
-    lifted = pcf.lift(model)
+    lifted = pcf.lift(model.bfloat16())
     choice = replace(Choice.of("reference", "auto", True, torch.device("cpu")), gelu="triton")
     assert "fc1, then gelu: torch's, static: not measured on compute capability 0.x" in table_of(
         lifted.descriptions(), choice
@@ -182,9 +182,16 @@ def test_the_report_says_which_way_it_goes(made, capsys, monkeypatch):
     key = (0, channels, model.blocks[0].mlp.fc1.out_features)
     monkeypatch.setitem(linear_gelu_table.MEASURED, key, (1000, 1.0, 2.0))
     text = table_of(lifted.descriptions(), choice)
-    assert "fc1 + gelu: triton, measured on an H100: 1 ms for 2 at 1,000 rows (prototype)" in text
+    assert "fc1 + gelu: triton, from 65,536 rows on, measured on an H100: 1 ms for 2 at 1,000 rows (prototype)" in text
+    for reason, settings in (
+        ("in training", dict(training=True)),
+        ("fewer than 65,536 rows", dict(planes={"HW": (65, 1000), "DW": (64, 1001)})),
+    ):
+        assert f"fc1, then gelu: torch's, {reason}" in table_of(lifted.descriptions(), choice, **settings)
+    assert "torch's, under autocast" in table_of(lifted.descriptions(), replace(choice, autocast=torch.bfloat16))
     model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     assert "fc1 is more than a weight and a bias" in table_of(lifted.descriptions(), choice)
+    assert "torch's, of float32" in table_of(pcf.lift(model.float()).descriptions()[1:], choice)
 
 
 def test_where_the_table_says_that_it_wins():
@@ -219,3 +226,7 @@ def test_on_a_cpu_auto_is_torch(made):
         pcf.ops.linear_gelu(x, torch.ones(16, 9))
     with pytest.raises(ValueError, match=r"bias must have shape \(16,\), got \(3,\)"):
         pcf.ops.linear_gelu(x, weight, torch.ones(3))
+    with pytest.raises(ValueError, match="weight must be on the device of x .* got cpu and torch.float16"):
+        pcf.ops.linear_gelu(x, weight.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pcf.ops.linear_gelu(x, weight.bfloat16(), bias).dtype == torch.bfloat16

@@ -315,3 +315,21 @@ def test_accelerated_models(monkeypatch, needs_grad):
         got = fast.get_intermediate_layers(volume)[0]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "settings, error, told",
+    [
+        ({"volume": torch.zeros(1, 3, 2, 8, 8).int()}, TypeError, "volume must be a floating.* got torch.int32"),
+        ({"volume": torch.zeros(3, 2, 8, 8)}, ValueError, r"volume must have shape .* got \(3, 2, 8, 8\)"),
+        ({"patch": (16, 4)}, ValueError, "volume must have .* at least 16 x 4 pixels"),
+        ({"patch": 4}, ValueError, "patch must be two ints .* got 4"),
+        ({"patch": (4.0, 4)}, ValueError, r"patch must be two ints .* got \(4.0, 4\)"),
+        ({"num_globals": -1}, ValueError, "num_globals must be an int, at least 0, got -1"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point dtype or None, got torch.int32"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' is not usable"),
+    ],
+)
+def test_what_patchify_refuses(settings, error, told):
+    with pytest.raises(error, match=told):
+        pcf.ops.patchify(**{"volume": torch.zeros(1, 3, 2, 8, 8), "patch": (4, 4)} | settings)

@@ -372,5 +372,6 @@ def test_the_report_says_what_is_chosen_for_which_rows(machine, monkeypatch, cap
     assert all("flash (measured" in line and "once sizes repeat cudnn (measured" in line for line in found)
     model.train().report()
     assert ", training:" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"volume_shape must be five sizes .* got \(3, 9, 10\)"):
-        model.report((3, 9, 10))
+    for given, told in (((3, 9, 10), r"\(3, 9, 10\)"), (5, "int"), ((2, 1, 9, 160, 160), r"\(2, 1, 9, 160, 160\)")):
+        with pytest.raises(ValueError, match=rf"volume_shape must be five sizes \(B, 3, .* got {told}"):
+            model.report(given)

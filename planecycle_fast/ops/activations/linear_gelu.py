@@ -46,8 +46,8 @@ def linear_gelu(
 
     Raises:
         TypeError: x, weight or bias is not a floating-point tensor.
-        ValueError: shapes that do not belong together; a backend that is unknown or not usable, or, asked for by name,
-            that does not take these tensors.
+        ValueError: shapes, dtypes (but under autocast) or devices that do not belong together; a backend that is
+            unknown or not usable, or, asked for by name, that does not take these tensors.
         NotImplementedError: on "triton" by name, gradients, forward mode or torch.func's transforms.
     """
     check_linear(x, weight, bias)
@@ -114,6 +114,12 @@ def check_linear(
         raise ValueError(f"{name} must have shape {expected}, got {tuple(got.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None or (t.device == x.device and t.dtype == x.dtype):
+            continue
+        if t.device != x.device or not torch.is_autocast_enabled(x.device.type):  # which casts them
+            expected = f"on the device of x and of its dtype, {x.device} and {x.dtype}"
+            raise ValueError(f"{name} must be {expected}, got {t.device} and {t.dtype}")
 
 
 def why_not_linear_gelu(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.attentions import LARGEST_HEAD
 from ...runtime.backends import asked_for, pick
 from ..rotary.angles import Axial, Tables
 from ..rotary.rope import check_angles, rope_on
@@ -17,7 +18,7 @@ from .self_attention_shapes import parts
 from .self_attention_tiles import holds_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the kernels
-LARGEST_HEAD = 128
+LARGEST = LARGEST_HEAD["triton"]  # head dimension
 
 
 def self_attention_ref(
@@ -132,8 +133,8 @@ def why_not_triton(
     dtypes = [str(t.dtype).removeprefix("torch.") for t in held]
     if q.dtype not in DTYPES or any([t.dtype != q.dtype for t in held]):
         return f"it needs float16, bfloat16, float32 or float64, the same for all, got {', '.join(dtypes)}"
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= LARGEST_HEAD:
-        return f"it needs a head dimension that is a multiple of 8 and at most {LARGEST_HEAD}, got {q.shape[3]}"
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= LARGEST:
+        return f"it needs a head dimension that is a multiple of 8 and at most {LARGEST}, got {q.shape[3]}"
     if scale is not None and not 0 < scale < float("inf"):
         return f"it needs a scale that is positive and finite, got {scale}"
     return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...runtime.attentions import starts_aligned
 from ...runtime.tracing import constant_when_compiled
 from ..registry import refuse_transforms
 from ..rotary.angles import Axial, Tables
@@ -87,16 +88,11 @@ def arguments_of(
 def aligned(
     t: Tensor,  # (N, rows, heads, hd), any strides
 ) -> Tensor:  # the same, channels dense
-    """t itself where each head of each row starts at a multiple of 16 bytes, else a copy: kernels of whole tiles in
+    """t itself where its heads start at multiples of 16 bytes, else a copy: kernels of whole tiles in
     registers have none left for an address of each element."""
-    if t.stride(3) == 1 and (torch.compiler.is_compiling() or _starts_aligned(t)):  # a compiler aligns its own memory
+    if t.stride(3) == 1 and (torch.compiler.is_compiling() or starts_aligned(t)):  # a compiler aligns its own memory
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def _starts_aligned(t: Tensor) -> bool:
-    vector = 16 // t.element_size()
-    return all([start % vector == 0 for start in (t.storage_offset(), *t.stride()[:3])])
 
 
 def table_arguments(angles: Tables | None) -> tuple[list[int], list[Tensor], list[Tensor]]:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .self_attention_tiles import WIDE  # of wider heads a program holds half as many rows
+
 ONE_TILE = 64  # rows of a sequence that one program holds, at most
-WIDE = 64  # channels; of more a program holds half as many rows
 
 
 class Tiles(NamedTuple):

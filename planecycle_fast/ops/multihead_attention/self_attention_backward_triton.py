@@ -22,6 +22,7 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost, refused_again
+from ..rotary.rope_triton import _TYPES, _padded
 from ..scalars_triton import scalars
 from ..tiles import LIMIT, MAX_PROGRAMS
 from .self_attention_backward_tiles import one_tile, passes
@@ -31,9 +32,6 @@ from .self_attention_turning_triton import sincos, turned
 HEADS = 2  # of a program that holds all rows, at most: enough to share sine and cosine, few enough for many programs
 MAX_HEAD_DIM = 128
 LOG2E = tl.constexpr(1.4426950408889634)
-_TYPES = {
-    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
-}  # fmt: skip
 
 
 @triton.jit
@@ -316,11 +314,6 @@ def _unit(tensors: list[Tensor], head_dim: int) -> int:
     vector = 16 // tensors[0].element_size()
     offsets = [head_dim, *[offset for t in tensors for offset in (t.storage_offset(), *t.stride()[:3])]]
     return vector if all([offset % vector == 0 for offset in offsets]) else 1
-
-
-def _padded(values: list[Any], filling: Any = None) -> list[Any]:
-    """Three of them, one per axis."""
-    return [*values, *[filling] * (3 - len(values))]
 
 
 def _self_attention_backward(

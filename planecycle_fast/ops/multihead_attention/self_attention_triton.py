@@ -27,9 +27,10 @@ from torch.library import wrap_triton  # by this name, so that torch finds the k
 
 from ..registration import INTERPRETED, launch, register
 from ..registry import Cost
+from ..rotary.rope_triton import _TYPES, _padded
 from ..scalars_triton import scalars
 from .self_attention_autograd import backward_by, call_of, setup_context
-from .self_attention_backward_triton import _TYPES, BACKWARD, _check, _padded, _unit
+from .self_attention_backward_triton import BACKWARD, _check, _unit
 from .self_attention_shapes import fake, parts
 from .self_attention_tiles import channel_tiles, tiles
 from .self_attention_turning_triton import sincos, turned

@@ -64,10 +64,10 @@ def check_patchify(
         raise TypeError(f"volume must be a floating-point tensor, got {got}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype}")
-    if len(patch) != 2 or any([n < 1 for n in patch]):
-        raise ValueError(f"patch must be (height, width) in pixels, at least 1 each, got {tuple(patch)}")
-    if num_globals < 0:
-        raise ValueError(f"num_globals must be at least 0, got {num_globals}")
+    if not isinstance(patch, Sequence) or len(patch) != 2 or not all([isinstance(n, int) and n > 0 for n in patch]):
+        raise ValueError(f"patch must be two ints (height, width) in pixels, at least 1 each, got {patch!r}")
+    if not isinstance(num_globals, int) or num_globals < 0:
+        raise ValueError(f"num_globals must be an int, at least 0, got {num_globals!r}")
     if volume.ndim != 5 or any([n < least for n, least in zip(volume.shape[1:], (1, 1, *patch))]):
         raise ValueError(
             f"volume must have shape (B, channels, D, height, width), with a channel, a slice and at least "
