@@ -35,11 +35,13 @@ def attention_branch(
         return block.parts.call_attention(normed, layer.sincos)
     found, chosen = block.attention, layer.choice.attention
     made, named = _projected(block, normed), chosen != "auto"
+    if chosen == "triton" and layer.choice.autocast is not None:  # norms of queries and keys may have made float32
+        made = [t if t.dtype == torch.float64 else t.to(layer.choice.autocast) for t in made]
     if not named:
-        call = AttentionCall.of(*_split(made, found.heads))
+        call = AttentionCall.of(*_split(made, found.heads), found.scale)
         chosen = layer.choice.attention_for(call, _plain(block, made)).attention
     elif chosen == "triton":
-        check_takes(chosen, *_split(made, found.heads))
+        check_takes(chosen, *_split(made, found.heads), found.scale)
     if chosen == "triton":
         out = _by_own_kernels(made, block, layer)  # (N, rows, heads, hd)
     elif named and chosen not in ("sdpa", "reference"):  # which may not take these tensors
@@ -101,8 +103,6 @@ def _by_own_kernels(
 ) -> Tensor:  # (N, rows, heads, hd)
     """Attention that turns queries and keys itself as far as that is faster; the others have turned before."""
     found, choice, known, g = block.attention, layer.choice, layer.angles, layer.num_globals
-    if choice.autocast is not None:  # norms of queries and keys may have made float32 of them
-        made = [t if t.dtype == torch.float64 else t.to(choice.autocast) for t in made]
     tables: Any = None if known is None else known.by_axis()
     if not block.plain_qkv:  # others may return anything
         check_self_attention(*_three(made), tables, g)

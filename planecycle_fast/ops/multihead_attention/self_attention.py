@@ -6,18 +6,15 @@ queries and keys when they load them; nothing is copied, and the context comes o
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ...runtime.attentions import why_not_for
 from ...runtime.backends import asked_for, pick
 from ..rotary.angles import Axial, Tables
 from ..rotary.rope import check_angles, rope_on
 from .attention import attention_on, check_heads, resolve_attention
 from .self_attention_shapes import parts
 from .self_attention_tiles import holds_keys
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the kernels
-LARGEST_HEAD = 128
 
 
 def self_attention_ref(
@@ -56,12 +53,12 @@ def self_attention(
     Raises:
         TypeError: q, k, v or a table is not a floating-point tensor, or angles of the wrong kind.
         ValueError: shapes or devices that do not belong together, or a backend that is unknown or not usable. On
-            "triton" also what `why_not_triton` names, angles that need a gradient, and more than 2**30 rows.
+            "triton" also what `attentions.why_not_call` names, angles that need a gradient, and more than 2**30 rows.
         NotImplementedError: on "triton", forward mode, torch.func's transforms or a second derivative.
     """
     check_self_attention(q, k, v, angles, num_globals)
     chosen = pick(backend, q.device, op="self_attention")
-    reason = why_not_triton(q, k, v, scale) if chosen == "triton" else None
+    reason = why_not_for("triton", *parts(q, k, v), scale) if chosen == "triton" else None
     if reason is not None:
         if asked_for(backend) == "triton":
             raise ValueError(f"backend 'triton' does not take these tensors: {reason}; use 'auto'")
@@ -116,27 +113,6 @@ def in_steps(
     if angles is not None and "k" in load:
         k = rope_on(backend, k, angles, num_globals, in_table_dtype=in_table_dtype)
     return attention_on(attention, q, k, v, scale)
-
-
-def why_not_triton(
-    q: Tensor,  # as of `self_attention`
-    k: Tensor | None,
-    v: Tensor | None,
-    scale: float | None = None,
-) -> str | None:
-    """The reason why Triton's kernels do not take these tensors, or None.
-
-    Rows of heads that do not start at multiples of 16 bytes, or whose channels are not dense, are copied.
-    """
-    held = [t for t in (q, k, v) if t is not None]
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in held]
-    if q.dtype not in DTYPES or any([t.dtype != q.dtype for t in held]):
-        return f"it needs float16, bfloat16, float32 or float64, the same for all, got {', '.join(dtypes)}"
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= LARGEST_HEAD:
-        return f"it needs a head dimension that is a multiple of 8 and at most {LARGEST_HEAD}, got {q.shape[3]}"
-    if scale is not None and not 0 < scale < float("inf"):
-        return f"it needs a scale that is positive and finite, got {scale}"
-    return None
 
 
 def check_self_attention(

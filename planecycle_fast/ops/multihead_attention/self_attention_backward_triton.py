@@ -421,7 +421,12 @@ def _cost(
     return Cost(9 * size, 3 * size, launches=2)  # out by the first alone
 
 
+def _flops(grad: torch.Size, *others: Any, out_shape: Any) -> int:
+    n, rows, heads, head_dim = grad
+    return 10 * n * heads * rows**2 * head_dim  # of five products, as torch counts its own, be some computed twice
+
+
 BACKWARD = register(
-    _self_attention_backward, fake=fake_backward, cost=_cost,
+    _self_attention_backward, fake=fake_backward, cost=_cost, flops=_flops,
     backward=refused_again("self_attention_backward", "triton"),
 )  # fmt: skip

@@ -379,6 +379,13 @@ def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost
     return Cost(3 * size, size, launches=1)
 
 
-OP = register(_self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
+def _flops(q: torch.Size, k: torch.Size | None, v: torch.Size | None, *settings: Any, out_shape: Any) -> int:
+    n, rows, heads, head_dim = out_shape[0]
+    return 4 * n * heads * rows**2 * head_dim  # scores, and weighted values
+
+
+OP = register(
+    _self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost, flops=_flops
+)  # fmt: skip
 
 self_attention_triton = call_of(OP, "triton")
