@@ -72,15 +72,14 @@ def cells() -> Iterator[AttentionCell]:
                     yield AttentionCell(head_dim, rows, dtype, step)
 
 
-def contender(name: str, cell: AttentionCell, angles: Axial, device: str = "cuda") -> Callable[[Tensor], Tensor]:
+def contender(name: str, cell: AttentionCell, angles: Axial) -> Callable[[Tensor], Tensor]:
     """From a packed qkv (N, rows, 3*heads, hd) to the context (N, rows, heads, hd). Raises NotHereError."""
     reason = why_not_attention(name)
     if reason is not None:
         raise NotHereError(reason)
     heads, training = cell.call.heads, cell.step == TRAINING
     if name == "triton":
-        own = peers.own_attention(device)()
-        return lambda qkv: own(qkv, angles, GLOBALS)
+        return peers.own_attention(angles, GLOBALS, training)()
 
     def call(qkv: Tensor) -> Tensor:
         if training:
@@ -101,7 +100,7 @@ def compile_only(cell: AttentionCell, device: str = "cuda") -> None:
     packed, angles = inputs(cell, CHECKED, device)
     packed.requires_grad_(cell.step == TRAINING)
     for name in ("triton", "sdpa"):  # by ours, and RoPE before others
-        out = contender(name, cell, angles, device)(packed)
+        out = contender(name, cell, angles)(packed)
         if out.requires_grad:
             out.backward(torch.ones_like(out))
 
@@ -133,7 +132,7 @@ def measure(cell: AttentionCell, device: str = "cuda") -> dict:
     }
     for name in ARCHITECTURES:
         try:
-            attend = contender(name, cell, angles, device)
+            attend = contender(name, cell, angles)
             with torch.no_grad():
                 agreement = compare({name: attend(packed[:CHECKED].clone())}, expected, TOLERANCE[cell.dtype])[name]
             if agreement.reason is not None:

@@ -23,9 +23,9 @@ from planecycle_fast.geometry.rope import Rope, make_periods
 from planecycle_fast.ops import Axial, Tables
 from planecycle_fast.ops.multihead_attention.self_attention import self_attention_on, self_attention_ref
 from planecycle_fast.ops.rotary.angles import rope_ref
-from planecycle_fast.ops.rotary.rope import rope_on
 from planecycle_fast.runtime.backends import pick
 
+from . import op_peers as peers
 from .budget import Part
 from .gpu_attention import CHECKED, time_of
 from .op_cells import GLOBALS, INFERENCE
@@ -85,17 +85,12 @@ def made(cell: RopeCell, device: str) -> tuple[Tensor, Layer]:
 def contenders(layer: Layer, device: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """(name, from x to the context (N, rows, heads, hd), of products to qkv (N, rows, 3*heads, hd))."""
     backend = pick("triton" if device == "cuda" else "auto", torch.device(device))
-    tables = layer.angles.tables()
+    tables, attend = layer.angles.tables(), peers.as_blocks_do(layer.angles, GLOBALS, False, backend)
 
     def linear(x: Tensor) -> Tensor:
         return F.linear(x, layer.weight, layer.bias).unflatten(2, (3 * layer.heads, -1))
 
-    def engine(x: Tensor) -> Tensor:
-        q, k, v = linear(x).split(layer.heads, 2)
-        rope_on(backend, k, layer.angles, GLOBALS, inplace=True)
-        return self_attention_on(backend, q, k, v, tables, GLOBALS, load="q")
-
-    yield ENGINE, engine
+    yield ENGINE, lambda x: attend(linear(x))
     yield LINEAR, linear
     for name, (dense, columns) in VARIANTS.items():
         product = partial(epilogue, layer=layer, tables=one_table(layer.angles) if dense else tables, columns=columns)

@@ -68,7 +68,7 @@ def test_what_computes_something_else_is_refused(on_cpu, monkeypatch):
 def test_training_has_the_gradient_of_the_packed_tensor(on_cpu):
     packed = torch.randn(2, 21, 18, 64, requires_grad=True)
     angles = gpu_attention.Axial(gpu_attention.Rope(gpu_attention.make_periods(16, base=100.0)), (4, 4))
-    attend = gpu_attention.contender("sdpa", CELL._replace(step=TRAINING), angles, "cpu")
+    attend = gpu_attention.contender("sdpa", CELL._replace(step=TRAINING), angles)
     (gradient,) = torch.autograd.grad(attend(packed).sum(), packed)
     assert gradient.shape == packed.shape and gradient.abs().sum() > 0
 
@@ -77,7 +77,7 @@ def test_training_has_the_gradient_of_the_packed_tensor(on_cpu):
 def test_what_is_compiled_ahead(monkeypatch, step, backward):
     seen = []
 
-    def contender(name, cell, angles, device):
+    def contender(name, cell, angles):
         def attend(qkv):
             qkv.requires_grad and qkv.register_hook(lambda gradient: seen.append("backward"))
             seen.append((name, tuple(qkv.shape)))
