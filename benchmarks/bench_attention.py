@@ -90,11 +90,11 @@ def along_another_plane(shape: Shape, device: str, dtype: torch.dtype) -> OpCell
         return joined(lambda x: plane_switch(x, *where, m, backend=backend), turn, attention)
 
     def turned_on_load():
-        attend, backend = peers.own_attention(device)(), backend_of(device, "rope")
+        attend, backend = peers.own_attention(angles, GLOBALS, False)(), backend_of(device, "rope")
 
         def call(x: Tensor, weight: Tensor) -> Tensor:
             qkv = F.linear(plane_switch(x, *where, m, backend=backend), weight).unflatten(2, (3 * heads, -1))
-            return attend(qkv, angles, GLOBALS).flatten(2)
+            return attend(qkv).flatten(2)
 
         return call
 

@@ -13,9 +13,10 @@ kernels  kernels.md: each kernel against a copy of as many bytes; what the host 
 ops      ops.md, ops.json: every operation against its reference and what others offer
 sweep    report.md, rows.jsonl, pictures: `planecycle-fast bench --quick`
 
-and, only when they are asked for: `tiles` (other tiles of kernels than the shipped ones), and of the tests alone
-`compile` (torch.compile), `repeats` (1,000 times the same bits), `huge` (past 2^31 elements); `memcheck`, `racecheck`,
-`initcheck`, the tools of NVIDIA's compute-sanitizer (``make gpu-sanitize``).
+and, only when they are asked for: `tiles` (other tiles of kernels than the shipped ones), `rope_epilogue` (a candidate
+for where keys turn, against what the engine does); of the tests alone `compile` (torch.compile), `repeats` (1,000 times
+the same bits), `huge` (past 2^31 elements); `memcheck`, `racecheck`, `initcheck`, the tools of NVIDIA's
+compute-sanitizer (``make gpu-sanitize``).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ STAGES = {  # parts that run side by side: seconds of all of them
     ("sweep",): 25,
 }  # fmt: skip
 ASKED = {  # by --only alone
-    ("tiles",): 120, ("compile",): 150, ("repeats",): 150, ("huge",): 100,
+    ("tiles",): 120, ("rope_epilogue",): 60, ("compile",): 150, ("repeats",): 150, ("huge",): 100,
     ("memcheck",): 240, ("racecheck",): 240, ("initcheck",): 240,
 }  # fmt: skip
 PARTS = [name for stage in (*STAGES, *ASKED) for name in stage]

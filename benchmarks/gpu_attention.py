@@ -72,15 +72,14 @@ def cells() -> Iterator[AttentionCell]:
                     yield AttentionCell(head_dim, rows, dtype, step)
 
 
-def contender(name: str, cell: AttentionCell, angles: Axial, device: str = "cuda") -> Callable[[Tensor], Tensor]:
+def contender(name: str, cell: AttentionCell, angles: Axial) -> Callable[[Tensor], Tensor]:
     """From a packed qkv (N, rows, 3*heads, hd) to the context (N, rows, heads, hd). Raises NotHereError."""
     reason = why_not_attention(name)
     if reason is not None:
         raise NotHereError(reason)
     heads, training = cell.call.heads, cell.step == TRAINING
     if name == "triton":
-        own = peers.own_attention(device)()
-        return lambda qkv: own(qkv, angles, GLOBALS)
+        return peers.own_attention(angles, GLOBALS, training)()
 
     def call(qkv: Tensor) -> Tensor:
         if training:
@@ -96,11 +95,28 @@ def contender(name: str, cell: AttentionCell, angles: Axial, device: str = "cuda
     return call
 
 
+def compile_only(cell: AttentionCell, device: str = "cuda") -> None:
+    """What is ours of a cell, of few sequences: kernels are the same for any number."""
+    packed, angles = inputs(cell, CHECKED, device)
+    packed.requires_grad_(cell.step == TRAINING)
+    for name in ("triton", "sdpa"):  # by ours, and RoPE before others
+        out = contender(name, cell, angles)(packed)
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+
+
+def inputs(cell: AttentionCell, sequences: int, device: str) -> tuple[Tensor, Axial]:
+    """A packed qkv (N, rows, 3*heads, hd), and its angles."""
+    call = cell.call
+    shape = (sequences, call.rows, 3 * call.heads, call.head_dim)
+    angles = Axial(Rope(make_periods(call.head_dim // 4, base=100.0, device=device)), GRIDS[cell.rows])
+    return torch.randn(shape, dtype=cell.dtype, device=device), angles
+
+
 def measure(cell: AttentionCell, device: str = "cuda") -> dict:
     """A row: milliseconds of each contender, or why there are none."""
     call = cell.call
-    packed = torch.randn(*call[1:3], 3 * call.heads, call.head_dim, dtype=cell.dtype, device=device)
-    angles = Axial(Rope(make_periods(call.head_dim // 4, base=100.0, device=device)), GRIDS[cell.rows])
+    packed, angles = inputs(cell, call.sequences, device)
     turned = rope_ref(packed[:CHECKED].float(), angles.tables(), GLOBALS, 2 * call.heads)
     expected = attention_ref(*turned.split(call.heads, 2))
     row = {
@@ -116,7 +132,7 @@ def measure(cell: AttentionCell, device: str = "cuda") -> dict:
     }
     for name in ARCHITECTURES:
         try:
-            attend = contender(name, cell, angles, device)
+            attend = contender(name, cell, angles)
             with torch.no_grad():
                 agreement = compare({name: attend(packed[:CHECKED].clone())}, expected, TOLERANCE[cell.dtype])[name]
             if agreement.reason is not None:

@@ -1,9 +1,9 @@
 """Each kernel on shapes of real models against a copy that moves as many bytes, and what the host needs per block.
 
 Parts of ``make gpu`` (`gpu_parts.py`): `kernels`, and `tiles`, other tiles than the shipped ones, of `linear_gelu` too,
-a matrix product, whose rate is in `bench_linear_gelu.py`. Times are medians by
-triton's `do_bench`, caches flushed. The bytes are those that the operation declares, which tests hold against what its
-kernels load and store.
+a matrix product, whose rate is in `bench_linear_gelu.py`. `self_attention` is here where its sequences are so short
+that bytes are what it takes; otherwise in `gpu_attention.py`. Times are medians by triton's `do_bench`, caches flushed.
+The bytes are those that the operation declares, which tests hold against what its kernels load and store.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ HOST = "the host's time per block"
 ORDER = (1, 3, 0, 5, 2, 4)  # of SHAPES: ViT-S, L, short sequences, 7B, then those between
 MILLISECONDS = {"warmup": 10, "rep": 50}  # of `do_bench`: of a kernel of a millisecond some 50 runs
 LINEAR_GELU = "linear_gelu"
+ONE_TILE = 64  # rows of a sequence whose attention is a pass over memory
 HOST_BAR = 600  # microseconds of the host per block
 BAR = 0.9  # of a copy's bandwidth
 
@@ -55,7 +56,7 @@ def run(path: Path, about: str, part: Part) -> int:
 def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """(name, what makes it) of every call: (operation, label, channels, arguments), forward and backward."""
     from planecycle_fast.geometry.planes import DH, DW, HW
-    from tests.specs import add_norm, patchify, plane_switch, rope, swiglu
+    from tests.specs import add_norm, patchify, plane_switch, rope, self_attention, swiglu
 
     def each(spec, c, label, channels, directions=("forward", "backward")):
         for i, direction in enumerate(directions):
@@ -77,6 +78,9 @@ def calls(one_volume: bool = False) -> Iterator[tuple[str, Callable[[], tuple]]]
         yield from each(add_norm.SPEC, add_norm.case(HW, HW, rows, 0, channels, 1), f"{label}, in place", channels)
         c = rope.case("axial", sizes[1:], 5, 3 * heads, channels // heads, batch * sizes[0], 2 * heads, device="cuda")
         yield from each(rope.SPEC, c, f"{label}, packed", channels, ("forward", "backward", "in place"))
+        if rows[1] <= ONE_TILE:
+            c = self_attention.case(sizes[1:], GLOBALS, heads, channels // heads, batch * sizes[0])
+            yield from each(self_attention.SPEC, c, f"{label}, packed", channels)
         c = patchify.case((3, sizes[0], 16 * sizes[1], 16 * sizes[2]), (16, 16), 5, batch)
         yield from each(patchify.SPEC, c, f"{label}, patch 16", channels)
         for packed in (False, True):

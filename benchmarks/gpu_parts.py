@@ -16,6 +16,7 @@ from . import (
     gpu_attention,
     gpu_kernels,
     gpu_models,
+    gpu_rope_epilogue,
     gpu_sanitize,
     gpu_smoke,
     gpu_tests,
@@ -105,7 +106,7 @@ def sweep(path: Path, about: str, part: Part) -> int:
 
 RUN = {  # what writes a file, given its path, its first lines and the time
     "smoke": gpu_smoke.run, "warm": warm, "models": gpu_models.run, "tests": gpu_tests.run, "kernels": gpu_kernels.run,
-    "attention": gpu_attention.run,
+    "attention": gpu_attention.run, "rope_epilogue": gpu_rope_epilogue.run,
     "ops": ops, "sweep": sweep, "tiles": tiles, **dict.fromkeys(("compile", "repeats", "huge"), gpu_tests.run),
     **dict.fromkeys(gpu_sanitize.TOOLS, gpu_sanitize.run),
 }  # fmt: skip

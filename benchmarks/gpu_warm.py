@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 from planecycle_fast.bench.table import markdown_table
 
-from . import gpu_kernels, gpu_models
+from . import gpu_attention, gpu_kernels, gpu_models
 from .budget import Part
 from .part_table import PROJECT, PartTable
 
 SPARED = 2  # cores for what runs beside
 MEMORY = 76  # GiB of the GPU that all jobs of a moment may take
-SHARES = 10  # jobs that the kernels are shared out to
+SHARES = 10  # jobs that the kernels are shared out to, and those of attention
 
 
 class Job(NamedTuple):
@@ -42,9 +42,9 @@ class EndedJob(NamedTuple):
 
 
 def jobs() -> list[Job]:
-    """Compiled contenders of `gpu_models`, which take longest, then all calls of `gpu_kernels`."""
+    """Compiled contenders of `gpu_models`, which take longest, all calls of `gpu_kernels`, and our own attention."""
     compiled = [Job(f"model {i}", group.gigabytes) for i, group in enumerate(gpu_models.GROUPS) if group.compiled]
-    return compiled + [Job(f"kernels {i}", 2) for i in range(SHARES)]
+    return compiled + [Job(f"{kind} {i}", 2) for kind in ("kernels", "attention") for i in range(SHARES)]
 
 
 def tile_jobs() -> list[Job]:
@@ -100,6 +100,9 @@ def main(arguments: Sequence[str]) -> None:
         for _, make in list(gpu_kernels.calls(one_volume=True))[index::SHARES]:
             op, _, _, call = make()
             op.body(*call)
+    elif kind == "attention":
+        for cell in list(gpu_attention.cells())[index::SHARES]:
+            gpu_attention.compile_only(cell)
     else:
         shape, kernel = gpu_kernels.tile_calls()[index]
         for _, call in gpu_kernels.with_tiles(shape._replace(batch=1), kernel):

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from planecycle_fast.bench.contenders import NotHereError
 from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
-from planecycle_fast.ops import Tables
+from planecycle_fast.ops import Axial, Tables
 from planecycle_fast.ops.multihead_attention.attention import attention_on
+from planecycle_fast.ops.multihead_attention.self_attention import self_attention_on
+from planecycle_fast.ops.multihead_attention.self_attention_tiles import turned_on_load
+from planecycle_fast.ops.rotary.rope import rope_on
 from planecycle_fast.runtime.attentions import why_not_attention, why_not_for
 
 from .op_cells import Maker
@@ -65,13 +68,34 @@ def named_attention(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 @maker
-def own_attention(device: str) -> Callable[..., Tensor]:
-    """Our kernels that turn queries and keys when they load them: of packed (N, rows, 3*heads, hd), angles, globals."""
+def own_attention(angles: Axial, num_globals: int, training: bool) -> Callable[[Tensor], Tensor]:
+    """Our kernels, `as_blocks_do`."""
     reason = why_not_attention("triton")
     if reason is not None:
         raise NotHereError(reason)
-    function = load("planecycle_fast.ops.multihead_attention.self_attention", "self_attention", device)
-    return lambda qkv, angles, num_globals: function(qkv, None, None, angles, num_globals, backend="triton")
+    return as_blocks_do(angles, num_globals, training, "triton")
+
+
+def as_blocks_do(angles: Axial, num_globals: int, training: bool, backend: str) -> Callable[[Tensor], Tensor]:
+    """From qkv (N, rows, 3*heads, hd) to the context (N, rows, heads, hd), by `engine.branches`' ways of turning.
+
+    What turns before attention loads it does so in place; blocks share tables, which are made once.
+    """
+    tables = angles.tables()
+
+    def call(qkv: Tensor) -> Tensor:
+        load = turned_on_load(qkv.shape[1], qkv.shape[3], qkv.dtype, training)
+        if load == "qk":
+            return self_attention_on(backend, qkv, None, None, tables, num_globals, load=load)
+        if load == "":
+            from planecycle_fast.ops.multihead_attention.self_attention_within import self_attention_within
+
+            return self_attention_within(qkv, angles, tables, num_globals, qkv.shape[3] ** -0.5, False)
+        q, k, v = qkv.chunk(3, 2)
+        rope_on(backend, k, angles, num_globals, inplace=True)
+        return self_attention_on(backend, q, k, v, tables, num_globals, load=load)
+
+    return call
 
 
 def sdpa(

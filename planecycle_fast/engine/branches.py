@@ -17,7 +17,7 @@ from ..ops.activations.swiglu import check_swiglu, swiglu_on
 from ..ops.choice import Choice
 from ..ops.multihead_attention.attention import attention_on, check_takes
 from ..ops.multihead_attention.self_attention import check_self_attention, self_attention_on
-from ..ops.multihead_attention.self_attention_tiles import turned_on_load
+from ..ops.multihead_attention.self_attention_load import turned_on_load
 from ..ops.rotary.rope import check_rope, rope_on
 from ..ops.rotary.rope_within import rope_within
 from ..runtime.attentions import AttentionCall, lie_as_kernels_want
@@ -35,11 +35,13 @@ def attention_branch(
         return block.parts.call_attention(normed, layer.sincos)
     found, chosen = block.attention, layer.choice.attention
     made, named = _projected(block, normed), chosen != "auto"
+    if chosen == "triton" and layer.choice.autocast is not None:  # norms of queries and keys may have made float32
+        made = [t if t.dtype == torch.float64 else t.to(layer.choice.autocast) for t in made]
     if not named:
-        call = AttentionCall.of(*_split(made, found.heads))
+        call = AttentionCall.of(*_split(made, found.heads), found.scale)
         chosen = layer.choice.attention_for(call, _plain(block, made)).attention
     elif chosen == "triton":
-        check_takes(chosen, *_split(made, found.heads))
+        check_takes(chosen, *_split(made, found.heads), found.scale)
     if chosen == "triton":
         out = _by_own_kernels(made, block, layer)  # (N, rows, heads, hd)
     elif named and chosen not in ("sdpa", "reference"):  # which may not take these tensors
@@ -101,8 +103,6 @@ def _by_own_kernels(
 ) -> Tensor:  # (N, rows, heads, hd)
     """Attention that turns queries and keys itself as far as that is faster; the others have turned before."""
     found, choice, known, g = block.attention, layer.choice, layer.angles, layer.num_globals
-    if choice.autocast is not None:  # norms of queries and keys may have made float32 of them
-        made = [t if t.dtype == torch.float64 else t.to(choice.autocast) for t in made]
     tables: Any = None if known is None else known.by_axis()
     if not block.plain_qkv:  # others may return anything
         check_self_attention(*_three(made), tables, g)

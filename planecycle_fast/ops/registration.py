@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils.flop_counter import register_flop_formula
 
 from .registry import Cost, CustomOp
 
@@ -31,6 +32,7 @@ def register(
     vmap: Callable[..., Any] | None = None,
     mutates: tuple[str, ...] = (),
     cost: Callable[..., Cost],
+    flops: Callable[..., int] | None = None,
     opaque: bool = False,
 ) -> CustomOp:
     """Registers `body` as ``planecycle_fast::<its name>``. Its annotations make the schema.
@@ -45,6 +47,8 @@ def register(
         vmap: as in `torch.library.register_vmap`; None where torch.func's transforms are refused.
         mutates: the arguments that it writes to.
         cost: what a call with these arguments moves.
+        flops: multiplications and additions of its matrix products, two for one of each pair, as
+            `torch.utils.flop_counter` takes it: with shapes in the place of tensors. None: there are none.
         opaque: torch.compile does not look into it, as it has to where torch cannot wrap kernels, those that take
             tensor descriptors. Its body launches the kernels themselves.
     """
@@ -59,6 +63,8 @@ def register(
     if vmap is not None:
         definition.register_vmap(vmap)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if flops is not None:
+        register_flop_formula(overload.overloadpacket)(flops)
     OPS[name] = CustomOp(name, body, cost, overload)
     return OPS[name]
 

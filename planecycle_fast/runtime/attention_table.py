@@ -162,9 +162,10 @@ def _chosen_when_compiled(
     heads: int,
     head_dim: int,
     backward: bool,
+    scale: float | None,
     own: bool,
 ) -> ChosenAttention:
-    call = AttentionCall(dtype, sequences, rows, heads, head_dim, backward)
+    call = AttentionCall(dtype, sequences, rows, heads, head_dim, backward, scale)
     return _choose(device, call, repeats=False, own=own, packages=False)
 
 

@@ -52,17 +52,19 @@ class AttentionCall(NamedTuple):
     heads: int
     head_dim: int
     backward: bool  # whether gradients will be asked for
+    scale: float | None = None  # of scores; None: 1/sqrt(hd)
 
     @staticmethod
     def of(
         q: Tensor,  # (N, rows, heads, hd)
         k: Tensor,  # like q
         v: Tensor,  # like q
+        scale: float | None = None,
     ) -> AttentionCall:
         """That with these tensors, in the mode that is on now."""
         backward = torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v)])
         n, rows, heads, head_dim = q.shape
-        return AttentionCall(q.dtype, known(n), known(rows), heads, head_dim, backward)
+        return AttentionCall(q.dtype, known(n), known(rows), heads, head_dim, backward, scale)
 
 
 def known(size: int) -> int | None:
@@ -117,14 +119,18 @@ def why_not_for(
     q: Tensor,  # (N, rows, heads, hd)
     k: Tensor,  # like q
     v: Tensor,  # like q
+    scale: float | None = None,
 ) -> str | None:
-    """The reason why an attention that can be chosen does not take these tensors without a copy, or None."""
+    """The reason why an attention that can be chosen does not take these tensors, or None.
+
+    Not without a copy; "triton" makes its own, of rows of heads that do not lie as its kernels want them.
+    """
     if attention not in ARCHITECTURES:
         return None
     if not q.dtype == k.dtype == v.dtype:
         return f"it needs one dtype, got {', '.join([_short(t.dtype) for t in (q, k, v)])}"
-    reason = why_not_call(attention, q.device, AttentionCall.of(q, k, v))
-    if reason is not None:
+    reason = why_not_call(attention, q.device, AttentionCall.of(q, k, v, scale))
+    if reason is not None or attention == "triton":
         return reason
     for argument, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(3) != 1:
@@ -146,12 +152,14 @@ def why_not_call(attention: str, device: torch.device, call: AttentionCall) -> s
         return f"it needs tensors on a CUDA device, got {device}"
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)  # or interpreted
     name = _load(attention)[1] if attention in MODULES else attention
-    dtype, sequences, rows, _, head_dim, backward = call
+    dtype, sequences, rows, _, head_dim, backward, scale = call
     if major not in ARCHITECTURES[attention]:
         return f"it does not run on compute capability {major}.x"
-    dtypes = HALVES if name != "fa3_fwd_interface" else (torch.bfloat16,)
+    dtypes: tuple[torch.dtype, ...] = HALVES if name != "fa3_fwd_interface" else (torch.bfloat16,)
     if attention in ("triton", "efficient"):
         dtypes = (torch.float32, torch.float16, *((torch.bfloat16,) if major >= 8 else ()))
+    if attention == "triton" and device.type != "cuda":  # interpreted; not every GPU has the shared memory
+        dtypes += (torch.float64,)
     if dtype not in dtypes:
         return f"it needs {' or '.join([_short(each) for each in dtypes])}, got {_short(dtype)}"
     step = 16 // dtype.itemsize if attention == "efficient" else 8
@@ -159,6 +167,9 @@ def why_not_call(attention: str, device: torch.device, call: AttentionCall) -> s
     if head_dim % step or head_dim > largest:
         at_most = f" and at most {largest}" if attention in LARGEST_HEAD else ""
         return f"it needs a head dimension that is a multiple of {step}{at_most}, got {head_dim}"
+    if attention == "triton":
+        refused = scale is not None and not 0 < scale < float("inf")
+        return f"it needs a scale that is positive and finite, got {scale}" if refused else None
     if sequences == 0 or rows == 0:
         return f"it needs at least one token, got {sequences} sequences of {rows} rows"
     if attention == "cudnn" and rows == 1:

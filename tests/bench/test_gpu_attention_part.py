@@ -68,9 +68,27 @@ def test_what_computes_something_else_is_refused(on_cpu, monkeypatch):
 def test_training_has_the_gradient_of_the_packed_tensor(on_cpu):
     packed = torch.randn(2, 21, 18, 64, requires_grad=True)
     angles = gpu_attention.Axial(gpu_attention.Rope(gpu_attention.make_periods(16, base=100.0)), (4, 4))
-    attend = gpu_attention.contender("sdpa", CELL._replace(step=TRAINING), angles, "cpu")
+    attend = gpu_attention.contender("sdpa", CELL._replace(step=TRAINING), angles)
     (gradient,) = torch.autograd.grad(attend(packed).sum(), packed)
     assert gradient.shape == packed.shape and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("step, backward", [(INFERENCE, False), (TRAINING, True)])
+def test_what_is_compiled_ahead(monkeypatch, step, backward):
+    seen = []
+
+    def contender(name, cell, angles):
+        def attend(qkv):
+            qkv.requires_grad and qkv.register_hook(lambda gradient: seen.append("backward"))
+            seen.append((name, tuple(qkv.shape)))
+            return qkv[:, :, :6] * 1
+
+        return attend
+
+    monkeypatch.setattr(gpu_attention, "contender", contender)
+    gpu_attention.compile_only(CELL._replace(step=step), "cpu")
+    shape = (gpu_attention.CHECKED, 21, 18, 64)
+    assert ("backward" in seen) == backward and {("triton", shape), ("sdpa", shape)} <= set(seen)
 
 
 def row(rows=261, step=INFERENCE, chosen=("flash", "cudnn"), **ms):

@@ -44,14 +44,15 @@ def test_within_twice_the_error_of_torchs_plain_operations(name, shape, dtype):
     check_attention(lambda q, k, v: attention(q, k, v, attention=name), shape, dtype, "cuda")
 
 
+@pytest.mark.parametrize("pixels", [256, 512])  # 261 rows of a sequence, and 1029: keys in a pass of their own
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_lifted_models(name):
+def test_lifted_models(name, pixels):
     timm = pytest.importorskip("timm", reason="needs timm, for a model")
     import planecycle_fast as pcf
 
     usable(name)
     model = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=4).cuda().bfloat16().eval()
-    volume = torch.randn(1, 3, 16, 256, 256, device="cuda", dtype=torch.bfloat16)
+    volume = torch.randn(1, 3, 16, pixels, pixels, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         exact = pcf.lift(model.double(), attention="reference")(volume.double()).patches
         plain = pcf.lift(model.bfloat16(), attention="reference")(volume).patches

@@ -46,6 +46,14 @@ def test_every_mode_is_within_the_budget(name, settings):
     check_model(BY_NAME[name], settings, torch.bfloat16, "cuda", (2, 9, (5, 7)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth, grid", [(9, (8, 9)), (2, (17, 20))], ids=["77 rows", "345 rows"])
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov3"])
+def test_own_attention_of_many_rows_is_within_the_budget(name, depth, grid, dtype):
+    """In training, where others may be faster: q, k and v in one and apart, turned before attention loads them."""
+    check_model(BY_NAME[name], {}, dtype, "cuda", (1, depth, grid), attention="triton")
+
+
 @torch.no_grad()
 def test_fc1_takes_gelu_into_its_epilogue(monkeypatch):
     """Outputs are as near to float64 as those of fc1 and then GELU; a CUDA graph has the same bits."""
@@ -78,7 +86,7 @@ def test_autocast(name):
     assert (got.patches - exact.patches).abs().max() <= 2 * largest
 
 
-@pytest.mark.parametrize("settings", MODES, ids=str)
+@pytest.mark.parametrize("settings", [*MODES, {"attention": "triton", "mode": "flatten3d"}], ids=str)
 def test_replays_equal_eager(settings):
     lifted, volume = lifted_on_gpu(**settings)
     graph = pcf.cuda_graph(lifted, volume)

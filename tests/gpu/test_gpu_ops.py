@@ -13,9 +13,10 @@ triton = pytest.importorskip("triton", reason="needs triton")
 
 from planecycle_fast.geometry.planes import DH, DW, HW
 from planecycle_fast.geometry.rope import Rope, make_periods
-from planecycle_fast.ops import Axial, Tables, linear_gelu, rope, rope_ref, swiglu, swiglu_ref
+from planecycle_fast.ops import Axial, Tables, linear_gelu, patchify, patchify_ref, rope, rope_ref, swiglu, swiglu_ref
 from planecycle_fast.ops.activations.gelu import TANH_ERROR, gelu_tanh
 from planecycle_fast.ops.activations.linear_gelu import linear_gelu_tanh
+from planecycle_fast.ops.multihead_attention.self_attention import self_attention
 from planecycle_fast.ops.rotary.rope_within import rope_within
 
 from ..kernelcheck import checks, layouts
@@ -24,14 +25,18 @@ from ..specs.add_norm import SPEC as IN_FULL
 from ..specs.add_norm import case as in_full
 from ..specs.linear_gelu import SPEC as LINEAR_GELU
 from ..specs.linear_gelu import case as linear_gelu_case
+from ..specs.patchify import SPEC as PATCHIFY
+from ..specs.patchify import case as patchify_case
 from ..specs.plane_switch import SPEC as PLANE_SWITCH
 from ..specs.plane_switch import case
+from ..specs.self_attention import MODELS, codegen_case
+from ..specs.self_attention import SPEC as SELF_ATTENTION
 from ..toy import PATCH, ToyViT, toy_lift
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
     pytest.param(spec, c, dtype, id=f"{spec.op.name} {c.name} {dtype}")
-    for spec in SPECS for c in spec.cases for dtype in spec.dtypes
+    for spec in SPECS for c, dtype in spec.in_dtypes()
 ]  # fmt: skip
 SMALL = [pytest.param(spec, c, id=f"{spec.op.name} {c.name}") for spec in SPECS for c in spec.small]
 LAYOUTS = pytest.mark.parametrize("layout", layouts.LAYOUTS, ids=lambda layout: layout.__name__)
@@ -66,6 +71,21 @@ def test_error_budget(spec, c, dtype):
 def test_error_budget_of_vit_shapes(channels, pool_method, dtype):
     for spec, make in ((PLANE_SWITCH, case), (IN_FULL, in_full)):
         checks.error_budget(spec, make(DW, DH, (9, 8, 7), 5, channels, 1, pool_method), dtype, on_gpu(), on_gpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_self_attention_of_vit_shapes(model, dtype):
+    """Each of its kernels, forward and backward; cases for the interpreter have few rows."""
+    checks.error_budget(SELF_ATTENTION, codegen_case(model), dtype, on_gpu(), on_gpu())
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patchify_of_vit_shapes(channels, patch):
+    c = patchify_case((channels, 5, 224, 230), (patch, patch), 5, 2, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        checks.error_budget(PATCHIFY, c, dtype, on_gpu(), on_gpu())
 
 
 @LAYOUTS
@@ -143,12 +163,16 @@ def test_tanh_epilogue_is_cublas_and_within_its_error():
     assert 2e-4 < (got - exact).abs().max() < TANH_ERROR + 1e-4
 
 
-def test_a_thousand_times_the_same_bits():
-    x = inputs(VIT)["x"].requires_grad_()
-    g = torch.randn_like(PLANE_SWITCH.fast(x, **VIT.settings))
+@pytest.mark.parametrize(
+    "spec, c", [(PLANE_SWITCH, VIT), *[(SELF_ATTENTION, codegen_case(model)) for model in list(MODELS)[:4]]]
+)
+def test_a_thousand_times_the_same_bits(spec, c):
+    [x] = inputs(c).values()
+    x.requires_grad_()
+    g = torch.randn_like(spec.fast(x, **c.settings))
 
     def run():
-        out = PLANE_SWITCH.fast(x, **VIT.settings)
+        out = spec.fast(x, **c.settings)
         return out.detach(), *torch.autograd.grad(out, x, g)
 
     first = run()
@@ -289,6 +313,54 @@ def test_swiglu_past_2_31(past_2_31):
     got = swiglu(past_2_31, past_2_31.clone(), inplace=True, backend="triton")
     torch.testing.assert_close(got[-1, -1], expected)
     assert not got[0, 0].any()
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("grid", [(4, 4), (32, 32)], ids=str)
+def test_self_attention_past_2_31(grid):
+    """Sequences of zeros and a last one, which comes out as it does alone; gradients too."""
+    rows = 5 + grid[0] * grid[1]
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    packed = torch.zeros(2**31 // (rows * 18 * 64) + 2, rows, 18, 64, dtype=torch.bfloat16, device="cuda")
+    assert packed.numel() > 2**31
+    packed[-1] = torch.randn(rows, 18, 64, device="cuda")
+    grad = torch.zeros(len(packed), rows, 6, 64, dtype=torch.bfloat16, device="cuda")
+    grad[-1] = torch.randn(rows, 6, 64, device="cuda")
+    angles = Axial(Rope(make_periods(16, 100.0).cuda()), grid)
+
+    def run(qkv, upstream):
+        qkv = qkv.detach().requires_grad_()
+        out = self_attention(qkv, None, None, angles, 5, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, qkv, upstream)
+
+    for whole, alone in zip(run(packed, grad), run(packed[-1:], grad[-1:])):
+        assert torch.equal(whole[-1:], alone) and not whole[0].any()
+
+
+@pytest.mark.alone
+def test_patchify_past_2_31():
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    volume = torch.zeros(1, 1, 2050, 1024, 1024, dtype=torch.bfloat16, device="cuda")
+    assert volume.numel() > 2**31
+    volume[:, :, -1] = torch.randn(1024, 1024, device="cuda")
+    got = patchify(volume, (16, 16), 5, backend="triton")
+    assert torch.equal(got[-1:, 5:], patchify_ref(volume[:, :, -1:], (16, 16), 5)[:, 5:]) and not got[0, 5:].any()
+
+
+@needs_linear_gelu
+@pytest.mark.alone
+@torch.no_grad()
+def test_linear_gelu_past_2_31():
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of free GPU memory")
+    x, weight, bias = inputs(linear_gelu_case((2,), 64, 1536)).values()
+    many = torch.zeros(2**31 // 1536 + 2, 64, dtype=x.dtype, device="cuda")
+    x[0], many[-1] = 0, x[1]
+    got = linear_gelu(many, weight, bias, backend="triton")
+    assert got.numel() > 2**31
+    assert torch.equal(got[[0, -1]], linear_gelu(x, weight, bias, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

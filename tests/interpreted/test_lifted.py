@@ -60,6 +60,24 @@ def test_models_with_attention_of_our_own_are_within_the_budget(name, dtype, sha
     assert ("rope_kernel" in record.launches) == (BY_NAME[name].rope and shape == LONG)
 
 
+def test_attention_of_our_own_takes_norms_of_queries_and_keys_in_another_dtype(monkeypatch):
+    """On a GPU autocast has them in float32, next to values in bfloat16."""
+    norm = torch.nn.functional.layer_norm
+
+    def in_float32(x, *settings):
+        with torch.autocast("cpu", enabled=False):
+            return norm(x.float(), *settings)
+
+    host = BY_NAME["timm-dinov3-s"]
+    model, volume, found = host.make(qk_norm=True), host.volume(batch=1, depth=2, grid=(2, 3)), []
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", in_float32)
+    for settings in ({"backend": "triton", "attention": "triton"}, {"backend": "reference"}):
+        lifted = pcf.lift(model, **settings)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(lifted(volume).patches.float())
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[1].abs().max()
+
+
 @pytest.mark.parametrize("shape", [SHAPES[0], pytest.param((1, 2, (18, 18)), marks=pytest.mark.full)], ids=str)
 def test_inference_turns_on_load_what_a_program_holds(shape):
     """Without gradients: no pass of its own but for keys, of more rows than that."""

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import planecycle_fast as pcf
+from planecycle_fast.cost.meter import Meter
 from planecycle_fast.ops import linear_gelu, linear_gelu_ref
 from planecycle_fast.ops.activations import linear_gelu as op
 from planecycle_fast.ops.activations import linear_gelu_table
@@ -160,6 +162,12 @@ def test_gradients_are_refused_by_name_and_follow_torch_otherwise():
     expected = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), [x, weight, bias])
     for got, other in zip((x.grad, weight.grad, bias.grad), expected):
         check_bits("gradient", got, other)
+
+
+def test_products_are_counted():
+    with Meter() as meter, FlopCounterMode(display=False) as counter:
+        linear_gelu(X, WEIGHT, BIAS, backend="triton")
+    assert counter.get_total_flops() == meter.flops == 2 * X.numel() * WEIGHT.shape[0]
 
 
 def test_transforms_are_refused_by_name():

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from planecycle_fast.cost.meter import Meter
 from planecycle_fast.cost.traffic import Traffic
 from planecycle_fast.ops import rope_ref
+from planecycle_fast.ops.multihead_attention.attention import attention
 from planecycle_fast.ops.multihead_attention.self_attention import self_attention, self_attention_ref
 from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
 
@@ -124,11 +127,33 @@ def test_public_function_turns_keys_once():
 @pytest.mark.parametrize("make, message", [
     (lambda: torch.zeros(1, 5, 3, 12), "head dimension that is a multiple of 8 and at most 128, got 12"),
     (lambda: torch.zeros(1, 5, 3, 136), "head dimension that is a multiple of 8 and at most 128, got 136"),
-    (lambda: torch.zeros(1, 5, 3, 16, dtype=torch.float8_e4m3fn), "needs float16, bfloat16, float32 or float64"),
+    (lambda: torch.zeros(1, 5, 3, 16, dtype=torch.float8_e4m3fn), "float16 or bfloat16 or float64, got float8"),
 ])  # fmt: skip
 def test_what_kernels_do_not_take_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"backend 'triton' does not take these tensors: .*{message}"):
         self_attention(make(), backend="triton")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused_by_name(scale):
+    q = torch.randn(1, 5, 3, 16)
+    with pytest.raises(ValueError, match=f"positive and finite, got {scale}"):
+        self_attention(q, scale=scale, backend="triton")
+    with pytest.raises(ValueError, match=f"attention 'triton' does not take .* positive and finite, got {scale}"):
+        attention(q, q, q, scale, "triton")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_products_are_counted(rows, packed):
+    """As torch counts those of the reference: two products there, five back."""
+    c = case((rows,), 0, 2, 16, 3, load="", packed=packed)
+    tensors = {name: t.requires_grad_() for name, t in c.make(torch.float32).items()}
+    with Meter() as meter, FlopCounterMode(display=False) as counter:
+        out = self_attention(**tensors, backend="triton")
+        assert counter.get_total_flops() == meter.flops == 4 * 3 * 2 * rows**2 * 16
+        out.sum().backward()
+    assert counter.get_total_flops() == meter.flops == 14 * 3 * 2 * rows**2 * 16
 
 
 class Seen(Observer):

@@ -9,6 +9,9 @@ from planecycle_fast.ops import Axial
 from planecycle_fast.ops.multihead_attention.self_attention import self_attention_ref
 from planecycle_fast.ops.multihead_attention.self_attention_within import self_attention_within
 
+from ..kernelcheck.observers import observing
+from .test_self_attention import Seen
+
 HEADS, GLOBALS = 2, 2
 
 
@@ -46,6 +49,15 @@ def test_an_incoming_gradient_of_any_strides():
     [wanted] = torch.autograd.grad(in_steps(qkv, angles).sum(), leaf, retain_graph=True)
     [found] = torch.autograd.grad(within(qkv, angles).sum(), leaf)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_an_incoming_gradient_that_starts_anywhere_is_read_in_16_bytes():
+    qkv, leaf, angles = case()
+    out = within(qkv, angles)
+    grad = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)
+    with observing(Seen()) as seen:
+        torch.autograd.grad(out, leaf, grad)
+    assert ("self_attention_tile_backward_kernel", 2) in seen.launches
 
 
 def test_qkv_is_turned_where_it_is_and_keeps_its_values():

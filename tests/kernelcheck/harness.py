@@ -144,8 +144,6 @@ def _layouts(layouts):
 
 
 def _in_dtypes(spec, every=True):
-    """Every case in every dtype, or in one of them by turns."""
-    for i, case in enumerate(spec.cases):
-        one = case.only or (torch.float32 if case.narrower else spec.dtypes[i % len(spec.dtypes)])
-        for dtype in spec.dtypes if every and spec.every_dtype and not case.only else [one]:
-            yield pytest.param(case, dtype, id=f"{case.name}-{str(dtype).split('.')[1]}")
+    """`Spec.in_dtypes`, by name."""
+    for case, dtype in spec.in_dtypes(every):
+        yield pytest.param(case, dtype, id=f"{case.name}-{str(dtype).split('.')[1]}")

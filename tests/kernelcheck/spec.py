@@ -79,3 +79,10 @@ class Spec:
     def ops(self):
         """All registered operations that are tested by it."""
         return (self.op, *self.others)
+
+    def in_dtypes(self, every=True):
+        """(case, dtype): each case in every dtype, or in one of them by turns."""
+        for i, case in enumerate(self.cases):
+            one = case.only or (torch.float32 if case.narrower else self.dtypes[i % len(self.dtypes)])
+            for dtype in self.dtypes if every and self.every_dtype and not case.only else [one]:
+                yield case, dtype

@@ -52,8 +52,8 @@ def _forget():
     sizes_seen._seen.clear()
 
 
-def call(rows=261, dtype=torch.bfloat16, head_dim=64, backward=False, sequences=100, heads=6):
-    return AttentionCall(dtype, sequences, rows, heads, head_dim, backward)
+def call(rows=261, dtype=torch.bfloat16, head_dim=64, backward=False, sequences=100, heads=6, scale=None):
+    return AttentionCall(dtype, sequences, rows, heads, head_dim, backward, scale)
 
 
 def names(repeats=False, **settings):
@@ -162,6 +162,7 @@ REASONS = [
     ("triton", {"dtype": torch.float64}, "it needs float32 or float16 or bfloat16, got float64"),
     ("triton", {"head_dim": 136}, "it needs a head dimension that is a multiple of 8 and at most 128, got 136"),
     ("triton", {"head_dim": 20}, "it needs a head dimension that is a multiple of 8 and at most 128, got 20"),
+    ("triton", {"scale": -0.5}, "it needs a scale that is positive and finite, got -0.5"),
     ("flash", {"dtype": torch.float32}, "it needs float16 or bfloat16, got float32"),
     ("flash", {"sequences": 2**16}, "it takes at most 65535 sequences, got 65536"),
     ("flash", {"sequences": 2**15, "rows": 1029, "backward": True}, "its backward counts in 32 bits, too few for "),

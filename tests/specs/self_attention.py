@@ -7,6 +7,7 @@ import torch
 from planecycle_fast.ops.multihead_attention.self_attention import in_steps, self_attention_on
 from planecycle_fast.ops.multihead_attention.self_attention_autograd import arguments_of
 from planecycle_fast.ops.multihead_attention.self_attention_backward_triton import BACKWARD
+from planecycle_fast.ops.multihead_attention.self_attention_load import turned_on_load
 from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
 
 from ..kernelcheck.spec import Case, Spec
@@ -40,20 +41,29 @@ def reference(q, k=None, v=None, *, angles, packed, num_globals, scale, in_table
 
 
 def op_arguments(tensors, settings):
-    """The call of forward, which keeps logarithms of sums, and of backward."""
+    """The calls of forward, for inference and for training, and of backward; what none turns has turned before."""
     settings = {name: value for name, value in settings.items() if name != "packed"}
     angles = settings.pop("angles")
     angles = angles and placed(angles, tensors["q"])
     held = [tensors["q"], tensors.get("k"), tensors.get("v")]
-    *arguments, _, precision = arguments_of("triton", *held, angles, **settings)
-    n, rows, heads, head_dim = held[0].shape
-    heads = heads // 3 if held[1] is None else heads
-    out = arguments[0].new_ones((n, rows, heads, head_dim)).detach()
+    *arguments, precision = arguments_of("triton", *held, angles, **settings)
+    q, k, v, scale, g, grid, sin, cos, load, narrow, _ = arguments
+    n, rows, heads, head_dim = q.shape
+    heads = heads // 3 if k is None else heads
+    out = q.new_ones((n, rows, heads, head_dim)).detach()
     lse = out.new_ones((n, heads, rows), dtype=torch.promote_types(out.dtype, FP32))
-    fixed = [t if t is None else t.detach() for t in arguments[:3]]
-    scale, g, grid, sin, cos, load, narrow = arguments[3:]
-    back = (out, *fixed, out, lse, scale, g, grid, sin, cos, load, load, narrow, precision)
-    return [(OP, (*arguments, True, precision)), (BACKWARD, back)]
+    fixed = [t if t is None else t.detach() for t in (q, k, v)]
+
+    def on_load(training):
+        within = turned_on_load(rows, head_dim, q.dtype, training)
+        return "".join(name for name in load if name in within)
+
+    turns, trained = (scale, g, grid, sin, cos), on_load(True)
+    return [
+        (OP, (q, k, v, *turns, trained, narrow, True, precision)),
+        (BACKWARD, (out, *fixed, out, lse, *turns, trained, trained, narrow, precision)),
+        (OP, (*fixed, *turns, on_load(False), narrow, False, precision)),
+    ]
 
 
 def groups(t, settings):
@@ -124,7 +134,6 @@ MODELS = {  # grid, hd, what turns: every kernel with turning and without, heads
     "37 rows of 128": ((4, 8), 128, "qk"),
     "261 rows of 64": ((16, 16), 64, "qk"),
     "1029 rows of 64, keys turned": ((32, 32), 64, "q"),
-    "1029 rows of 64": ((32, 32), 64, "qk"),
     "1029 rows of 80": ((32, 32), 80, ""),
     "261 rows of 96": ((4, 8, 8), 96, "qk"),
     "1029 rows of 128, keys turned": ((32, 32), 128, "q"),

@@ -158,7 +158,11 @@ def rows_of(
     return x if x.ndim == 2 else x.view(-1, x.shape[-1])
 
 
-OP = register(_linear_gelu, fake=fake, backward=_refused, cost=_cost, opaque=True)
+def _flops(x: torch.Size, weight: torch.Size, bias: torch.Size | None, *, out_shape: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+OP = register(_linear_gelu, fake=fake, backward=_refused, cost=_cost, flops=_flops, opaque=True)
 
 
 def linear_gelu_triton(

@@ -65,14 +65,14 @@ def attention(
     """
     check_heads(q, k, v)
     check_attention(attention)
-    check_takes(attention, q, k, v)
+    check_takes(attention, q, k, v, scale)
     name = resolve_attention(attention, q.device)
     if name == "auto":
         plain = not torch.compiler.is_compiling() and lie_as_kernels_want(q, k, v) and q.dtype == k.dtype == v.dtype
         own = pick("auto", q.device) == "triton"
         name = "sdpa"
         if plain and not _casts(q):
-            name = choose_attention(q.device, AttentionCall.of(q, k, v), repeats=False, own=own).attention
+            name = choose_attention(q.device, AttentionCall.of(q, k, v, scale), repeats=False, own=own).attention
     return attention_on(name, q, k, v, scale)
 
 
@@ -81,9 +81,10 @@ def check_takes(
     q: Tensor,  # (N, rows, heads, hd)
     k: Tensor,  # like q
     v: Tensor,  # like q
+    scale: float | None,
 ) -> None:
     """Raises ValueError, with the reason, where an attention that can be chosen does not take these tensors."""
-    reason = why_not_for(attention, q, k, v)
+    reason = why_not_for(attention, q, k, v, scale)
     if reason is not None:
         raise ValueError(f"attention {attention!r} does not take these tensors: {reason}; use 'auto'")
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.attentions import LARGEST_HEAD
+from ...runtime.attentions import why_not_for
 from ...runtime.backends import asked_for, pick
 from ..rotary.angles import Axial, Tables
 from ..rotary.rope import check_angles, rope_on
 from .attention import attention_on, check_heads, resolve_attention
+from .self_attention_load import turned_on_load
 from .self_attention_shapes import parts
-from .self_attention_tiles import holds_keys
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the kernels
-LARGEST = LARGEST_HEAD["triton"]  # head dimension
 
 
 def self_attention_ref(
@@ -57,12 +54,12 @@ def self_attention(
     Raises:
         TypeError: q, k, v or a table is not a floating-point tensor, or angles of the wrong kind.
         ValueError: shapes or devices that do not belong together, or a backend that is unknown or not usable. On
-            "triton" also what `why_not_triton` names, angles that need a gradient, and more than 2**30 rows.
+            "triton" also what `attentions.why_not_call` names, angles that need a gradient, and more than 2**30 rows.
         NotImplementedError: on "triton", forward mode, torch.func's transforms or a second derivative.
     """
     check_self_attention(q, k, v, angles, num_globals)
     chosen = pick(backend, q.device, op="self_attention")
-    reason = why_not_triton(q, k, v, scale) if chosen == "triton" else None
+    reason = why_not_for("triton", *parts(q, k, v), scale) if chosen == "triton" else None
     if reason is not None:
         if asked_for(backend) == "triton":
             raise ValueError(f"backend 'triton' does not take these tensors: {reason}; use 'auto'")
@@ -79,23 +76,32 @@ def self_attention_on(
     num_globals: int = 0,
     scale: float | None = None,
     in_table_dtype: bool = False,
-    load: str | None = None,
+    load: str = "qk",
 ) -> Tensor:  # (N, rows, heads, hd), contiguous
     """`self_attention` of what is known to belong together.
 
-    `load` says what turns: "q" where keys have turned before. None: both, and keys in a pass of their own where a
-    kernel would turn them for each tile of queries.
+    `load` says what is to turn: "q" where keys have turned before. On "triton" what kernels would turn again and again
+    (`turned_on_load`) does so in a pass of its own.
     """
     if chosen == "triton":
         from .self_attention_triton import self_attention_triton
 
-        if load is None and angles is not None and not holds_keys(q.shape[1], int(q.shape[3]), q.dtype):
-            q, k, v = parts(q, k, v)
-            k, load = rope_on(chosen, k, angles, num_globals, in_table_dtype=in_table_dtype), "q"
-        load = "qk" if load is None else load
+        if angles is not None:
+            backward = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (q, k, v)])
+            within = turned_on_load(q.shape[1], int(q.shape[3]), q.dtype, backward)
+            if k is None and (load, within) == ("qk", ""):  # as a whole, so that its gradient comes as one
+                q = rope_on(chosen, q, angles, num_globals, q.shape[2] // 3 * 2, False, in_table_dtype)
+            elif not set(load) <= set(within):
+                q, k, v = parts(q, k, v)
+                how = num_globals, None, False, in_table_dtype
+                q, k = [
+                    rope_on(chosen, t, angles, *how) if name in load and name not in within else t
+                    for name, t in (("q", q), ("k", k))
+                ]
+            load = "".join([name for name in load if name in within])
         return self_attention_triton(q, k, v, angles, num_globals, scale, in_table_dtype, load)
     attention = resolve_attention("auto", q.device) if chosen == "cpu" else "reference"
-    return in_steps(chosen, attention, q, k, v, angles, num_globals, scale, in_table_dtype, load or "qk")
+    return in_steps(chosen, attention, q, k, v, angles, num_globals, scale, in_table_dtype, load)
 
 
 def in_steps(
@@ -117,27 +123,6 @@ def in_steps(
     if angles is not None and "k" in load:
         k = rope_on(backend, k, angles, num_globals, in_table_dtype=in_table_dtype)
     return attention_on(attention, q, k, v, scale)
-
-
-def why_not_triton(
-    q: Tensor,  # as of `self_attention`
-    k: Tensor | None,
-    v: Tensor | None,
-    scale: float | None = None,
-) -> str | None:
-    """The reason why Triton's kernels do not take these tensors, or None.
-
-    Rows of heads that do not start at multiples of 16 bytes, or whose channels are not dense, are copied.
-    """
-    held = [t for t in (q, k, v) if t is not None]
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in held]
-    if q.dtype not in DTYPES or any([t.dtype != q.dtype for t in held]):
-        return f"it needs float16, bfloat16, float32 or float64, the same for all, got {', '.join(dtypes)}"
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= LARGEST:
-        return f"it needs a head dimension that is a multiple of 8 and at most {LARGEST}, got {q.shape[3]}"
-    if scale is not None and not 0 < scale < float("inf"):
-        return f"it needs a scale that is positive and finite, got {scale}"
-    return None
 
 
 def check_self_attention(

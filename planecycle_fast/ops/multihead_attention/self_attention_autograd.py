@@ -42,7 +42,7 @@ def backward_by(operation: Callable[..., list[Tensor]]) -> Callable[..., tuple[A
 
 
 def call_of(op: Callable[..., tuple[Tensor, Tensor]], backend: str) -> Callable[..., Tensor]:
-    """`self_attention_ref` by an operation, which takes what `why_not_triton` has nothing against.
+    """`self_attention_ref` by an operation, which takes what `attentions.why_not_call` has nothing against.
 
     It raises NotImplementedError for forward mode, torch.func's transforms or a second derivative, ValueError for
     angles that need a gradient and for more than 2**30 rows or 2**31 - 1 programs.

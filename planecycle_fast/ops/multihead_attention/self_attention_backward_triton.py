@@ -26,6 +26,7 @@ from ..rotary.rope_triton import _TYPES, _padded
 from ..scalars_triton import scalars
 from ..tiles import LIMIT, MAX_PROGRAMS
 from .self_attention_backward_tiles import one_tile, passes
+from .self_attention_load import check_load
 from .self_attention_shapes import fake_backward, lse_dtype, parts
 from .self_attention_turning_triton import sincos, turned
 
@@ -35,14 +36,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _pair(x, place, ok, j, HALF: tl.constexpr):
+    """Both halves of the rows at `place` (R,), 0 where there are none: 2 tiles (R, BLOCK_J)."""
+    offsets, mask = place[:, None] + j[None, :], ok[:, None] & (j < HALF)[None, :]
+    return tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
+
+
+@triton.jit
 def _halves(
     x, place, row, sizes, tables, j, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, TURNS: tl.constexpr,
     COMPUTE: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the rows at `place` (R,), turned if TURNS, 0 where there are none: 2 tiles (R, BLOCK_J)."""
+    """`_pair`, turned if TURNS."""
     rows, num_globals, n1, n2 = sizes
-    offsets, mask = place[:, None] + j[None, :], (row < rows)[:, None] & (j < HALF)[None, :]
-    a, b = tl.load(x + offsets, mask=mask, other=0), tl.load(x + (offsets + HALF), mask=mask, other=0)
+    a, b = _pair(x, place, row < rows, j, HALF)
     if TURNS:
         sin, cos = sincos(*tables, row, rows, num_globals, n1, n2, j, HALF, S0, S1, TURN)
         a, b = turned(a, b, sin, cos, COMPUTE, TURN, row >= num_globals)
@@ -182,8 +189,7 @@ def self_attention_queries_backward_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,  # rows of the tile that stays, and of those that pass
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
-    LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, BACK: tl.constexpr,
-    COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: their gradients, and delta."""
     rows, num_globals, n1, n2, heads = scalars((rows, num_globals, n1, n2, heads), tl.int32)
@@ -204,7 +210,7 @@ def self_attention_queries_backward_kernel(
     q += (n * q_seq + h * q_head) * UNIT
     k += (n * k_seq + h * k_head) * UNIT
     v += (n * v_seq + h * v_head) * UNIT
-    qa, qb = _halves(q, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
+    qa, qb = _pair(q, row * q_row * UNIT, ok, j, HALF)
     g = _whole(grad + (n * grad_seq + h * grad_head) * UNIT, row * grad_row * UNIT, ok, d, HALF)
     context = _whole(out, ((n * rows + row) * heads + h) * (2 * HALF), ok, d, HALF)
     along = tl.sum(g.to(ACC) * context.to(ACC), 1)
@@ -215,7 +221,7 @@ def self_attention_queries_backward_kernel(
     for start in range(0, rows, STEP):
         key = start + tl.arange(0, STEP)
         there = key < rows
-        ka, kb = _halves(k, key * k_row * UNIT, key, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
+        ka, kb = _pair(k, key * k_row * UNIT, there, j, HALF)
         value = _whole(v, key * v_row * UNIT, there, d, HALF)
         weights = _weights(qa, qb, ka, kb, shift[:, None], there[None, :], factor, PRECISION, ACC)
         of_scores = (weights * (_product(g, value.T, None, PRECISION, ACC) - along[:, None])).to(g.dtype)
@@ -226,19 +232,17 @@ def self_attention_queries_backward_kernel(
 
 @triton.jit
 def _through_queries(
-    grad, q, lse, delta, ka, kb, value, rows_of, sizes, tables, j, d, factor,
-    UNIT: tl.constexpr, STEP: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
-    LOAD_Q: tl.constexpr, COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    grad, q, lse, delta, ka, kb, value, rows, q_row, grad_row, j, d, factor,
+    UNIT: tl.constexpr, STEP: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     OF_K: tl.constexpr, OF_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys, in halves and not yet scaled, of its values, or of both."""
-    rows, q_row, grad_row = sizes[0], rows_of[0], rows_of[1]
     a, b = tl.zeros([ka.shape[0], j.shape[0]], ACC), tl.zeros([ka.shape[0], j.shape[0]], ACC)
     of_v = tl.zeros([ka.shape[0], d.shape[0]], ACC)
     for start in range(0, rows, STEP):
         row = start + tl.arange(0, STEP)
         ok = row < rows
-        qa, qb = _halves(q, row * q_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_Q, COMPUTE, TURN)
+        qa, qb = _pair(q, row * q_row * UNIT, ok, j, HALF)
         g = _whole(grad, row * grad_row * UNIT, ok, d, HALF)
         shift = tl.load(lse + row.to(tl.int64), mask=ok, other=0)
         weights = _weights(ka, kb, qa, qb, shift[None, :], ok[None, :], factor, PRECISION, ACC)
@@ -268,8 +272,7 @@ def self_attention_keys_backward_kernel(
     BLOCK: tl.constexpr, STEP: tl.constexpr,
     APART: tl.constexpr,  # whether values wait for a second pass over the queries: fewer registers, a product more
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
-    LOAD_Q: tl.constexpr, LOAD_K: tl.constexpr, BACK: tl.constexpr,
-    COMPUTE: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys: their gradients, and those of their values. Weights are transposed: (keys, queries)."""
     rows, num_globals, n1, n2, heads = scalars((rows, num_globals, n1, n2, heads), tl.int32)
@@ -293,18 +296,18 @@ def self_attention_keys_backward_kernel(
     lse += (n * heads + h) * rows
     delta += (n * heads + h) * rows
     x = k + (n * k_seq + h * k_head) * UNIT
-    ka, kb = _halves(x, row * k_row * UNIT, row, sizes, tables, j, HALF, S0, S1, LOAD_K, COMPUTE, TURN)
+    ka, kb = _pair(x, row * k_row * UNIT, ok, j, HALF)
     value = _whole(v + (n * v_seq + h * v_head) * UNIT, row * v_row * UNIT, ok, d, HALF)
     place = (n * rows + row) * grads_row * UNIT + h * (2 * HALF)
     a, b, of_v = _through_queries(
-        grad, q, lse, delta, ka, kb, value, (q_row, grad_row), sizes, tables, j, d, factor,
-        UNIT, STEP, HALF, S0, S1, LOAD_Q, COMPUTE, TURN, ACC, PRECISION, True, not APART,
+        grad, q, lse, delta, ka, kb, value, rows, q_row, grad_row, j, d, factor,
+        UNIT, STEP, HALF, ACC, PRECISION, True, not APART,
     )  # fmt: skip
     _store_halves(grad_k, a * scale, b * scale, place, row, sizes, tables, j, HALF, S0, S1, BACK, TURN)
     if APART:
         a, b, of_v = _through_queries(
-            grad, q, lse, delta, ka, kb, value, (q_row, grad_row), sizes, tables, j, d, factor,
-            UNIT, STEP, HALF, S0, S1, LOAD_Q, COMPUTE, TURN, ACC, PRECISION, False, True,
+            grad, q, lse, delta, ka, kb, value, rows, q_row, grad_row, j, d, factor,
+            UNIT, STEP, HALF, ACC, PRECISION, False, True,
         )  # fmt: skip
     _store_whole(grad_v, of_v, place, ok, d, HALF)
 
@@ -328,7 +331,7 @@ def _self_attention_backward(
     grid: list[int],  # sizes of the axes; (L,) of a dense table
     sin: list[Tensor],  # per axis (n_i, s_i), dense; none where nothing turns
     cos: list[Tensor],  # like sin
-    load: str,  # which of q and k are turned when they are loaded: "", "q", "qk"
+    load: str,  # which of q and k are turned when they are loaded: "", "q", "qk"; beyond one tile none
     back: str,  # which gradients are turned back: "", "q", "qk"
     in_table_dtype: bool,
     precision: str,  # of products of float32: "ieee" or "tf32"
@@ -337,6 +340,7 @@ def _self_attention_backward(
     if not grads[0].numel():
         return grads
     sequences, rows, heads, head_dim = *grad.shape[:3], int(grad.shape[3])  # a number, also where torch traces sizes
+    check_load(load, rows, head_dim, q.dtype, training=True)
     held = [q, q, q] if k is None or v is None else [q, k, v]
     unit = _unit([grad, *held], head_dim)
     acc = lse_dtype(q)
@@ -350,7 +354,6 @@ def _self_attention_backward(
     constants = dict(
         UNIT=unit, BLOCK_J=max(16, triton.next_power_of_2(head_dim // 2)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), HALF=head_dim // 2, S0=sections[0], S1=sum(sections[1:2]),
-        LOAD_Q="q" in load, LOAD_K="k" in load, COMPUTE=_TYPES[compute],
         TURN=tl.float64 if torch.float64 in (compute, acc) else tl.float32, ACC=_TYPES[acc],
     )  # fmt: skip
     grad_q, grad_k, grad_v = _padded(grads)
@@ -362,7 +365,8 @@ def _self_attention_backward(
             self_attention_tile_backward_kernel if INTERPRETED else wrap_triton(self_attention_tile_backward_kernel),
             (programs,), q.device,
             grad, q, k, v, lse, grad_q, grad_k, grad_v, *tables, *settings, per_group, *last,
-            BLOCK=one.block, BACK_Q="q" in back, BACK_K="k" in back, PRECISION=one.precision or precision, **constants,
+            BLOCK=one.block, LOAD_Q="q" in load, LOAD_K="k" in load, BACK_Q="q" in back, BACK_K="k" in back,
+            COMPUTE=_TYPES[compute], PRECISION=one.precision or precision, **constants,
             num_warps=one.warps, num_stages=one.stages,
         )  # fmt: skip
         return grads
@@ -414,7 +418,12 @@ def _cost(
     return Cost(9 * size, 3 * size, launches=2)  # out by the first alone
 
 
+def _flops(grad: torch.Size, *others: Any, out_shape: Any) -> int:
+    n, rows, heads, head_dim = grad
+    return 10 * n * heads * rows**2 * head_dim  # of five products, as torch counts its own, be some computed twice
+
+
 BACKWARD = register(
-    _self_attention_backward, fake=fake_backward, cost=_cost,
+    _self_attention_backward, fake=fake_backward, cost=_cost, flops=_flops,
     backward=refused_again("self_attention_backward", "triton"),
 )  # fmt: skip

@@ -37,26 +37,18 @@ TILE = {
     (False, False): {16: 2, 32: 4},
     (False, True): {16: 4, 32: 8},
 }
-# Any rows, by kind of products, whether heads are wide, and whether keys turn.
+# Any rows, by kind of products, and whether heads are wide.
 GENERAL = {
     # Measured on an H100, 1.39 ms for 2^18 rows of 1029 with 6 heads of 64 (prototype; FA3 1.43).
-    ("16-bit", False, False): LaunchTiles("general", 64, 64, 4, 3),
+    ("16-bit", False): LaunchTiles("general", 64, 64, 4, 3),
     # All others: static, the largest tiles that keep no register in memory on sm_80, 90, 100 and 120.
-    ("16-bit", False, True): LaunchTiles("general", 64, 64, 4, 1),
-    ("16-bit", True, False): LaunchTiles("general", 64, 32, 8, 2),
-    ("16-bit", True, True): LaunchTiles("general", 32, 32, 4, 1),
-    ("tf32", False, False): LaunchTiles("general", 64, 32, 4, 2),
-    ("tf32", False, True): LaunchTiles("general", 64, 16, 4, 2),
-    ("tf32", True, False): LaunchTiles("general", 32, 32, 8, 1),
-    ("tf32", True, True): LaunchTiles("general", 32, 16, 8, 1),
-    ("tf32x3", False, False): LaunchTiles("general", 64, 16, 4, 2),
-    ("tf32x3", False, True): LaunchTiles("general", 64, 16, 4, 1),
-    ("tf32x3", True, False): LaunchTiles("general", 16, 16, 4, 1),
-    ("tf32x3", True, True): LaunchTiles("general", 16, 16, 8, 1, precision="ieee"),
-    ("ieee", False, False): LaunchTiles("general", 32, 16, 8, 1),
-    ("ieee", False, True): LaunchTiles("general", 32, 16, 8, 1),
-    ("ieee", True, False): LaunchTiles("general", 32, 16, 8, 1),
-    ("ieee", True, True): LaunchTiles("general", 32, 16, 8, 1),
+    ("16-bit", True): LaunchTiles("general", 64, 32, 8, 2),
+    ("tf32", False): LaunchTiles("general", 64, 32, 4, 2),
+    ("tf32", True): LaunchTiles("general", 32, 32, 8, 1),
+    ("tf32x3", False): LaunchTiles("general", 64, 16, 4, 2),
+    ("tf32x3", True): LaunchTiles("general", 16, 16, 4, 1),
+    ("ieee", False): LaunchTiles("general", 32, 16, 8, 1),
+    ("ieee", True): LaunchTiles("general", 32, 16, 8, 1),
 }
 
 
@@ -64,19 +56,27 @@ def tiles(
     rows: int | torch.SymInt,  # of a sequence; of a symbol nothing is asked
     head_dim: int,
     dtype: torch.dtype,
-    load: str = "q",  # what turns when it is loaded
     precision: str = "tf32x3",  # of products of float32
 ) -> LaunchTiles:
     """What a launch takes."""
     kind = "16-bit" if dtype.itemsize == 2 else "ieee" if dtype == torch.float64 else precision
     wide = head_dim > WIDE
     warps = TILE[kind == "16-bit", wide]
-    if isinstance(rows, int) and rows <= max(warps):
+    if one_tile(rows, head_dim, dtype):
         block = next(size for size in warps if size >= rows)
         return LaunchTiles("tile", block, block, warps[block], 1, HEADS)
     if holds_keys(rows, head_dim, dtype):
         return LaunchTiles("short", 64, 64, 4, 1, 1, *in_tiles(int(rows), 64))
-    return GENERAL[kind, wide, "k" in load]
+    return GENERAL[kind, wide]
+
+
+def one_tile(
+    rows: int | torch.SymInt,  # as of `tiles`
+    head_dim: int,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether a program holds all rows of a sequence."""
+    return isinstance(rows, int) and rows <= max(TILE[dtype.itemsize == 2, head_dim > WIDE])
 
 
 def holds_keys(
@@ -88,27 +88,9 @@ def holds_keys(
 
     In float32 they do not fit next to their products' parts, and wider heads not into the shared memory of an sm_120.
     """
-    narrow, wide = dtype.itemsize == 2, head_dim > WIDE
-    return isinstance(rows, int) and rows <= (SHORT if narrow and not wide else max(TILE[narrow, wide]))
-
-
-def turned_on_load(
-    rows: int | torch.SymInt,  # as of `tiles`
-    head_dim: int,
-    dtype: torch.dtype,
-    training: bool,  # whether there will be a backward
-) -> str:
-    """Which of queries and keys kernels turn when they load them ("", "q", "qk"); the others turn before.
-
-    Turning on load is free where a program holds all keys, and of queries, which are loaded once. Keys of more rows
-    would turn once for every tile of queries, and backward loads both many times. Under torch.compile sizes may be
-    symbols, of which nothing is asked.
-    """
-    if torch.compiler.is_compiling():
-        return ""
-    if training:
-        return "qk" if rows <= max(TILE[dtype.itemsize == 2, head_dim > WIDE]) else ""
-    return "qk" if holds_keys(rows, head_dim, dtype) else "q"
+    if dtype.itemsize == 2 and head_dim <= WIDE:
+        return isinstance(rows, int) and rows <= SHORT
+    return one_tile(rows, head_dim, dtype)
 
 
 def in_tiles(rows: int, size: int) -> tuple[int, int]:

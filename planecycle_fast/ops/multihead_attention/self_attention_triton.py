@@ -6,10 +6,9 @@ wants it. Heads are read in halves, as they turn, and scores are the sum of two 
 - One tile, for few rows: a program has all rows of a sequence, makes sine and cosine once, and goes through heads.
 - Short: a program has all keys of a sequence and head, turned once, in tiles of 64 and one that is less (256 + 5 are
   four and one of 16), and goes through tiles of queries.
-- General: a program has a tile of queries and goes through tiles of keys, with an online softmax. Keys that are to
-  turn do so for each tile of queries: right, but slow; better turn them before. A plain kernel of pointers was the
-  fastest on an H100 (0.6258 ms against 0.8559 with tensor descriptors and warp specialisation at 261 rows, 1.3898
-  against 1.4884 at 1029).
+- General: a program has a tile of queries and goes through tiles of keys, which have turned before, with an online
+  softmax. A plain kernel of pointers was the fastest on an H100 (0.6258 ms against 0.8559 with tensor descriptors and
+  warp specialisation at 261 rows, 1.3898 against 1.4884 at 1029).
 
 Exponentials are powers of 2, of scores times `scale` times log2(e); the logarithms of sums are natural.
 """
@@ -31,6 +30,7 @@ from ..rotary.rope_triton import _TYPES, _padded
 from ..scalars_triton import scalars
 from .self_attention_autograd import backward_by, call_of, setup_context
 from .self_attention_backward_triton import BACKWARD, _check, _unit
+from .self_attention_load import check_load
 from .self_attention_shapes import fake, parts
 from .self_attention_tiles import channel_tiles, tiles
 from .self_attention_turning_triton import sincos, turned
@@ -270,7 +270,7 @@ def self_attention_kernel(
     k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64, v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
     scale: tl.float64,
     UNIT: tl.constexpr,
-    LOAD: tl.constexpr,
+    LOAD: tl.constexpr,  # "", "q"
     HD: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -308,13 +308,13 @@ def self_attention_kernel(
     for start in range(0, whole, KEYS):
         tile = _keys(
             k, v, start, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
-            UNIT, HD, S0, S1, LOAD == "qk", True, COMPUTE, WIDE, KEYS,
+            UNIT, HD, S0, S1, False, True, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
         top, total, acc = _continued(top, total, acc, q1, q2, tile, rows, scale, True, ACC, PRECISION)
     if whole < rows:  # a tile that is masked, which the others pay nothing for
         tile = _keys(
             k, v, whole, k_row, v_row, rows, num_globals, n1, n2, j, c, sin0, sin1, sin2, cos0, cos1, cos2,
-            UNIT, HD, S0, S1, LOAD == "qk", False, COMPUTE, WIDE, KEYS,
+            UNIT, HD, S0, S1, False, False, COMPUTE, WIDE, KEYS,
         )  # fmt: skip
         top, total, acc = _continued(top, total, acc, q1, q2, tile, rows, scale, False, ACC, PRECISION)
     _store(out, lse, top, total, acc, head, row, rows, heads, c, HD)
@@ -338,7 +338,8 @@ def _self_attention(
     if out.numel() == 0:
         return out, lse
     n, rows, heads, head_dim = *out.shape[:3], int(out.shape[3])  # a number, also where torch traces sizes
-    chosen = tiles(rows, head_dim, q.dtype, load, precision)
+    check_load(load, rows, head_dim, q.dtype, keep)
+    chosen = tiles(rows, head_dim, q.dtype, precision)
     programs = n * triton.cdiv(heads, chosen.heads)
     if chosen.regime == "general":
         programs *= triton.cdiv(rows, chosen.queries)
@@ -380,6 +381,13 @@ def _cost(q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> Cost
     return Cost(3 * size, size, launches=1)
 
 
-OP = register(_self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost)
+def _flops(q: torch.Size, k: torch.Size | None, v: torch.Size | None, *settings: Any, out_shape: Any) -> int:
+    n, rows, heads, head_dim = out_shape[0]
+    return 4 * n * heads * rows**2 * head_dim  # scores, and weighted values
+
+
+OP = register(
+    _self_attention, fake=fake, setup_context=setup_context, backward=backward_by(BACKWARD), cost=_cost, flops=_flops
+)  # fmt: skip
 
 self_attention_triton = call_of(OP, "triton")

@@ -15,7 +15,7 @@ from ..registry import refuse_transforms
 from ..rotary.angles import Axial, Tables
 from ..rotary.rope import turning_on
 from ..rotary.rope_autograd import check_fixed
-from .self_attention_autograd import product_precision, table_arguments
+from .self_attention_autograd import aligned, product_precision, table_arguments
 from .self_attention_backward_triton import BACKWARD
 from .self_attention_triton import OP
 
@@ -42,9 +42,8 @@ class _SelfAttentionWithin(torch.autograd.Function):
         qkv, out, lse, *tables = ctx.saved_tensors
         scale, num_globals, grid, in_table_dtype, precision = ctx.settings
         sin, cos = tables[: len(grid)], tables[len(grid) :]
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
         turns = (num_globals, grid, sin, cos, "", "qk", in_table_dtype, precision)
-        [found] = BACKWARD(grad, qkv, None, None, out, lse, scale, *turns)
+        [found] = BACKWARD(aligned(grad), qkv, None, None, out, lse, scale, *turns)
         return found, None, None, None, None, None
 
 
