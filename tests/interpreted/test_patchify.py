@@ -3,12 +3,26 @@
 import pytest
 import torch
 
+from planecycle_fast.ops.patch_embedding import patchify_triton
+
 from ..kernelcheck.harness import op_tests
 from ..kernelcheck.layouts import contiguous, offset
 from ..kernelcheck.observers import Observer, observing
 from ..specs.patchify import SPEC, case
 
 TestPatchify = op_tests(SPEC, examples=14)
+
+
+def test_kernels_are_not_wrapped_in_the_interpreter(monkeypatch):
+    """Where torch cannot: `registration` says why."""
+
+    def refuse(kernel):
+        raise AssertionError(f"{kernel} was wrapped")
+
+    monkeypatch.setattr(patchify_triton, "wrap_triton", refuse)
+    tensors = SPEC.typical.make(torch.float32)
+    for op, call in SPEC.op_arguments(tensors, SPEC.typical.settings):
+        op.body(*call)
 
 
 class Seen(Observer):
