@@ -41,7 +41,7 @@ GENERAL = {
     ("tf32", False): Passes(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 2, apart=True)),
     ("tf32", True): Passes(Tiles(64, 16, 4, 1), Tiles(32, 16, 4, 1, apart=True)),
 }
-EXACT = Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 32, 8, 1, apart=True, precision="ieee"))
+EXACT = Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 16, 8, 1, apart=True, precision="ieee"))
 # by whether products are of 16 bits, whether heads are wide, and rows: warps
 ONE = {
     (True, False): {16: 1, 32: 2, 64: 8},
