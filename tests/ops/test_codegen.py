@@ -29,7 +29,7 @@ def _name(value):
 
 
 def test_a_run_compiles_no_more_than_it_may():
-    assert 20 <= len(BUILDS) <= 150
+    assert 20 <= len([build for build in BUILDS if not build.marks]) <= 150  # of `make test`
 
 
 def test_torch_finds_the_kernels_for_its_compile_caches():
