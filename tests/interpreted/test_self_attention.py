@@ -127,7 +127,7 @@ def test_public_function_turns_keys_once():
 @pytest.mark.parametrize("make, message", [
     (lambda: torch.zeros(1, 5, 3, 12), "head dimension that is a multiple of 8 and at most 128, got 12"),
     (lambda: torch.zeros(1, 5, 3, 136), "head dimension that is a multiple of 8 and at most 128, got 136"),
-    (lambda: torch.zeros(1, 5, 3, 16, dtype=torch.float8_e4m3fn), "float32 or float16 or bfloat16 or float64, got float8"),
+    (lambda: torch.zeros(1, 5, 3, 16, dtype=torch.float8_e4m3fn), "float16 or bfloat16 or float64, got float8"),
 ])  # fmt: skip
 def test_what_kernels_do_not_take_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"backend 'triton' does not take these tensors: .*{message}"):
