@@ -155,7 +155,7 @@ def why_not_call(attention: str, device: torch.device, call: AttentionCall) -> s
     dtype, sequences, rows, _, head_dim, backward, scale = call
     if major not in ARCHITECTURES[attention]:
         return f"it does not run on compute capability {major}.x"
-    dtypes = HALVES if name != "fa3_fwd_interface" else (torch.bfloat16,)
+    dtypes: tuple[torch.dtype, ...] = HALVES if name != "fa3_fwd_interface" else (torch.bfloat16,)
     if attention in ("triton", "efficient"):
         dtypes = (torch.float32, torch.float16, *((torch.bfloat16,) if major >= 8 else ()))
     if attention == "triton" and device.type != "cuda":  # interpreted; not every GPU has the shared memory
