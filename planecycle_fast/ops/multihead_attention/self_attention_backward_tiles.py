@@ -47,7 +47,7 @@ ONE = {
     (True, False): {16: 1, 32: 2, 64: 8},
     (True, True): {16: 4, 32: 8},
     (False, False): {16: 4, 32: 8, 64: 16},
-    (False, True): {16: 8, 32: 16},
+    (False, True): {16: 8},
 }
 
 
