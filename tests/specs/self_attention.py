@@ -131,6 +131,7 @@ def random_cases():
 
 MODELS = {  # grid, hd, what turns: every kernel with turning and without, heads of 64, 80, 96 and 128 channels
     "21 rows of 64": ((4, 4), 64, "qk"),
+    "21 rows of 128": ((4, 4), 128, "qk"),
     "37 rows of 128": ((4, 8), 128, "qk"),
     "261 rows of 64": ((16, 16), 64, "qk"),
     "1029 rows of 64, keys turned": ((32, 32), 64, "q"),

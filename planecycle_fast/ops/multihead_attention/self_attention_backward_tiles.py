@@ -46,7 +46,7 @@ EXACT = Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 16, 8, 1, apart=
 ONE = {
     (True, False): {16: 1, 32: 2, 64: 8},
     (True, True): {16: 4, 32: 8},
-    (False, False): {16: 4, 32: 8, 64: 16},
+    (False, False): {16: 4, 32: 8},
     (False, True): {16: 8},
 }
 
