@@ -20,7 +20,7 @@ from planecycle_fast.geometry.planes import HW, Plane, Sizes, permutation
 from planecycle_fast.ops import Axial, Tables
 from planecycle_fast.ops.multihead_attention.attention import attention_on
 from planecycle_fast.ops.multihead_attention.self_attention import self_attention_on
-from planecycle_fast.ops.multihead_attention.self_attention_tiles import turned_on_load
+from planecycle_fast.ops.multihead_attention.self_attention_load import turned_on_load
 from planecycle_fast.ops.rotary.rope import rope_on
 from planecycle_fast.runtime.attentions import why_not_attention, why_not_for
 
