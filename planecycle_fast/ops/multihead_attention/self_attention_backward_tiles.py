@@ -41,7 +41,10 @@ GENERAL = {
     ("tf32", False): Passes(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 2, apart=True)),
     ("tf32", True): Passes(Tiles(64, 16, 4, 1), Tiles(32, 16, 4, 1, apart=True)),
 }
-EXACT = Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 16, 8, 1, apart=True, precision="ieee"))
+EXACT = {  # whatever else was asked for, by whether heads are wide
+    False: Passes(Tiles(32, 16, 8, 2, precision="ieee"), Tiles(32, 32, 8, 1, apart=True, precision="ieee")),
+    True: Passes(Tiles(32, 16, 16, 2, precision="ieee"), Tiles(32, 16, 8, 1, apart=True, precision="ieee")),
+}
 # by whether products are of 16 bits, whether heads are wide, and rows: warps
 ONE = {
     (True, False): {16: 1, 32: 2, 64: 8},
@@ -66,4 +69,5 @@ def one_tile(
 
 def passes(dtype: torch.dtype, head_dim: int, precision: str) -> Passes:
     """Of any number of rows."""
-    return GENERAL.get(("16-bit" if dtype.itemsize == 2 else precision, head_dim > WIDE), EXACT)
+    kind, wide = "16-bit" if dtype.itemsize == 2 else precision, head_dim > WIDE
+    return GENERAL.get((kind, wide), EXACT[wide])

@@ -33,16 +33,16 @@ TILE = {
     # 32 rows, 1 warp, 2 heads: measured on an H100, 0.505 ms for 2^18 rows of 21 with 6 heads of 64 (prototype).
     # All others: static, the fewest warps that keep no register in memory on sm_80, 90, 100 and 120.
     (True, False): {16: 1, 32: 1, 64: 4},
-    (True, True): {16: 1, 32: 2, 64: 8},
+    (True, True): {16: 1, 32: 2},
     (False, False): {16: 2, 32: 4},
-    (False, True): {16: 4, 32: 8},
+    (False, True): {16: 4},
 }
 # Any rows, by kind of products, and whether heads are wide.
 GENERAL = {
     # Measured on an H100, 1.39 ms for 2^18 rows of 1029 with 6 heads of 64 (prototype; FA3 1.43).
     ("16-bit", False): LaunchTiles("general", 64, 64, 4, 3),
     # All others: static, the largest tiles that keep no register in memory on sm_80, 90, 100 and 120.
-    ("16-bit", True): LaunchTiles("general", 64, 32, 8, 2),
+    ("16-bit", True): LaunchTiles("general", 64, 32, 8, 1),
     ("tf32", False): LaunchTiles("general", 64, 32, 4, 2),
     ("tf32", True): LaunchTiles("general", 32, 32, 8, 1),
     ("tf32x3", False): LaunchTiles("general", 64, 16, 4, 2),
