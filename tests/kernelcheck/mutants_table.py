@@ -116,7 +116,8 @@ def summary(rows):
     for operation in operations():
         mine = [row for row in rows if row["operation"] == operation]
         lines += ["", f"## {operation}", "", f"Due: {len(due(operation, rows))} of {len(edits(operation))}."]
-        lines += ["", *_by_kind(mine), "", *_by_check(mine), "", *_survivors(mine)]
+        if mine:
+            lines += ["", *_by_kind(mine), "", *_by_check(mine), "", *_survivors(mine)]
     return "\n".join(lines) + "\n"
 
 
