@@ -124,7 +124,7 @@ LIFTS = [
     (dict(mode="slice2d", pool_method="max"), ValueError, "pool_method must be one of"),
     (dict(backend="cuda"), ValueError, "backend must be 'auto' or one of triton, cpu, reference, got 'cuda'"),
     (dict(backend="triton"), ValueError, "backend 'triton' is not usable: .*; usable: (cpu, )?reference"),
-    (dict(attention="flash9"), ValueError, "attention must be one of auto, flash2, .*, got 'flash9'"),
+    (dict(attention="flash9"), ValueError, "attention must be one of auto, triton, .*, got 'flash9'"),
     (
         dict(attention="flash3"),
         ValueError,

@@ -72,6 +72,7 @@ class Spec:
     others: tuple = ()  # registered operations that nobody differentiates: of its backward, in place
     uncounted: frozenset[str] = field(default_factory=frozenset)  # arguments of kernels that the ledger leaves out
     once: frozenset[str] = field(default_factory=frozenset)  # those that it counts once however often they are loaded
+    with_symbols: Callable[[Case], Case] = lambda case: case  # a case as torch.compile may call the operation
     compiled_for: frozenset[str] = frozenset()  # arguments of operations that may become numbers, besides channels
     outputs: dict[str, set[str]] = field(default_factory=dict)  # of each kernel: the arguments that it may write to
 

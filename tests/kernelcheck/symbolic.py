@@ -21,6 +21,7 @@ from .launches import recorded_launches
 
 def symbolic_sizes(spec, case, dtype=torch.float32):
     """All calls of a case, backward's too, with symbols for sizes."""
+    case = spec.with_symbols(case)
     for op, call in spec.op_arguments(case.make(dtype, device="meta"), case.settings):
         trace(op, call, spec.compiled_for)
 

@@ -47,7 +47,9 @@ def test_schemas_are_those_of_the_kernels():
     ours = {name: str(op.overload._schema).split("::")[1] for name, op in native_ops.OPS.items()}
     theirs = {name: str(op.overload._schema).split("::")[1] for name, op in custom.OPS.items()}
     assert ours.keys() - theirs.keys() == {"add_norm_"}
-    assert all(ours[name] == schema for name, schema in theirs.items())
+    alone = {"linear_gelu", "patchify", "self_attention", "self_attention_backward"}  # which csrc does not have
+    assert all(ours[name] == schema for name, schema in theirs.items() if name not in alone)
+    assert not alone & ours.keys()
 
 
 @pytest.mark.parametrize("layout", VARIED, ids=lambda layout: layout.__name__)

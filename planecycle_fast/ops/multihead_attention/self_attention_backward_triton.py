@@ -340,6 +340,7 @@ def _self_attention_backward(
     if not grads[0].numel():
         return grads
     sequences, rows, heads, head_dim = *grad.shape[:3], int(grad.shape[3])  # a number, also where torch traces sizes
+    rows = int(rows) if load else rows  # how many there are decides what turns on load
     check_load(load, rows, head_dim, q.dtype, training=True)
     held = [q, q, q] if k is None or v is None else [q, k, v]
     unit = _unit([grad, *held], head_dim)

@@ -338,6 +338,7 @@ def _self_attention(
     if out.numel() == 0:
         return out, lse
     n, rows, heads, head_dim = *out.shape[:3], int(out.shape[3])  # a number, also where torch traces sizes
+    rows = int(rows) if load else rows  # how many there are decides what turns on load
     check_load(load, rows, head_dim, q.dtype, keep)
     chosen = tiles(rows, head_dim, q.dtype, precision)
     programs = n * triton.cdiv(heads, chosen.heads)
