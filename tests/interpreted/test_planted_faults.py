@@ -184,7 +184,7 @@ def test_a_backward_that_reads_gradients_as_contiguous():
         return dense * faulty.SCALE, dense * 1
 
     spec = make("dense", backward=backward)
-    for check in (checks.layouts, lambda spec, case, dtype, layout: checks.gradient_of_a_sum(spec, case, dtype)):
+    for check in (checks.layouts, lambda spec, case, dtype, layout: checks.gradient_of_a_sum(spec, case)):
         with pytest.raises((AssertionError, RuntimeError)):
             check(spec, spec.cases[0], torch.float32, permuted)
 

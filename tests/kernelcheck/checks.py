@@ -226,6 +226,7 @@ def opcheck(spec, case, layout=contiguous, dtype=None):
 def compiled(spec, case, dynamic=False, dtype=None):
     """torch.compile takes it as one graph, forward and backward, and gives what eager gives."""
     torch._dynamo.reset()
+    case = spec.with_symbols(case)
     tensors = case.make(dtype or spec.dtypes[0])
     function = torch.compile(spec.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     _equal(run(function, tensors, case.settings), run(spec.fast, tensors, case.settings), "compiled")
