@@ -9,6 +9,7 @@ MODES = {  # of `lift`, by name
     "slice2d": {"mode": "slice2d"},
     "flatten3d": {"mode": "flatten3d"},
 }
+OWN = ", own attention"  # by name, of models; in training with a gradient for the volume
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ def all_cases():
         Case("hf-dinov2-swiglu", "PCm", "inference", "dynamic", "autocast"),
         Case("timm-dinov2-g", "PCg", "inference", "static", "fp32"),
         Case("timm-dinov2-g", "PCm", "training", "static", "bf16"),
+        Case(f"timm-dinov3-s{OWN}", "PCg", "inference", "dynamic", "bf16"),
+        Case(f"timm-dinov3-s{OWN}", "PCg", "training", "dynamic", "bf16"),
         Case("accelerated", "PCg", "training", "static", "bf16"),
         Case("accelerated", "PCm", "inference", "dynamic", "bf16"),
         Case("accelerated", "PCm", "training", "static", "fp32"),

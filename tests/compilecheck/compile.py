@@ -17,7 +17,7 @@ import planecycle_fast as pcf
 
 from .. import standins
 from ..host_models import BY_NAME
-from .cases import MODES, PLANES, all_cases
+from .cases import MODES, OWN, PLANES, all_cases
 from .watch import Watch, root
 
 SIZES = (2, 4, (3, 5))  # batch, depth, patches of a slice
@@ -34,9 +34,10 @@ def build(case):
         model = pcf.accelerate(standins.Converter(PLANES, case.mode)(model).eval())
         patch = 16
     else:
-        host = BY_NAME[case.model]
+        host, attention = BY_NAME[case.model.removesuffix(OWN)], "triton" if case.model.endswith(OWN) else "auto"
         depth = "num_hidden_layers" if case.model.startswith("hf") else "depth"
-        model, patch = pcf.lift(host.make(**{depth: len(PLANES)}), **MODES[case.mode]), host.patch
+        lifted = host.make(**{depth: len(PLANES)})
+        model, patch = pcf.lift(lifted, attention=attention, **MODES[case.mode]), host.patch
     return model, lambda batch, depth, grid: (batch, 3, depth, *[n * patch for n in grid])
 
 
@@ -49,7 +50,8 @@ def compile_case(case, watch):
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes:
         model._apply(lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="cuda"))
-        volumes = [torch.empty(shape(*of), dtype=dtype, device="cuda") for of in sizes]
+        saliency = training and case.model.endswith(OWN)
+        volumes = [torch.empty(shape(*of), dtype=dtype, device="cuda", requires_grad=saliency) for of in sizes]
     for volume in volumes if dynamic else []:
         for axis in AXES[case.step]:
             torch._dynamo.mark_dynamic(volume, axis)

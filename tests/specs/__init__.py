@@ -10,3 +10,4 @@ from .swiglu import SPEC as SWIGLU
 
 SPECS = [PLANE_SWITCH, ADD_NORM, SWIGLU, ROPE, LINEAR_GELU, PATCHIFY, SELF_ATTENTION]
 OUTPUTS = {kernel: outputs for spec in SPECS for kernel, outputs in spec.outputs.items()}  # what kernels write to
+COMPILED = {kernel for spec in SPECS if not spec.opaque for kernel in spec.outputs}  # that torch.compile sees

@@ -94,9 +94,12 @@ def patchify_back_kernel(
     tl.store(volume + target[:, None] + x.to(tl.int64)[None, :], found.to(volume.dtype.element_ty), mask=mask)
 
 
-def _unit(itemsize: int, offsets: Sequence[int | torch.SymInt]) -> int:
-    """The most elements, up to 16 bytes, that divide all offsets."""
-    wide = [unit for unit in (16 // itemsize, 8 // itemsize, 4 // itemsize) if unit > 1]
+def _unit(itemsize: int, pw: int, offsets: Sequence[int | torch.SymInt]) -> int:
+    """The most elements, up to 16 bytes, that divide a patch's lines and all offsets.
+
+    The patch first: offsets may be symbols, which what is asked of them fixes.
+    """
+    wide = [unit for unit in (16 // itemsize, 8 // itemsize, 4 // itemsize) if unit > 1 and pw % unit == 0]
     return next((unit for unit in wide if all([offset % unit == 0 for offset in offsets])), 1)
 
 
@@ -131,8 +134,8 @@ def _patchify(
     length = g + lines * columns
     if transposed:
         r_sequence, r_row, r_element = x.stride()
-        offsets = (x.storage_offset(), r_sequence, r_row, width, pw)
-        unit = _unit(min(x.element_size(), out.element_size()), offsets) if r_element == 1 else 1
+        offsets = (x.storage_offset(), r_sequence, r_row, width)
+        unit = _unit(min(x.element_size(), out.element_size()), pw, offsets) if r_element == 1 else 1
         block_y = 16 if ph > 8 else 8
         block_x = (2048 if unit > 1 else 512) // block_y
         programs = x.shape[0] * channels * triton.cdiv(width, block_x) * triton.cdiv(height, block_y)
@@ -145,7 +148,7 @@ def _patchify(
         return out
     *strides, v_pixel = x.stride()
     v_batch, v_channel, v_slice, v_line = strides
-    unit = _unit(x.element_size(), (x.storage_offset(), *strides, pw)) if v_pixel == 1 else 1
+    unit = _unit(x.element_size(), pw, (x.storage_offset(), *strides)) if v_pixel == 1 else 1
     row = row_length(pixels, rows_dtype)
     block_k = min((256, 128, 64), key=lambda block: (-(-row // block) * block, -block))  # the fewest idle lanes
     block_r = (2048 if unit > 1 else 512) // block_k
