@@ -8,6 +8,7 @@ for; those of csrc are registered by `native_ops`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 import triton
 from torch.utils.flop_counter import register_flop_formula
 
+from .eager import EagerOp
+from .launch_plans import watching
 from .registry import Cost, CustomOp
 
 NAMESPACE = "planecycle_fast"
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1, read when triton is imported
+
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)  # types of those on which kernels run
 
 OPS: dict[str, CustomOp] = {}  # every operation registered so far
 
@@ -65,7 +70,12 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if flops is not None:
         register_flop_formula(overload.overloadpacket)(flops)
-    OPS[name] = CustomOp(name, body, cost, overload)
+    parameters = [*inspect.signature(body).parameters]
+    eager = EagerOp(
+        name, body, setup_context, backward,
+        mutates=[parameters.index(argument) for argument in mutates], devices=DEVICES, planned=not INTERPRETED,
+    )  # fmt: skip
+    OPS[name] = CustomOp(name, body, cost, overload, eager)
     return OPS[name]
 
 
@@ -77,8 +87,13 @@ def launch(
     **constants: Any,
 ) -> None:
     """Runs a kernel on `device`, whichever device is current, or shows it to the compiler that traces it."""
-    if device.type == "cuda" and torch.cuda.is_available():
+    watch = watching()
+    if watch is not None and not INTERPRETED:  # nobody traces
+        kernel = getattr(kernel, "kernel", None) or kernel  # what torch has wrapped
+    if device.type == "cuda" and torch.cuda.is_available() and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
-    else:  # interpreted, or traced for a GPU that this machine does not have
-        kernel[grid](*args, **constants)
+            compiled = kernel[grid](*args, **constants)
+    else:  # here, interpreted, or traced for a GPU that this machine does not have
+        compiled = kernel[grid](*args, **constants)
+    if hasattr(watch, "launched"):
+        watch.launched(kernel, compiled, grid, args, constants)

@@ -39,6 +39,18 @@ def transforms_active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def nobody_watches() -> bool:
+    """Whether operations just run: nobody compiles, records, transforms, dispatches or profiles them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def may_write() -> bool:
     """Whether a tensor that nobody else holds may be written to: not where torch has to see what becomes of it.
 

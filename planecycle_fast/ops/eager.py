@@ -1,0 +1,113 @@
+"""How an operation runs where nobody watches: past torch's dispatcher, which takes the host longer than a small kernel
+the GPU.
+
+`CustomOp` comes here first. What traces, records, transforms or watches operations, and tensors of other kinds than
+torch's own, get the operation that is registered; all others its body, and where gradients are recorded a plain
+`torch.autograd.Function` around it with the same formulas. Bodies are run by plans (`launch_plans`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.tracing import nobody_watches
+from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, hooks_are_set, unwatched, watched
+
+PLAIN = (Tensor, nn.Parameter)
+MOST = 1024  # plans of an operation that are kept: a model has a few for each shape of volume
+
+
+class EagerOp:
+    """An operation without its dispatcher."""
+
+    def __init__(
+        self,
+        name: str,
+        body: Callable[..., Any],
+        setup_context: Callable[..., None] | None,
+        backward: Callable[..., Any] | None,
+        mutates: Sequence[int],
+        devices: Sequence[str],
+        planned: bool,
+    ) -> None:
+        """
+        Args:
+            body, setup_context, backward: as of `registration.register`.
+            mutates: positions of the arguments that it writes to.
+            devices: types of those on which bodies can launch.
+            planned: whether plans are made, of kernels that triton compiles.
+        """
+        self.body, self.mutates, self.devices, self.planned = body, mutates, devices, planned
+        self.differentiable = backward is not None
+        self._plans: dict[Any, LaunchPlan | None] = {}
+        self._apply = _function(name, self.run, setup_context, backward) if backward is not None else None
+
+    def takes(self, args: Sequence[Any]) -> DescribedCall | None:
+        """A call as plans know it; None: it has to go through torch's dispatcher."""
+        if not nobody_watches():
+            return None
+        call = described(args, PLAIN)
+        if call is None or call.device.type not in self.devices:
+            return None
+        if not self.differentiable and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return None
+        return call
+
+    def __call__(self, args: Sequence[Any], call: DescribedCall) -> Any:
+        """What the operation returns."""
+        if self._apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._apply(*args, call)
+        return self.run(args, call)
+
+    def run(self, args: Sequence[Any], call: DescribedCall) -> Any:
+        """Without a record for gradients."""
+        plan = self._plans.get(call.key, PLANLESS)
+        if plan is None or not self.planned or hooks_are_set():
+            out = unwatched(self.body, args)
+        elif plan is not PLANLESS:
+            out = plan(call.tensors)  # type: ignore[operator]
+        else:
+            out, plan = watched(self.body, args, call)
+            if plan is not PLANLESS:
+                if len(self._plans) >= MOST:
+                    self._plans.clear()
+                self._plans[call.key] = plan
+        if self.mutates:  # what was kept for a gradient, or is a view, hears of it
+            torch._C._increment_version([args[i] for i in self.mutates])
+        return out
+
+    def forget(self) -> None:
+        """Drops all plans."""
+        self._plans.clear()
+
+
+def _function(
+    name: str,
+    run: Callable[[Sequence[Any], DescribedCall], Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """``apply`` of a function with these formulas; a described call comes last."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            inputs = args[:-1]
+            out = run(inputs, args[-1])
+            if setup_context is not None:
+                setup_context(ctx, inputs, out)
+            return tuple(out) if type(out) is list else out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            found = backward(ctx, *grads)
+            if type(found) is not tuple:
+                return found, None
+            return *[None if type(grad) is list else grad for grad in found], None  # lists are of no gradients
+
+    Eager.__name__ = Eager.__qualname__ = f"{name}_eager"
+    return super(torch.autograd.Function, Eager).apply  # type: ignore[misc]  # no transforms are active, nor dead

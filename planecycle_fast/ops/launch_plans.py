@@ -1,0 +1,227 @@
+"""Launches that are made once and repeated: what an operation's body does for calls of one kind, without its Python.
+
+A body asks tensors for nothing but shapes, strides, dtypes and devices, allocates, and launches kernels. So what it did
+for one call it does for all of the same kind (`DescribedCall.key`): a `LaunchPlan` holds what to allocate, and
+compiled kernels with their grids and arguments, among which only addresses change. A body that does anything else has
+none, and runs every time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PLANLESS = object()  # of a kind that has not been seen
+_MAKES = {
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+}
+_now = threading.local()  # `.watch`: the body that runs in this thread
+
+
+class DescribedCall(NamedTuple):
+    """Arguments of an operation."""
+
+    key: tuple[Any, ...]  # all that its body depends on
+    tensors: Sequence[Tensor]  # those among them, in order
+    device: torch.device  # of the first
+
+
+def described(args: Sequence[Any], kinds: tuple[type, ...]) -> DescribedCall | None:
+    """None where a tensor is of another kind than these, or has no memory; or where there is none."""
+    key: list[Any] = []
+    tensors: list[Tensor] = []
+    try:
+        for a in args:
+            if type(a) in kinds:
+                tensors.append(a)
+                start = a.storage_offset() & 15, a.data_ptr() & 15  # bodies ask for alignment
+                key.append((a.shape, a.stride(), a.dtype, a.device, *start))
+            elif type(a) is list:
+                key.append(len(a))
+                for item in a:
+                    if type(item) in kinds:
+                        tensors.append(item)
+                        start = item.storage_offset() & 15, item.data_ptr() & 15
+                        key.append((item.shape, item.stride(), item.dtype, item.device, *start))
+                    elif isinstance(item, Tensor):
+                        return None
+                    else:
+                        key.append(item)
+            elif isinstance(a, Tensor):
+                return None
+            else:
+                key.append(a)
+    except RuntimeError:  # of what a transform has left behind
+        return None
+    return DescribedCall(tuple(key), tensors, tensors[0].device) if tensors else None
+
+
+class PlannedLaunch(NamedTuple):
+    """One kernel."""
+
+    run: Callable[..., None]  # of the compiled kernel, as triton launches it
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    values: list[Any]  # of all parameters; addresses are filled in
+    places: list[tuple[int, int, int]]  # (parameter, tensor, bytes from its start)
+
+
+class LaunchPlan:
+    """What to allocate and to launch."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        made: Sequence[Tensor],
+        launches: Sequence[PlannedLaunch],
+        returned: int | Sequence[int] | None,
+    ) -> None:
+        from triton.runtime import driver
+
+        self.device, self.launches, self.returned = device, launches, returned
+        self.made = [(t.shape, t.stride(), t.dtype) for t in made]
+        self._stream = driver.active.get_current_stream
+        self._index = device.index if device.type == "cuda" else None
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
+                return self._run(tensors)
+        return self._run(tensors)
+
+    def _run(self, tensors: Sequence[Tensor]) -> Any:
+        device = self.device
+        made = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.made]
+        starts = [t.data_ptr() for t in tensors]
+        starts += [t.data_ptr() for t in made]
+        stream = self._stream(self._index or 0)
+        for run, grid, function, metadata, values, places in self.launches:
+            arguments = values.copy()
+            for parameter, tensor, offset in places:
+                arguments[parameter] = starts[tensor] + offset
+            run(*grid, stream, function, metadata, None, None, None, *arguments)
+        returned = self.returned
+        if type(returned) is int:
+            return made[returned]
+        return None if returned is None else type(returned)([made[i] for i in returned])
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what a body does."""
+
+    def __init__(self, call: DescribedCall) -> None:
+        super().__init__()
+        self.call = call
+        self.fits = True
+        self.made: list[Tensor] = []
+        self.launches: list[PlannedLaunch] = []
+        self._seen: list[Tensor] = []  # kept, as `_of` knows them by address
+        self._of: dict[int, tuple[int, Tensor]] = {id(t): (i, t) for i, t in enumerate(call.tensors)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _MAKES and out.device == self.call.device:
+            self._of[id(out)] = (len(self.call.tensors) + len(self.made), out)
+            self.made.append(out)
+        elif isinstance(out, Tensor) and _is_view(func) and id(args[0]) in self._of:
+            self._of[id(out)] = self._of[id(args[0])]
+            self._seen.append(out)
+        elif func is not torch.ops.aten.promote_types.default:
+            self.fits = False
+        return out
+
+    # The launches of a body are told by `registration.launch`.
+    def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], args: Any, constants: dict[str, Any]) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        given = dict(zip(names, args))
+        given |= {name: value for name, value in constants.items() if name in names}
+        if compiled is None or len(given) != len(names):
+            self.fits = False
+            return
+        values, places = [given[name] for name in names], []
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                if id(value) not in self._of:
+                    self.fits = False
+                    return
+                number, start = self._of[id(value)]
+                places.append((i, number, value.data_ptr() - start.data_ptr()))
+                values[i] = None
+            elif not (value is None or isinstance(value, (int, float, str, *_constants()))):
+                self.fits = False
+                return
+        whole = (*grid, 1, 1)[:3]
+        self.launches.append(
+            PlannedLaunch(compiled.run, whole, compiled.function, compiled.packed_metadata, values, places)
+        )
+
+    def plan(self, out: Any) -> LaunchPlan | None:
+        """Of a body that has returned."""
+        returned = out
+        if out is not None:
+            numbers = []
+            for t in [out] if isinstance(out, Tensor) else out:
+                number = next((i for i, made in enumerate(self.made) if made is t), None)
+                self.fits = self.fits and number is not None
+                numbers.append(number)
+            returned = numbers[0] if isinstance(out, Tensor) else type(out)(numbers)
+        return LaunchPlan(self.call.device, self.made, self.launches, returned) if self.fits else None
+
+
+def _is_view(func: Any) -> bool:
+    alias = func._schema.returns[0].alias_info if func._schema.returns else None
+    return alias is not None and not alias.is_write
+
+
+def _constants() -> tuple[type, ...]:
+    import triton.language as tl
+
+    return bool, tl.dtype, tl.constexpr
+
+
+def unwatched(body: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a body returns."""
+    return _run(body, args, _NOBODY)
+
+
+def watched(body: Callable[..., Any], args: Sequence[Any], call: DescribedCall) -> tuple[Any, Any]:
+    """What a body returns; and its plan, or None if it has none. PLANLESS: others of its kind may have one."""
+    watch = _Watch(call)
+    with watch:
+        out = _run(body, args, watch)
+    alike = len({id(t) for t in call.tensors}) < len(call.tensors)  # which of them a kernel is given nobody can tell
+    return out, PLANLESS if alike else watch.plan(out)
+
+
+def _run(body: Callable[..., Any], args: Sequence[Any], watch: Any) -> Any:
+    before, _now.watch = watching(), watch
+    try:
+        with torch.no_grad():
+            return body(*args)
+    finally:
+        _now.watch = before
+
+
+_NOBODY = object()
+
+
+def watching() -> Any:
+    """Of the body that runs past the dispatcher in this thread: who watches. None: no body does."""
+    return getattr(_now, "watch", None)
+
+
+def hooks_are_set() -> bool:
+    """Whether somebody wants to see every launch, as profilers do."""
+    from triton import knobs
+
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any([hook is not None and getattr(hook, "calls", True) for hook in hooks])
