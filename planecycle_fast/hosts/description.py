@@ -189,28 +189,27 @@ class Reading:
 
     def __init__(self, parts: BlockParts | str) -> None:
         self.parts = parts  # or the reason why there are none
-        self._last: tuple[_Watched, list[Any], BlockDescription] | None = None  # and what it was read from
+        self._last: tuple[_Watched, BlockDescription] | None = None  # what was read, and what from
 
     def now(self) -> BlockDescription:
         """The block as it is at this moment, all of it."""
         if isinstance(self.parts, str) or torch.compiler.is_compiling():  # its guards are for what is read
             return describe(self.parts)
         last = self._last
-        if last is not None and all(map(is_, last[0].look(), last[1])):
-            return last[2]
+        if last is not None and last[0].is_as_it_was():
+            return last[1]
         while True:
             # What is scripted has no dictionaries to look at, and nothing of it changes.
             block, error, found = self.parts.block, None, None
             watched = _Watched([m for m in block.modules() if not isinstance(m, torch.jit.ScriptModule)], self.parts)
-            seen = [*watched.look()]
             try:
                 found = describe(self.parts)
             except Exception as reason:  # of a block that is half changed, or stays so
                 error = reason
-            if all(map(is_, watched.look(), seen)):  # else a hook came, or a module was replaced, in between
+            if watched.is_as_it_was():  # else a hook came, or a module was replaced, in between
                 if error is not None:
                     raise error
-                self._last = watched, seen, found
+                self._last = watched, found
                 return found
 
     def anew(self) -> BlockDescription:
@@ -222,24 +221,45 @@ class Reading:
 
 
 class _Watched:
-    """The modules of a block, and where to look for changes of them."""
+    """The modules of a block, and all that parts are read from, as it was when this was made.
+
+    It is looked at in every pass. Python compares dictionaries fast, and takes what is the same object for equal;
+    tensors have an equality of their own, so those are compared one by one.
+    """
 
     def __init__(self, modules: list[nn.Module], parts: BlockParts) -> None:
         self._parts, self._modules = parts, modules
-        self._attributes = attributes = [m.__dict__ for m in modules]
+        attributes = [m.__dict__ for m in modules]
         children = [found[name] for found in attributes for name in ("_modules", "_parameters", "_buffers")]
-        self._children = [some for some in children if some]
-        self._empty = [none for none in children if not none]
-        self._empty += [found[name] for found in attributes for name in HOOKS]  # most of them
+        hooks = [found[name] for found in attributes for name in HOOKS]
+        held = [some for some in (*attributes, *children) if some]
+        of_tensors = [any([isinstance(value, Tensor) for value in some.values()]) for some in held]
+        self._compared = [some for some, one_by_one in zip(held, of_tensors) if not one_by_one]
+        self._one_by_one = [some for some, one_by_one in zip(held, of_tensors) if one_by_one]
+        self._empty = [none for none in (*children, *hooks) if not none]  # most of them
+        self._hooks = [some for some in hooks if some]
+        self._before = [dict(some) for some in self._compared]
+        self._tensors = [*self._values()]
+        self._types, self._forwards = [type(m) for m in modules], [*map(_FORWARD, modules)]
+        self._held_hooks, self._settings = [[*some.values()] for some in self._hooks], self._asked()
 
-    def look(self) -> Iterator[Any]:
-        """Everything that parts are read from, as objects."""
-        return chain(
-            map(len, self._attributes),
-            map(type, self._modules),
-            map(_FORWARD, self._modules),
-            chain.from_iterable(map(dict.values, self._attributes)),
-            chain.from_iterable(map(dict.values, self._children)),
-            chain(map(bool, self._empty), *map(dict.values, self._empty)) if any(self._empty) else (),
-            (_has_any_global_hook(), *self._parts.settings(), _END),
+    def is_as_it_was(self) -> bool:
+        """Whether nothing has changed since."""
+        try:
+            if self._compared != self._before or any(self._empty):
+                return False
+        except Exception:  # of objects that cannot be compared, and so are not the same
+            return False
+        return (
+            all(map(is_, self._values(), self._tensors))
+            and [*map(type, self._modules)] == self._types
+            and [*map(_FORWARD, self._modules)] == self._forwards
+            and all(map(is_, self._asked(), self._settings))
+            and (not self._hooks or [[*some.values()] for some in self._hooks] == self._held_hooks)
         )
+
+    def _values(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(map(dict.values, self._one_by_one)), map(len, self._one_by_one))
+
+    def _asked(self) -> tuple[Any, ...]:
+        return _has_any_global_hook(), *self._parts.settings(), _END

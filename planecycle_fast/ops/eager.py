@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.tracing import nobody_watches
-from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, hooks_are_set, unwatched, watched
+from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, unwatched, watched
 
-PLAIN = (Tensor, nn.Parameter)
 MOST = 1024  # plans of an operation that are kept: a model has a few for each shape of volume
 
 
@@ -42,40 +41,36 @@ class EagerOp:
             planned: whether plans are made, of kernels that triton compiles.
         """
         self.body, self.mutates, self.devices, self.planned = body, mutates, devices, planned
-        self.differentiable = backward is not None
         self._plans: dict[Any, LaunchPlan | None] = {}
         self._apply = _function(name, self.run, setup_context, backward) if backward is not None else None
 
-    def takes(self, args: Sequence[Any]) -> DescribedCall | None:
-        """A call as plans know it; None: it has to go through torch's dispatcher."""
+    def __call__(self, args: Sequence[Any]) -> Any:
+        """What the operation returns; NotImplemented where it has to go through torch's dispatcher."""
         if not nobody_watches():
-            return None
-        call = described(args, PLAIN)
+            return NotImplemented
+        call = described(args)
         if call is None or call.device.type not in self.devices:
-            return None
-        if not self.differentiable and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return None
-        return call
-
-    def __call__(self, args: Sequence[Any], call: DescribedCall) -> Any:
-        """What the operation returns."""
-        if self._apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._apply(*args, call)
+            return NotImplemented
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return NotImplemented if self._apply is None else self._apply(*args, call)
         return self.run(args, call)
 
     def run(self, args: Sequence[Any], call: DescribedCall) -> Any:
         """Without a record for gradients."""
         plan = self._plans.get(call.key, PLANLESS)
-        if plan is None or not self.planned or hooks_are_set():
+        if plan is None or not self.planned or (plan is not PLANLESS and plan.hooked()):  # type: ignore[union-attr]
             out = unwatched(self.body, args)
-        elif plan is not PLANLESS:
-            out = plan(call.tensors)  # type: ignore[operator]
-        else:
+        elif plan is PLANLESS:
             out, plan = watched(self.body, args, call)
             if plan is not PLANLESS:
                 if len(self._plans) >= MOST:
                     self._plans.clear()
                 self._plans[call.key] = plan
+        elif call.device.type == "cuda" and call.device.index != torch.cuda.current_device():
+            with torch.cuda.device(call.device):
+                out = plan(call)  # type: ignore[operator]
+        else:
+            out = plan(call)  # type: ignore[operator]
         if self.mutates:  # what was kept for a gradient, or is a view, hears of it
             torch._C._increment_version([args[i] for i in self.mutates])
         return out

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PLANLESS = object()  # of a kind that has not been seen
@@ -31,44 +33,52 @@ class DescribedCall(NamedTuple):
 
     key: tuple[Any, ...]  # all that its body depends on
     tensors: Sequence[Tensor]  # those among them, in order
+    starts: Sequence[int]  # their addresses
     device: torch.device  # of the first
 
 
-def described(args: Sequence[Any], kinds: tuple[type, ...]) -> DescribedCall | None:
-    """None where a tensor is of another kind than these, or has no memory; or where there is none."""
+def described(args: Sequence[Any]) -> DescribedCall | None:
+    """None where a tensor is of another kind than torch's own, or has no memory; or where there is none."""
     key: list[Any] = []
     tensors: list[Tensor] = []
+    starts: list[int] = []
     try:
         for a in args:
-            if type(a) in kinds:
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
+                start = a.data_ptr()
                 tensors.append(a)
-                start = a.storage_offset() & 15, a.data_ptr() & 15  # bodies ask for alignment
-                key.append((a.shape, a.stride(), a.dtype, a.device, *start))
-            elif type(a) is list:
+                starts.append(start)
+                key += (a.shape, a.stride(), a.dtype, a.device, start & 15)  # bodies ask for alignment
+            elif kind is list:
                 key.append(len(a))
                 for item in a:
-                    if type(item) in kinds:
+                    kind = type(item)
+                    if kind is Tensor or kind is Parameter:
+                        start = item.data_ptr()
                         tensors.append(item)
-                        start = item.storage_offset() & 15, item.data_ptr() & 15
-                        key.append((item.shape, item.stride(), item.dtype, item.device, *start))
+                        starts.append(start)
+                        key += (item.shape, item.stride(), item.dtype, item.device, start & 15)
                     elif isinstance(item, Tensor):
                         return None
                     else:
                         key.append(item)
-            elif isinstance(a, Tensor):
-                return None
-            else:
+            elif kind is int or kind is str or a is None or not isinstance(a, Tensor):
                 key.append(a)
+            else:
+                return None
     except RuntimeError:  # of what a transform has left behind
         return None
-    return DescribedCall(tuple(key), tensors, tensors[0].device) if tensors else None
+    return DescribedCall(tuple(key), tensors, starts, tensors[0].device) if tensors else None
 
 
 class PlannedLaunch(NamedTuple):
     """One kernel."""
 
     run: Callable[..., None]  # of the compiled kernel, as triton launches it
-    grid: tuple[int, int, int]
+    x: int  # the grid
+    y: int
+    z: int
     function: Any
     metadata: Any
     values: list[Any]  # of all parameters; addresses are filled in
@@ -85,30 +95,34 @@ class LaunchPlan:
         launches: Sequence[PlannedLaunch],
         returned: int | Sequence[int] | None,
     ) -> None:
+        from triton import knobs
         from triton.runtime import driver
 
-        self.device, self.launches, self.returned = device, launches, returned
-        self.made = [(t.shape, t.stride(), t.dtype) for t in made]
-        self._stream = driver.active.get_current_stream
-        self._index = device.index if device.type == "cuda" else None
+        self.launches, self.returned = launches, returned
+        self.made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
+        self._empty = getattr(guards, f"_empty_strided_{device.type}")
+        self._stream, self._runtime = driver.active.get_current_stream, knobs.runtime
+        self._index = device.index if device.type == "cuda" else 0
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        if self._index is not None and self._index != torch.cuda.current_device():
-            with torch.cuda.device(self._index):
-                return self._run(tensors)
-        return self._run(tensors)
+    def hooked(self) -> bool:
+        """Whether somebody wants to see every launch, as profilers do."""
+        for hook in (self._runtime.launch_enter_hook, self._runtime.launch_exit_hook):
+            if hook is not None and getattr(hook, "calls", True):
+                return True
+        return False
 
-    def _run(self, tensors: Sequence[Tensor]) -> Any:
-        device = self.device
-        made = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.made]
-        starts = [t.data_ptr() for t in tensors]
-        starts += [t.data_ptr() for t in made]
-        stream = self._stream(self._index or 0)
-        for run, grid, function, metadata, values, places in self.launches:
+    def __call__(self, call: DescribedCall) -> Any:
+        """What the body returns. On the current device."""
+        empty, starts = self._empty, [*call.starts]
+        made = [empty(size, stride, dtype) for size, stride, dtype in self.made]
+        for t in made:
+            starts.append(t.data_ptr())
+        stream = self._stream(self._index)
+        for run, x, y, z, function, metadata, values, places in self.launches:
             arguments = values.copy()
             for parameter, tensor, offset in places:
                 arguments[parameter] = starts[tensor] + offset
-            run(*grid, stream, function, metadata, None, None, None, *arguments)
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments)
         returned = self.returned
         if type(returned) is int:
             return made[returned]
@@ -161,7 +175,7 @@ class _Watch(TorchDispatchMode):
                 return
         whole = (*grid, 1, 1)[:3]
         self.launches.append(
-            PlannedLaunch(compiled.run, whole, compiled.function, compiled.packed_metadata, values, places)
+            PlannedLaunch(compiled.run, *whole, compiled.function, compiled.packed_metadata, values, places)
         )
 
     def plan(self, out: Any) -> LaunchPlan | None:
@@ -217,11 +231,3 @@ _NOBODY = object()
 def watching() -> Any:
     """Of the body that runs past the dispatcher in this thread: who watches. None: no body does."""
     return getattr(_now, "watch", None)
-
-
-def hooks_are_set() -> bool:
-    """Whether somebody wants to see every launch, as profilers do."""
-    from triton import knobs
-
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any([hook is not None and getattr(hook, "calls", True) for hook in hooks])

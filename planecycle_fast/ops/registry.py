@@ -40,8 +40,8 @@ class CustomOp:
     eager: EagerOp | None = None  # None: always through the dispatcher
 
     def __call__(self, *args: Any) -> Any:
-        call = None if self.eager is None else self.eager.takes(args)
-        return self.overload(*args) if call is None else self.eager(args, call)  # type: ignore[misc]
+        out = NotImplemented if self.eager is None else self.eager(args)
+        return self.overload(*args) if out is NotImplemented else out
 
 
 def refuse_transforms(name: str, backend: str = "triton") -> None:

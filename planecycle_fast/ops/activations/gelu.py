@@ -25,7 +25,7 @@ def gelu_tanh(
     inplace: bool = False,
 ) -> Tensor:  # like x
     """GELU's tanh approximation, on any device and with gradients unless in place; off by up to `TANH_ERROR`."""
-    return torch.ops.aten.gelu_(x, approximate="tanh") if inplace else F.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu_.default(x, approximate="tanh") if inplace else F.gelu(x, approximate="tanh")
 
 
 def gelu_ref(
@@ -33,7 +33,7 @@ def gelu_ref(
     inplace: bool = False,
 ) -> Tensor:  # like x
     """Pure PyTorch, any device and floating dtype, differentiable any number of times unless in place."""
-    return torch.ops.aten.gelu_(x) if inplace else F.gelu(x)
+    return torch.ops.aten.gelu_.default(x) if inplace else F.gelu(x)
 
 
 def gelu(
