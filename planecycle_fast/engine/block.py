@@ -28,6 +28,7 @@ from ..ops.residual.add_norm import add_norm_on
 from ..ops.residual.norm import add_ref, check_stream
 from .branches import attention_branch, mlp_branch
 from .cpu_groups import Following, run_in_groups
+from .prepared_block import preparation
 from .stream import Layer, Stream
 
 
@@ -51,6 +52,17 @@ def run_block(
         return Stream(call(layer.switch(held.pop()), layer)), 1
     if (done := run_in_groups(block, held, layer, following)) is not None:
         return done
+    known = preparation(block, held, layer)
+    if known is None or not known.is_new:
+        return _run_parts(block, held, layer), 1
+    if (prepared := known.found()) is not None:
+        return prepared(known.call, layer, held), 1
+    with known.made():
+        return _run_parts(block, held, layer), 1
+
+
+def _run_parts(block: BlockDescription, held: list[Stream], layer: Layer) -> Stream:
+    """One after the other. The stream is taken out of its list."""
     choice = layer.choice
     x, normed = _normed(block.norm1, block.plain_qkv, choice, lambda *norm: layer.switch(held.pop(), *norm))
     branch = attention_branch(block, normed, layer)
@@ -62,9 +74,7 @@ def run_block(
 
     x, normed = _normed(block.norm2, block.plain_first, choice, add)
     branch = mlp_branch(block, normed, layer)
-    return (
-        Stream(x, branch, block.scale2.gamma) if "scale2" not in block.kept else Stream(x, block.scale2.own(branch))
-    ), 1
+    return Stream(x, branch, block.scale2.gamma) if "scale2" not in block.kept else Stream(x, block.scale2.own(branch))
 
 
 def _normed(

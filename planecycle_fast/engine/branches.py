@@ -33,8 +33,17 @@ def attention_branch(
     """Self-attention within each sequence, or the host's own where it is not replaced."""
     if "attention" in block.kept:
         return block.parts.call_attention(normed, layer.sincos)
+    return block.attention.output(attended(_projected(block, normed), block, layer).flatten(2))
+
+
+def attended(
+    made: list[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd), just made
+    block: BlockDescription,
+    layer: Layer,
+) -> Tensor:  # (N, rows, heads, hd)
+    """Queries and keys turned, and attention."""
     found, chosen = block.attention, layer.choice.attention
-    made, named = _projected(block, normed), chosen != "auto"
+    named = chosen != "auto"
     if chosen == "triton" and layer.choice.autocast is not None:  # norms of queries and keys may have made float32
         made = [t if t.dtype == torch.float64 else t.to(layer.choice.autocast) for t in made]
     if not named:
@@ -43,13 +52,10 @@ def attention_branch(
     elif chosen == "triton":
         check_takes(chosen, *_split(made, found.heads), found.scale)
     if chosen == "triton":
-        out = _by_own_kernels(made, block, layer)  # (N, rows, heads, hd)
-    elif named and chosen not in ("sdpa", "reference"):  # which may not take these tensors
-        out = attention(*_split(_turned(made, block, layer), found.heads), found.scale, chosen)
-    else:
-        out = attention_on(chosen, *_split(_turned(made, block, layer), found.heads), found.scale)
-    del made  # memory that the projection can have
-    return found.output(out.flatten(2))
+        return _by_own_kernels(made, block, layer)
+    if named and chosen not in ("sdpa", "reference"):  # which may not take these tensors
+        return attention(*_split(_turned(made, block, layer), found.heads), found.scale, chosen)
+    return attention_on(chosen, *_split(_turned(made, block, layer), found.heads), found.scale)
 
 
 def _plain(
@@ -79,13 +85,19 @@ def _projected(
 ) -> list[Tensor]:  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
     """By the host's linear layers, and its norms of queries and keys."""
     found = block.attention
-    projected = [linear(normed) for linear in found.qkv]
-    heads = 3 * found.heads if len(projected) == 1 else found.heads  # packed: heads of q, k and v side by side
-    made = [t.unflatten(-1, (heads, -1)) for t in projected]
+    made = in_heads([linear(normed) for linear in found.qkv], found.heads)
     if found.qk_norm:
         q, k, v = _split(made, found.heads)
         made = [found.qk_norm[0](q), found.qk_norm[1](k), v]
     return made
+
+
+def in_heads(
+    projected: Sequence[Tensor],  # q, k and v (N, rows, C), or packed (N, rows, 3*C)
+    heads: int,
+) -> list[Tensor]:  # (N, rows, heads, hd), or packed (N, rows, 3*heads, hd): heads of q, k and v side by side
+    heads = 3 * heads if len(projected) == 1 else heads
+    return [t.unflatten(-1, (heads, -1)) for t in projected]
 
 
 def _split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ from ..ops.plane_change.plane_switch import check_switch, switch_on
 from ..ops.residual.norm import add_ref
 from ..runtime.tracing import may_fill
 from .embedding import Embedded
+
+MOST_KINDS = 1024  # of layers that are told apart at a time
+
+_kinds: dict[tuple[Any, ...], int] = {}
+_numbers = count()
 
 
 class Stream(NamedTuple):
@@ -70,6 +76,14 @@ class Layer:
         if self.old == self.new and (self.num_globals == 0 or m.is_identity):
             return 0
         return m.num_prev if m.via is None else m.via
+
+    @cached_property
+    def kind(self) -> int:
+        """The same number of layers that are alike, but for angles."""
+        known = (self.old, self.new, self.sizes, self.num_globals, self.transition, self.choice)
+        if len(_kinds) >= MOST_KINDS and known not in _kinds:
+            _kinds.clear()
+        return _kinds.setdefault(known, next(_numbers))
 
     def switch(self, stream: Stream, norm: Norm | None = None, norm_dtype: torch.dtype | None = None) -> Any:
         """The stream's tokens (B*P, g + L, C) in the new plane's order; with a norm: and their norm."""

@@ -14,14 +14,15 @@ what its host computes, to the bit where the same operations run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..runtime.tracing import recorder
+from ..runtime.tracing import nobody_watches, recorder
 from .planes import Plane, Sizes
 
 NORMALIZATIONS = ("separate", "min", "max")
@@ -123,6 +124,22 @@ class Tables(NamedTuple):
     cos: Sequence[Tensor]  # like sin
 
 
+MOST = 64  # tables that are kept of one tensor of periods
+
+_kept: MutableMapping[Tensor, dict[Any, tuple[Any, Tables]]] = WeakIdKeyDictionary()  # by periods
+
+
+def _may_keep(
+    periods: Tensor,  # (hd/4,)
+) -> bool:
+    """Whether tables serve later passes as well: not where somebody records how they are made, as a CUDA graph does."""
+    if not nobody_watches() or type(periods) not in (Tensor, torch.nn.Parameter) or periods.is_inference():
+        return False
+    if periods.requires_grad and torch.is_grad_enabled():
+        return False
+    return periods.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Rope:
     """The RoPE settings of a host model, read from it by its adapter."""
@@ -205,7 +222,24 @@ class Rope:
         return sin.repeat(1, 2), cos.repeat(1, 2)
 
     def axis_tables(self, grid: Sequence[int], augmentation: Augmentation | None = None) -> Tables:
-        """Sine and cosine tables of each axis, which `halves` has side by side."""
+        """Sine and cosine tables of each axis, which `halves` has side by side.
+
+        Kept from pass to pass where periods are as they were: making them takes many small operations.
+        """
+        if augmentation is not None or not _may_keep(self.periods):
+            return self._axis_tables(grid, augmentation)
+        kept = _kept.setdefault(self.periods, {})
+        now = self.periods._version, self.periods.data_ptr()
+        key = (tuple(grid), *[getattr(self, field.name) for field in fields(self) if field.name != "periods"])
+        found = kept.get(key)
+        if found is None or found[0] != now:
+            if len(kept) >= MOST:
+                kept.clear()
+            with torch.inference_mode(False), torch.no_grad():  # gradients may need them later
+                found = kept[key] = now, self._axis_tables(grid, None)
+        return found[1]
+
+    def _axis_tables(self, grid: Sequence[int], augmentation: Augmentation | None) -> Tables:
         angles = self.angles(grid, augmentation)
         dtype = self.table_dtype or angles[0].dtype
         return Tables(tuple([a.sin().to(dtype) for a in angles]), tuple([a.cos().to(dtype) for a in angles]))

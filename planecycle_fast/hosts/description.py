@@ -8,7 +8,7 @@ calls; seeing that everything is still the same object as before is one comparis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter, is_
@@ -88,6 +88,7 @@ class BlockDescription:
     plain_qkv: bool = False  # whether what these layers return is x @ weight + bias, and nobody else's
     plain_first: bool = False
     plain_last: bool = False  # both last layers, the attention's output and the MLP's
+    prepared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # by `engine.prepared_block`
 
     @property
     def whole(self) -> str | None:
@@ -98,6 +99,12 @@ class BlockDescription:
     def why_not_attention(self) -> str | None:
         """Why attention is not taken apart, or None."""
         return self.kept.get("block") or self.kept.get("attention")
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all of it is known, and its linear layers are their weights and biases."""
+        plain = self.plain_qkv and self.plain_first and self.plain_last
+        return plain and not self.kept and not self.attention.qk_norm
 
     @cached_property
     def packed(self) -> Packed | None:
@@ -142,7 +149,7 @@ def is_plain(linear: Any) -> bool:
 def pack(block: BlockDescription) -> Packed | None:
     """None where a part is left to the host or unknown to csrc, or a linear layer is more than its weight and bias."""
     attention, mlp = block.attention, block.mlp
-    if block.kept or attention.qk_norm or not (block.plain_qkv and block.plain_first and block.plain_last):
+    if not block.is_plain:
         return None
     linears, made = [], []
     for i, linear in enumerate((*attention.qkv, attention.output, *mlp.first, mlp.last)):

@@ -8,16 +8,39 @@ torch's own, get the operation that is registered; all others its body, and wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..runtime.tracing import nobody_watches
-from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, unwatched, watched
+from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, is_current, unwatched, watched
 
 MOST = 1024  # plans of an operation that are kept: a model has a few for each shape of volume
+
+
+_now = threading.local()  # `.calls` of this thread, where they are listed
+
+
+class EagerCall(NamedTuple):
+    """A call of an operation past the dispatcher, without a record for gradients."""
+
+    operation: str
+    call: DescribedCall
+    plan: LaunchPlan | None
+
+
+@contextmanager
+def listed_calls() -> Iterator[list[EagerCall]]:
+    """Of this thread within the block."""
+    before, _now.calls = getattr(_now, "calls", None), []
+    try:
+        yield _now.calls
+    finally:
+        _now.calls = before
 
 
 class EagerOp:
@@ -40,7 +63,7 @@ class EagerOp:
             devices: types of those on which bodies can launch.
             planned: whether plans are made, of kernels that triton compiles.
         """
-        self.body, self.mutates, self.devices, self.planned = body, mutates, devices, planned
+        self.name, self.body, self.mutates, self.devices, self.planned = name, body, mutates, devices, planned
         self._plans: dict[Any, LaunchPlan | None] = {}
         self._apply = _function(name, self.run, setup_context, backward) if backward is not None else None
 
@@ -66,13 +89,15 @@ class EagerOp:
                 if len(self._plans) >= MOST:
                     self._plans.clear()
                 self._plans[call.key] = plan
-        elif call.device.type == "cuda" and call.device.index != torch.cuda.current_device():
-            with torch.cuda.device(call.device):
-                out = plan(call)  # type: ignore[operator]
+        elif is_current(call.device):
+            out = plan([*call.starts])  # type: ignore[operator]
         else:
-            out = plan(call)  # type: ignore[operator]
+            with torch.cuda.device(call.device):
+                out = plan([*call.starts])  # type: ignore[operator]
         if self.mutates:  # what was kept for a gradient, or is a view, hears of it
             torch._C._increment_version([args[i] for i in self.mutates])
+        if (calls := getattr(_now, "calls", None)) is not None:
+            calls.append(EagerCall(self.name, call, None if plan is PLANLESS else plan))  # type: ignore[arg-type]
         return out
 
     def forget(self) -> None:

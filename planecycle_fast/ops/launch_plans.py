@@ -72,6 +72,11 @@ def described(args: Sequence[Any]) -> DescribedCall | None:
     return DescribedCall(tuple(key), tensors, starts, tensors[0].device) if tensors else None
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether kernels that are launched now run there."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 class PlannedLaunch(NamedTuple):
     """One kernel."""
 
@@ -111,9 +116,9 @@ class LaunchPlan:
                 return True
         return False
 
-    def __call__(self, call: DescribedCall) -> Any:
-        """What the body returns. On the current device."""
-        empty, starts = self._empty, [*call.starts]
+    def __call__(self, starts: list[int]) -> Any:
+        """What the body returns, for tensors at these addresses; on the current device. Adds to the list."""
+        empty = self._empty
         made = [empty(size, stride, dtype) for size, stride, dtype in self.made]
         for t in made:
             starts.append(t.data_ptr())

@@ -17,7 +17,7 @@ import triton
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import EagerOp
-from .launch_plans import watching
+from .launch_plans import is_current, watching
 from .registry import Cost, CustomOp
 
 NAMESPACE = "planecycle_fast"
@@ -90,7 +90,7 @@ def launch(
     watch = watching()
     if watch is not None and not INTERPRETED:  # nobody traces
         kernel = getattr(kernel, "kernel", None) or kernel  # what torch has wrapped
-    if device.type == "cuda" and torch.cuda.is_available() and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and torch.cuda.is_available() and not is_current(device):
         with torch.cuda.device(device):
             compiled = kernel[grid](*args, **constants)
     else:  # here, interpreted, or traced for a GPU that this machine does not have

@@ -1,0 +1,144 @@
+"""A block in inference whose steps are known from the last time it ran: launches at new addresses, and linear layers.
+
+What a block asks before each step has the same answers as long as it is the same, on the same plane, for a stream of
+the same shape: which backends run, what lies how, what a kernel is given. So the first pass lists the calls that it
+makes of operations, and a `PreparedBlock` repeats them. Only where everything in a block is plain, on kernels of ours,
+without gradients, and nobody watches (`tracing.nobody_watches`); else `block.run_block` goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch.nn.functional as F
+
+from ..hosts.description import BlockDescription, WeightAndBias, weight_and_bias
+from ..ops.activations.gelu import gelu_ref
+from ..ops.eager import EagerCall, listed_calls
+from ..ops.launch_plans import DescribedCall, described, is_current
+from ..runtime.tracing import nobody_watches
+from .branches import attended, in_heads, mlp_branch
+from .stream import Layer, Own, Stream
+
+MOST = 64  # of a block: for several planes, and shapes of volumes
+
+
+class KnownCall:
+    """A planned call some of whose tensors are the same every time, such as weights."""
+
+    def __init__(self, made: EagerCall, changing: int) -> None:  # how many change, the first ones
+        self.plan = made.plan
+        self.device = made.call.device
+        self._starts = made.call.starts[changing:]
+        self._same = [(t, start, t.dtype) for t, start in zip(made.call.tensors[changing:], self._starts)]
+
+    def holds(self) -> bool:
+        """Whether those are where and what they were: a model may have been moved or cast in between."""
+        return all([t.data_ptr() == start and t.dtype is dtype for t, start, dtype in self._same])
+
+    def __call__(self, *starts: int) -> Any:
+        return self.plan([*starts, *self._starts])  # type: ignore[misc]  # only calls with a plan are known
+
+
+class PreparedBlock:
+    """A block on one plane for streams of one shape."""
+
+    def __init__(
+        self, block: BlockDescription, layer: Layer, boundary: KnownCall, attention: KnownCall | None, added: KnownCall
+    ) -> None:
+        self.block, self.boundary, self.attention, self.added = block, boundary, attention, added
+        self.device = boundary.device
+        self.tables = None if layer.angles is None or attention is None else layer.angles.by_axis()
+        self.qkv = [weight_and_bias(linear) for linear in block.attention.qkv]
+        self.output, self.last = weight_and_bias(block.attention.output), weight_and_bias(block.mlp.last)
+        self.first: Callable[[], WeightAndBias] | None = None  # of an MLP with GELU
+
+    def holds(self, layer: Layer) -> bool:
+        """Whether nothing has changed that it relies on, and that `BlockDescription` does not tell."""
+        tables = None if layer.angles is None or self.attention is None else layer.angles.by_axis()
+        if tables is not self.tables or not (self.boundary.holds() and self.added.holds()):
+            return False
+        if self.boundary.plan.hooked() or not is_current(self.device):  # type: ignore[union-attr]
+            return False
+        return self.attention is None or self.attention.holds()
+
+    def __call__(self, call: DescribedCall, layer: Layer, held: list[Stream]) -> Stream:
+        """The stream after the block; what came is taken out of its list."""
+        came = held.pop()  # kept until kernels that read it have been launched
+        x, normed, *_ = self.boundary(*call.starts)
+        if not x.numel():  # nothing was added
+            x = came.residual
+        del came
+        made = [F.linear(normed, *linear()) for linear in self.qkv]
+        if self.attention is not None:
+            context = self.attention(*[t.data_ptr() for t in made])[0]
+        else:
+            context = attended(in_heads(made, self.block.attention.heads), self.block, layer)
+        del made
+        branch = F.linear(context.flatten(2), *self.output())
+        del context
+        x, normed, *_ = self.added(x.data_ptr(), branch.data_ptr())
+        del branch
+        if self.first is None:
+            return Own(x, mlp_branch(self.block, normed, layer), self.block.scale2.gamma)
+        hidden = F.linear(normed, *self.first())
+        del normed
+        return Own(x, F.linear(gelu_ref(hidden, inplace=True), *self.last()), self.block.scale2.gamma)
+
+
+class Preparation:
+    """Of one call of a block: by what it is known, and what is known of it."""
+
+    def __init__(self, block: BlockDescription, stream: Stream, layer: Layer, call: DescribedCall) -> None:
+        self.block, self.layer, self.call = block, layer, call
+        self.key = (layer.kind, call.key)
+        self.given = [t for t in stream if t is not None]
+
+    def found(self) -> PreparedBlock | None:
+        found = self.block.prepared.get(self.key)
+        return found if found is not None and found.holds(self.layer) else None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is worth being prepared: what could not be, once, is not tried again."""
+        return self.block.prepared.get(self.key, self) is not None
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Prepares what runs within."""
+        with listed_calls() as calls:
+            yield
+        if len(self.block.prepared) >= MOST:
+            self.block.prepared.clear()
+        self.block.prepared[self.key] = self._prepared(calls)
+
+    def _prepared(self, calls: Sequence[EagerCall]) -> PreparedBlock | None:
+        sums = [i for i, call in enumerate(calls) if call.operation == "add_norm" and call.plan is not None]
+        if len(sums) != 2 or sums[0] != 0:
+            return None
+        boundary, between, added, after = calls[0], calls[1 : sums[1]], calls[sums[1]], calls[sums[1] + 1 :]
+        if len(boundary.call.tensors) < len(self.given) or not all(map(is_, boundary.call.tensors, self.given)):
+            return None  # it was copied before
+        block, attention = self.block, None
+        if [call.operation for call in between] == ["self_attention"] and between[0].plan is not None:
+            attention = KnownCall(between[0], len(block.attention.qkv))
+        made = PreparedBlock(
+            block, self.layer, KnownCall(boundary, len(self.given)), attention, KnownCall(added, 2)
+        )  # fmt: skip
+        if block.mlp.activation == "gelu" and not after and self.layer.choice.gelu != "tanh_epilogue":
+            made.first = weight_and_bias(block.mlp.first[0])
+        return made
+
+
+def preparation(block: BlockDescription, held: Sequence[Stream], layer: Layer) -> Preparation | None:
+    """None where a block is not repeated."""
+    choice = layer.choice
+    if choice.grad or choice.add_norm != "triton" or not choice.writes or choice.autocast is not None:
+        return None
+    if not block.is_plain or not nobody_watches():
+        return None
+    call = described(held[0])
+    return None if call is None else Preparation(block, held[0], layer, call)
