@@ -56,7 +56,7 @@ def run_block(
     if known is None or not known.is_new:
         return _run_parts(block, held, layer), 1
     if (prepared := known.found()) is not None:
-        return prepared(known.call, layer, held), 1
+        return prepared(held, layer), 1
     with known.made():
         return _run_parts(block, held, layer), 1
 

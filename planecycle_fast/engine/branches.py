@@ -47,7 +47,7 @@ def attended(
     if chosen == "triton" and layer.choice.autocast is not None:  # norms of queries and keys may have made float32
         made = [t if t.dtype == torch.float64 else t.to(layer.choice.autocast) for t in made]
     if not named:
-        call = AttentionCall.of(*_split(made, found.heads), found.scale)
+        call = AttentionCall.of_parts(made, found.heads, found.scale)
         chosen = layer.choice.attention_for(call, _plain(block, made)).attention
     elif chosen == "triton":
         check_takes(chosen, *_split(made, found.heads), found.scale)

@@ -11,36 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from ..hosts.description import BlockDescription, WeightAndBias, weight_and_bias
 from ..ops.activations.gelu import gelu_ref
-from ..ops.eager import EagerCall, listed_calls
-from ..ops.launch_plans import DescribedCall, described, is_current
+from ..ops.eager import EagerCall, KnownCall, listed_calls
+from ..ops.launch_plans import DescribedCall, described
 from ..runtime.tracing import nobody_watches
+from .block_functions import after_attention, before_attention, own_attention
 from .branches import attended, in_heads, mlp_branch
 from .stream import Layer, Own, Stream
 
 MOST = 64  # of a block: for several planes, and shapes of volumes
-
-
-class KnownCall:
-    """A planned call some of whose tensors are the same every time, such as weights."""
-
-    def __init__(self, made: EagerCall, changing: int) -> None:  # how many change, the first ones
-        self.plan = made.plan
-        self.device = made.call.device
-        self._starts = made.call.starts[changing:]
-        self._same = [(t, start, t.dtype) for t, start in zip(made.call.tensors[changing:], self._starts)]
-
-    def holds(self) -> bool:
-        """Whether those are where and what they were: a model may have been moved or cast in between."""
-        return all([t.data_ptr() == start and t.dtype is dtype for t, start, dtype in self._same])
-
-    def __call__(self, *starts: int) -> Any:
-        return self.plan([*starts, *self._starts])  # type: ignore[misc]  # only calls with a plan are known
 
 
 class PreparedBlock:
@@ -50,7 +34,6 @@ class PreparedBlock:
         self, block: BlockDescription, layer: Layer, boundary: KnownCall, attention: KnownCall | None, added: KnownCall
     ) -> None:
         self.block, self.boundary, self.attention, self.added = block, boundary, attention, added
-        self.device = boundary.device
         self.tables = None if layer.angles is None or attention is None else layer.angles.by_axis()
         self.qkv = [weight_and_bias(linear) for linear in block.attention.qkv]
         self.output, self.last = weight_and_bias(block.attention.output), weight_and_bias(block.mlp.last)
@@ -61,32 +44,41 @@ class PreparedBlock:
         tables = None if layer.angles is None or self.attention is None else layer.angles.by_axis()
         if tables is not self.tables or not (self.boundary.holds() and self.added.holds()):
             return False
-        if self.boundary.plan.hooked() or not is_current(self.device):  # type: ignore[union-attr]
-            return False
         return self.attention is None or self.attention.holds()
 
-    def __call__(self, call: DescribedCall, layer: Layer, held: list[Stream]) -> Stream:
+    def __call__(self, held: list[Stream], layer: Layer) -> Stream:
         """The stream after the block; what came is taken out of its list."""
+        if layer.choice.grad:
+            return self._recorded(held, layer)
         came = held.pop()  # kept until kernels that read it have been launched
-        x, normed, *_ = self.boundary(*call.starts)
+        x, normed, *_ = self.boundary(*[t for t in came if t is not None])
         if not x.numel():  # nothing was added
             x = came.residual
         del came
-        made = [F.linear(normed, *linear()) for linear in self.qkv]
-        if self.attention is not None:
-            context = self.attention(*[t.data_ptr() for t in made])[0]
-        else:
-            context = attended(in_heads(made, self.block.attention.heads), self.block, layer)
+        made = in_heads([F.linear(normed, *linear()) for linear in self.qkv], self.block.attention.heads)
+        context = attended(made, self.block, layer) if self.attention is None else self.attention(*made)[0]
         del made
         branch = F.linear(context.flatten(2), *self.output())
         del context
-        x, normed, *_ = self.added(x.data_ptr(), branch.data_ptr())
+        x, normed, *_ = self.added(x, branch)
         del branch
         if self.first is None:
             return Own(x, mlp_branch(self.block, normed, layer), self.block.scale2.gamma)
         hidden = F.linear(normed, *self.first())
         del normed
         return Own(x, F.linear(gelu_ref(hidden, inplace=True), *self.last()), self.block.scale2.gamma)
+
+    def _recorded(self, held: list[Stream], layer: Layer) -> Stream:
+        """The same with a record for gradients."""
+        block = self.block
+        linears = [t for linear in self.qkv for t in linear()]
+        x, *made = before_attention(self.boundary, *held.pop(), *block.norm1.known[:2], *linears)
+        made = in_heads(made, block.attention.heads)
+        context = attended(made, block, layer) if self.attention is None else own_attention(self.attention, *made)
+        del made
+        norm, mlp = block.norm2.known[:2], (*self.first(), *self.last())
+        out = after_attention(self.added, x, context, *self.output(), block.scale1.gamma, *norm, *mlp)
+        return Stream(*out, block.scale2.gamma)
 
 
 class Preparation:
@@ -116,28 +108,38 @@ class Preparation:
         self.block.prepared[self.key] = self._prepared(calls)
 
     def _prepared(self, calls: Sequence[EagerCall]) -> PreparedBlock | None:
-        sums = [i for i, call in enumerate(calls) if call.operation == "add_norm" and call.plan is not None]
-        if len(sums) != 2 or sums[0] != 0:
+        names = [made.op.name for made in calls]
+        sums = [i for i, name in enumerate(names) if name == "add_norm"]
+        if len(sums) != 2 or sums[0] != 0 or not all([_is_known(calls[i]) for i in sums]):
             return None
         boundary, between, added, after = calls[0], calls[1 : sums[1]], calls[sums[1]], calls[sums[1] + 1 :]
         if len(boundary.call.tensors) < len(self.given) or not all(map(is_, boundary.call.tensors, self.given)):
             return None  # it was copied before
         block, attention = self.block, None
-        if [call.operation for call in between] == ["self_attention"] and between[0].plan is not None:
+        if [made.op.name for made in between] == ["self_attention"] and _is_known(between[0]):
             attention = KnownCall(between[0], len(block.attention.qkv))
         made = PreparedBlock(
             block, self.layer, KnownCall(boundary, len(self.given)), attention, KnownCall(added, 2)
         )  # fmt: skip
         if block.mlp.activation == "gelu" and not after and self.layer.choice.gelu != "tanh_epilogue":
             made.first = weight_and_bias(block.mlp.first[0])
+        if self.layer.choice.grad and (made.first is None or self.given[1:] == []):
+            return None  # TODO
         return made
+
+
+def _is_known(made: EagerCall) -> bool:
+    """Whether a call can be made again: by its plan, or, in the interpreter, by its body."""
+    return made.plan is not None or not made.op.planned
 
 
 def preparation(block: BlockDescription, held: Sequence[Stream], layer: Layer) -> Preparation | None:
     """None where a block is not repeated."""
     choice = layer.choice
-    if choice.grad or choice.add_norm != "triton" or not choice.writes or choice.autocast is not None:
+    if choice.add_norm != "triton" or not choice.writes or choice.autocast is not None:
         return None
+    if choice.grad and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None  # checkpointing runs it again, and wants the same tensors to be saved
     if not block.is_plain or not nobody_watches():
         return None
     call = described(held[0])

@@ -26,9 +26,10 @@ _now = threading.local()  # `.calls` of this thread, where they are listed
 
 
 class EagerCall(NamedTuple):
-    """A call of an operation past the dispatcher, without a record for gradients."""
+    """A call of an operation past the dispatcher."""
 
-    operation: str
+    op: EagerOp
+    args: Sequence[Any]
     call: DescribedCall
     plan: LaunchPlan | None
 
@@ -64,6 +65,7 @@ class EagerOp:
             planned: whether plans are made, of kernels that triton compiles.
         """
         self.name, self.body, self.mutates, self.devices, self.planned = name, body, mutates, devices, planned
+        self.setup_context, self.backward = setup_context, backward
         self._plans: dict[Any, LaunchPlan | None] = {}
         self._apply = _function(name, self.run, setup_context, backward) if backward is not None else None
 
@@ -97,12 +99,69 @@ class EagerOp:
         if self.mutates:  # what was kept for a gradient, or is a view, hears of it
             torch._C._increment_version([args[i] for i in self.mutates])
         if (calls := getattr(_now, "calls", None)) is not None:
-            calls.append(EagerCall(self.name, call, None if plan is PLANLESS else plan))  # type: ignore[arg-type]
+            calls.append(EagerCall(self, args, call, None if plan is PLANLESS else plan))  # type: ignore[arg-type]
         return out
 
-    def forget(self) -> None:
-        """Drops all plans."""
-        self._plans.clear()
+
+class KnownCall:
+    """A call that is made again, with other tensors in the place of its first ones; its formulas for gradients.
+
+    For those who know that these others are like the first ones were.
+    """
+
+    def __init__(self, made: EagerCall, changing: int) -> None:  # how many of its tensors change
+        self.op, self.plan, self.device = made.op, made.plan, made.call.device
+        self._args = made.args
+        self._places = [i for i, a in enumerate(made.args) if isinstance(a, Tensor)][:changing]
+        self._starts = made.call.starts[changing:]
+        self._same = [(t, start, t.dtype) for t, start in zip(made.call.tensors[changing:], self._starts)]
+
+    def holds(self) -> bool:
+        """Whether the others are where and what they were, on the current device, and nobody waits for launches."""
+        if self.plan is not None and (self.plan.hooked() or not is_current(self.device)):
+            return False
+        return all([t.data_ptr() == start and t.dtype is dtype for t, start, dtype in self._same])
+
+    def __call__(self, *changed: Tensor) -> Any:
+        """What the operation returns."""
+        if self.plan is not None:
+            return self.plan([*[t.data_ptr() for t in changed], *self._starts])
+        return unwatched(self.op.body, self.args(*changed))
+
+    def args(self, *changed: Tensor) -> list[Any]:
+        """Of the operation."""
+        args = [*self._args]
+        for i, t in zip(self._places, changed):
+            args[i] = t
+        return args
+
+    def keep(self, needed: Sequence[bool], changed: Sequence[Tensor], out: Any) -> Kept:
+        """What its backward needs; `needed` says of which arguments there will be gradients."""
+        kept = Kept(needed)
+        self.op.setup_context(kept, self.args(*changed), out)  # type: ignore[misc]  # it has formulas
+        return kept
+
+
+class Kept:
+    """What a formula takes for the context of a `torch.autograd.Function`, within another one."""
+
+    def __init__(self, needed: Sequence[bool]) -> None:
+        self.needs_input_grad = needed
+        self.saved_tensors: Sequence[Tensor | None] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Nobody asks for their gradients."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """None stays None."""
+
+    def taken(self) -> Sequence[Tensor | None]:
+        """The tensors, which somebody else saves."""
+        tensors, self.saved_tensors = self.saved_tensors, ()
+        return tensors
 
 
 def _function(

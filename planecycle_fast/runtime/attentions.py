@@ -7,7 +7,7 @@ As with backends, one asked for by name never falls back. "auto" is what `attent
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +62,18 @@ class AttentionCall(NamedTuple):
         scale: float | None = None,
     ) -> AttentionCall:
         """That with these tensors, in the mode that is on now."""
-        backward = torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v)])
-        n, rows, heads, head_dim = q.shape
-        return AttentionCall(q.dtype, known(n), known(rows), heads, head_dim, backward, scale)
+        return AttentionCall.of_parts((q, k, v), q.shape[2], scale)
+
+    @staticmethod
+    def of_parts(
+        made: Sequence[Tensor],  # q, k and v (N, rows, heads, hd), or packed (N, rows, 3*heads, hd)
+        heads: int,
+        scale: float | None = None,
+    ) -> AttentionCall:
+        """The same, packed or not."""
+        backward = torch.is_grad_enabled() and any([t.requires_grad for t in made])
+        n, rows, _, head_dim = made[0].shape
+        return AttentionCall(made[0].dtype, known(n), known(rows), heads, head_dim, backward, scale)
 
 
 def known(size: int) -> int | None:
