@@ -8,13 +8,14 @@ layers. Within a function rows of all sequences are one axis, as products want t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.eager import KnownCall
+from ..ops.eager import Kept, KnownCall
 
 AGAIN = "a block is differentiated twice, which backend 'triton' does not do; use backend='reference'"
 
@@ -35,11 +36,12 @@ class _BeforeAttention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # (B*P2, g + L2, C), and of each linear layer (B*P2, g + L2, out)
         stream = [t for t in (residual, branch, scale) if t is not None]
         out = known(*stream)
-        x, normed = out[0], out[1].view(-1, out[1].shape[2])  # (rows, C)
+        normed = out[1].view(-1, out[1].shape[2])  # (rows of all, C)
         kept = known.keep(ctx.needs_input_grad[1:6], stream, out)
         ctx.save_for_backward(normed, *linears[::2], *kept.taken())
-        ctx.known, ctx.kept = known, kept
+        ctx.known, ctx.kept, ctx.added = known, kept, out[0].numel() > 0
         ctx.set_materialize_grads(False)
+        x = out[0] if ctx.added else residual
         made = [F.linear(normed, *linears[i : i + 2]) for i in range(0, len(linears), 2)]
         return x, *[t.view(*x.shape[:2], t.shape[1]) for t in made]
 
@@ -52,7 +54,9 @@ class _BeforeAttention(torch.autograd.Function):
             of_x, *found = linear_gradients(g, normed, w, (True, *needed[6 + 2 * i : 8 + 2 * i]))
             of_normed = of_x if of_normed is None else of_normed if of_x is None else of_normed + of_x
             of_linears += found
-        of_stream = ctx.known.op.backward(ctx.kept, grad, of_normed, None, None)[:5]
+        of_stream = [*ctx.known.back(ctx.kept, grad if ctx.added else None, of_normed, None, None)[:5]]
+        if not ctx.added and grad is not None:
+            of_stream[0] = grad if of_stream[0] is None else of_stream[0] + grad
         ctx.kept.taken()
         return once(None, *of_stream, *of_linears)
 
@@ -76,7 +80,7 @@ class _OwnAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         ctx.kept.saved_tensors = ctx.saved_tensors
-        found = ctx.known.op.backward(ctx.kept, grad, None)[: len(ctx.needs_input_grad) - 1]
+        found = ctx.known.back(ctx.kept, grad, None)[: len(ctx.needs_input_grad) - 1]
         ctx.kept.taken()
         return once(None, *found)
 
@@ -120,11 +124,50 @@ class _AfterAttention(torch.autograd.Function):
         of_activated, *of_last = linear_gradients(of_branch, activated, last, (True, *needed[10:12]))
         of_hidden = None if of_activated is None else torch.ops.aten.gelu_backward.default(of_activated, hidden)
         of_normed, *of_first = linear_gradients(of_hidden, normed, first, (True, *needed[8:10]))
-        found = ctx.known.op.backward(ctx.kept, grad, of_normed, None, None)
+        found = ctx.known.back(ctx.kept, grad, of_normed, None, None)
         ctx.kept.taken()
         of_rows, *of_output = linear_gradients(found[1], rows, output, needed[2:5])
         of_context = None if of_rows is None else of_rows.view(ctx.heads)
         return once(None, found[0], of_context, *of_output, *found[2:5], *of_first, *of_last)
+
+
+class _Whole(torch.autograd.Function):
+    """All three, where attention is by kernels of ours too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        known: Sequence[KnownCall],  # of the three
+        heads: int,  # of what a linear layer makes: three times as many where q, k and v are packed
+        num_before: int,  # of the tensors that the first takes
+        *tensors: Tensor | None,  # what the first takes, and the third after x and context
+    ) -> tuple[Tensor, Tensor]:  # (B*P2, g + L2, C) each: the sum, and the branch
+        needed, end = ctx.needs_input_grad, 3 + num_before
+        of_qkv = [True] * ((num_before - 5) // 2)
+        before, within = Kept((False, *needed[3:end])), Kept((False, *of_qkv))
+        after = Kept((False, True, True, *needed[end:]))
+        x, *made = _BeforeAttention.forward(before, known[0], *tensors[:num_before])  # type: ignore[arg-type]
+        context = _OwnAttention.forward(within, known[1], *[t.view(*x.shape[:2], heads, -1) for t in made])
+        out = _AfterAttention.forward(after, known[2], x, context, *tensors[num_before:])  # type: ignore[arg-type]
+        parts = before, within, after
+        kept = [part.taken() for part in parts]
+        ctx.parts, ctx.counts = parts, [len(each) for each in kept]
+        ctx.save_for_backward(*kept[0], *kept[1], *kept[2])
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, of_branch: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        for part, number in zip(ctx.parts, ctx.counts):
+            part.saved_tensors = [*islice(saved, number)]
+        before, within, after = ctx.parts
+        _, of_x, of_context, *of_after = _AfterAttention.backward(after, grad, of_branch)
+        _, *of_made = _OwnAttention.backward(within, of_context)
+        _, *of_before = _BeforeAttention.backward(before, of_x, *of_made)
+        for part in ctx.parts:
+            part.taken()
+        return None, None, None, *of_before, *of_after
 
 
 def linear_gradients(
@@ -137,7 +180,7 @@ def linear_gradients(
     if grad is None:
         return None, None, None
     if grad.ndim != 2:
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = grad.reshape(-1, weight.shape[0])
     of_x = grad.mm(weight) if needed[0] else None
     return of_x, grad.t().mm(x) if needed[1] else None, grad.sum(0) if needed[2] else None
 
@@ -164,5 +207,4 @@ def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-before_attention, own_attention = _applied(_BeforeAttention), _applied(_OwnAttention)
-after_attention = _applied(_AfterAttention)
+before_attention, after_attention, whole_block = map(_applied, (_BeforeAttention, _AfterAttention, _Whole))

@@ -20,7 +20,7 @@ from ..ops.activations.gelu import gelu_ref
 from ..ops.eager import EagerCall, KnownCall, listed_calls
 from ..ops.launch_plans import DescribedCall, described
 from ..runtime.tracing import nobody_watches
-from .block_functions import after_attention, before_attention, own_attention
+from .block_functions import after_attention, before_attention, whole_block
 from .branches import attended, in_heads, mlp_branch
 from .stream import Layer, Own, Stream
 
@@ -70,15 +70,16 @@ class PreparedBlock:
 
     def _recorded(self, held: list[Stream], layer: Layer) -> Stream:
         """The same with a record for gradients."""
-        block = self.block
-        linears = [t for linear in self.qkv for t in linear()]
-        x, *made = before_attention(self.boundary, *held.pop(), *block.norm1.known[:2], *linears)
-        made = in_heads(made, block.attention.heads)
-        context = attended(made, block, layer) if self.attention is None else own_attention(self.attention, *made)
-        del made
-        norm, mlp = block.norm2.known[:2], (*self.first(), *self.last())
-        out = after_attention(self.added, x, context, *self.output(), block.scale1.gamma, *norm, *mlp)
-        return Stream(*out, block.scale2.gamma)
+        block, heads = self.block, self.block.attention.heads
+        before = *held.pop(), *block.norm1.known[:2], *[t for linear in self.qkv for t in linear()]
+        after = *self.output(), block.scale1.gamma, *block.norm2.known[:2], *self.first(), *self.last()
+        if self.attention is not None:
+            known, packed = (self.boundary, self.attention, self.added), 3 * heads if len(self.qkv) == 1 else heads
+            return Stream(*whole_block(known, packed, len(before), *before, *after), block.scale2.gamma)
+        x, *made = before_attention(self.boundary, *before)
+        del before
+        context = attended(in_heads(made, heads), block, layer)
+        return Stream(*after_attention(self.added, x, context, *after), block.scale2.gamma)
 
 
 class Preparation:
@@ -123,9 +124,7 @@ class Preparation:
         )  # fmt: skip
         if block.mlp.activation == "gelu" and not after and self.layer.choice.gelu != "tanh_epilogue":
             made.first = weight_and_bias(block.mlp.first[0])
-        if self.layer.choice.grad and (made.first is None or self.given[1:] == []):
-            return None  # TODO
-        return made
+        return None if self.layer.choice.grad and made.first is None else made  # with SwiGLU part by part
 
 
 def _is_known(made: EagerCall) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..runtime.tracing import nobody_watches
 from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, is_current, unwatched, watched
@@ -71,6 +72,9 @@ class EagerOp:
 
     def __call__(self, args: Sequence[Any]) -> Any:
         """What the operation returns; NotImplemented where it has to go through torch's dispatcher."""
+        again: _Again | None = getattr(_now, "again", None)
+        if again is not None and again.op is self and (starts := again.starts(args)) is not None:
+            return again.plan(starts)
         if not nobody_watches():
             return NotImplemented
         call = described(args)
@@ -103,6 +107,27 @@ class EagerOp:
         return out
 
 
+class _Again:
+    """A call within a formula for gradients, with a plan."""
+
+    def __init__(self, made: EagerCall) -> None:
+        self.op, self.device = made.op, made.call.device
+        self.plan: LaunchPlan = made.plan  # type: ignore[assignment]  # it has one
+        self._ends = [start & 15 for start in made.call.starts]
+
+    def starts(self, args: Sequence[Any]) -> list[int] | None:
+        """Addresses; None where gradients that have come lie otherwise than those before."""
+        starts = []
+        for a in args:
+            for t in a if type(a) is list else (a,):
+                if isinstance(t, Tensor):
+                    if type(t) is not Tensor and type(t) is not Parameter:
+                        return None
+                    starts.append(t.data_ptr())
+        known = [start & 15 for start in starts] == self._ends and not torch.is_grad_enabled()
+        return starts if known and is_current(self.device) and not self.plan.hooked() else None
+
+
 class KnownCall:
     """A call that is made again, with other tensors in the place of its first ones; its formulas for gradients.
 
@@ -115,6 +140,7 @@ class KnownCall:
         self._places = [i for i, a in enumerate(made.args) if isinstance(a, Tensor)][:changing]
         self._starts = made.call.starts[changing:]
         self._same = [(t, start, t.dtype) for t, start in zip(made.call.tensors[changing:], self._starts)]
+        self._again: dict[tuple[bool, ...], _Again] = {}  # in its formula for gradients
 
     def holds(self) -> bool:
         """Whether the others are where and what they were, on the current device, and nobody waits for launches."""
@@ -140,6 +166,21 @@ class KnownCall:
         kept = Kept(needed)
         self.op.setup_context(kept, self.args(*changed), out)  # type: ignore[misc]  # it has formulas
         return kept
+
+    def back(self, kept: Kept, *grads: Tensor | None) -> Sequence[Tensor | None]:
+        """Gradients of its arguments, from those of what it returned, which are contiguous and of their dtypes."""
+        key = (*kept.needs_input_grad, *[grad is None for grad in grads])
+        before, _now.again = getattr(_now, "again", None), self._again.get(key)
+        try:
+            if self.plan is None or key in self._again:
+                return self.op.backward(kept, *grads)  # type: ignore[misc]
+            with listed_calls() as calls:
+                found = self.op.backward(kept, *grads)  # type: ignore[misc]
+        finally:
+            _now.again = before
+        if len(calls) == 1 and calls[0].plan is not None:
+            self._again[key] = _Again(calls[0])
+        return found
 
 
 class Kept:

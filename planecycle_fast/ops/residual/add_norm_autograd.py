@@ -112,7 +112,7 @@ def backward_by(operation: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Call
             *grads, y, mean, rstd, weight, branch, scale, old, new, sizes, num_globals, via, pooled, norm, wanted,
             x_dtype, of_branch, sums_dtype,
         )  # fmt: skip
-        rows = iter(sums)
+        rows = iter(sums.unbind(0))
         found = [next(rows).to(dtype) if one else None for one, dtype in zip(wanted, vectors)]
         grad_branch = grad_x if of_branch is None else of_its_own
         return grad_x, grad_branch if ctx.needs_input_grad[1] else None, *found, *[None] * 9
