@@ -1,6 +1,6 @@
 """``make bench-host``: what a pass costs where the GPU has nothing to do, in microseconds per block. Needs no GPU.
 
-    PLANECYCLE_REPO=... python -m benchmarks.host [--baseline 8a2b271] [--rounds 9] [--top 20]
+    PLANECYCLE_REPO=... python -m benchmarks.host [--baseline 8a2b271] [--rounds 15] [--top 20]
 
 A lifted model, one of the authors' code accelerated, and their own code; eager, inference and forward + backward: whole
 models of 12 blocks, divided by 12, and one block (12 blocks less 4, by 8). `host_times` says what is measured, and what
@@ -70,8 +70,10 @@ class Times:
         """The median of all rounds; None of what is missing."""
         if (row, MANY) not in self.of:
             return None
-        many, few = (median(self.of[row, depth]) for depth in (MANY, FEW))
-        return many / MANY if what == WHOLE else (many - few) / (MANY - FEW)
+        many, few = self.of[row, MANY], self.of[row, FEW]
+        if what == WHOLE:
+            return median(many) / MANY
+        return median([more - less for more, less in zip(many, few)]) / (MANY - FEW)
 
 
 class Worker:
@@ -123,18 +125,17 @@ def time_all(workers: dict[str, Worker], rows: list[Row], rounds: int, calls: in
     """All rows by turns, in an order that turns round with every round."""
     times = Times()
     for step in STEPS:
-        for depth in DEPTHS:
-            of_step = [row for row in rows if row.step == step and row not in times.missing]
-            for i in range(rounds + 1):
-                for row in of_step if i % 2 else of_step[::-1]:
-                    if row in times.missing:
-                        continue
-                    found = workers[row.commit].ask(do="time", row=[row.model, row.step, depth], calls=calls)
-                    if "missing" in found:
-                        times.missing[row] = found["missing"]
-                    elif i:  # the first makes it
-                        times.add(row, depth, found["us"])
-            print(f"{step}, {depth} blocks: timed", flush=True)
+        turns = [(row, depth) for row in rows if row.step == step for depth in DEPTHS]
+        for i in range(rounds + 1):
+            for row, depth in turns if i % 2 else turns[::-1]:
+                if row in times.missing:
+                    continue
+                found = workers[row.commit].ask(do="time", row=[row.model, row.step, depth], calls=calls)
+                if "missing" in found:
+                    times.missing[row] = found["missing"]
+                elif i:  # before, models are made
+                    times.add(row, depth, found["us"])
+        print(f"{step}: timed", flush=True)
     return times
 
 
@@ -195,7 +196,7 @@ def places(parts: dict[Row, dict[str, Any]], times: Times, top: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const=BASELINE, metavar="COMMIT", help=f"{BASELINE} if none is named")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=8, help="of a round, whose fastest counts")
     parser.add_argument("--seconds", type=float, default=4, help="of samples for each row; 0 leaves them out")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="prints the N functions that take most")
