@@ -182,7 +182,7 @@ def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
     time since the one before.
     """
     found: Counter[Sample] = Counter()
-    last = thread_time()
+    last, looks = thread_time(), True
 
     def look(_: int, frame: FrameType | None) -> None:
         nonlocal last
@@ -192,7 +192,8 @@ def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
             frame = frame.f_back
         found[tuple(frames)] += now - last
         last = thread_time()
-        signal.setitimer(signal.ITIMER_REAL, INTERVAL)  # once: it would come while we look
+        if looks:
+            signal.setitimer(signal.ITIMER_REAL, INTERVAL)  # once: it would come while we look
 
     before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, INTERVAL)
@@ -201,6 +202,7 @@ def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
         while perf_counter() < end:
             call()
     finally:
+        looks = False  # a signal may wait to be seen
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return found
