@@ -14,10 +14,14 @@ Orders come as lines of JSON on the standard input, results go to the standard o
 
 from __future__ import annotations
 
+import ast
+import builtins
+import dis
 import gc
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import signal
 import sys
@@ -95,10 +99,6 @@ def _is_authors(path: str) -> bool:
 @cache
 def called(code: CodeType, at: int) -> str | None:
     """The name that a frame's instruction calls, "" at the function's beginning, None where it does something else."""
-    import ast
-    import dis
-    import linecache
-
     if at < 0:
         return ""
     name = dis.opname[code.co_code[at]]
@@ -116,9 +116,10 @@ def called(code: CodeType, at: int) -> str | None:
         node = ast.parse(b"(" + b"".join(lines) + b")", mode="eval").body
     except (SyntaxError, ValueError):
         return None
-    if not isinstance(node, ast.Call):
-        return None
-    return getattr(node.func, "attr", getattr(node.func, "id", None))
+    function = getattr(node, "func", None)
+    if isinstance(function, ast.Name):
+        return None if hasattr(builtins, function.id) else function.id
+    return getattr(function, "attr", None)
 
 
 @cache
@@ -133,7 +134,7 @@ def _operations() -> frozenset[str]:
         for name in dir(of)
         if callable(getattr(of, name)) and not isinstance(getattr(of, name), type)
     }
-    return frozenset((methods | functions) - QUERIES - set(dir(__builtins__)) - set(dir(list)) - set(dir(dict)))
+    return frozenset((methods | functions) - QUERIES - set(dir(list)) - set(dir(dict)))
 
 
 Sample = tuple[tuple[CodeType, int], ...]  # of frames, the innermost first: code, and the instruction it is at
@@ -318,16 +319,16 @@ def stand_in() -> None:
 # --- What is timed ----------------------------------------------------------------------------------------------------
 
 
+class NotHereError(Exception):
+    """What a model needs is not on this machine; the message says what."""
+
+
 def model_of(kind: str, depth: int) -> Any:
-    """One of MODELS; raises ValueError with the reason where it is not here."""
+    """One of MODELS. Raises NotHereError with the reason where there is none."""
     import planecycle_fast as pcf
 
     attention = "triton" if module_of("attentions").attentions()["triton"] is None else "sdpa"
-    how = {
-        "backend": "triton",
-        "attention": attention,
-        "strict": False,
-    }  # names are checked in no pass, as "auto" is not
+    how = {"backend": "triton", "attention": attention, "strict": False}  # "auto" is not checked in every pass either
     if kind == "lifted":
         import timm
 
@@ -340,7 +341,7 @@ def model_of(kind: str, depth: int) -> Any:
 
 def _authors(depth: int) -> Any:
     if REPO not in os.environ:
-        raise ValueError(f"{REPO} names no checkout of the authors' code")
+        raise NotHereError(f"{REPO} names no checkout of the authors' code")
     import torch
 
     folder, config = os.path.realpath(os.environ[REPO]), torch._dynamo.config
@@ -405,6 +406,8 @@ def timed(run: Callable[[], None], calls: int) -> float:
 
 
 def parts_of(run: Callable[[], None], seconds: float) -> dict[str, Any]:
+    """`Shares` of a pass."""
+
     def call() -> None:
         run()
         forget_gradients(run.parameters)
@@ -416,10 +419,10 @@ def parts_of(run: Callable[[], None], seconds: float) -> dict[str, Any]:
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
-    row = order["row"]
+    """Of an order {"do": "time", "row", "calls"} or {"do": "parts", "row", "seconds"}; a row as `step_of` takes it."""
     try:
-        run = step_of(*row)
-    except ValueError as error:
+        run = step_of(*order["row"])
+    except NotHereError as error:
         return {"missing": str(error)}
     if order["do"] == "time":
         return {"us": timed(run, order["calls"])}
