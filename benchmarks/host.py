@@ -30,7 +30,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +66,11 @@ class Times:
         self.of.setdefault((row, depth), []).append(us)
 
     def per_block(self, row: Row, what: str) -> float | None:
-        """The median of all rounds; None of what is missing."""
+        """By the fastest calls of all rounds, which others on the machine disturb least; None of what is missing."""
         if (row, MANY) not in self.of:
             return None
-        many, few = self.of[row, MANY], self.of[row, FEW]
-        if what == WHOLE:
-            return median(many) / MANY
-        return median([more - less for more, less in zip(many, few)]) / (MANY - FEW)
+        many, few = min(self.of[row, MANY]), min(self.of[row, FEW])
+        return many / MANY if what == WHOLE else (many - few) / (MANY - FEW)
 
 
 class Worker:
@@ -197,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const=BASELINE, metavar="COMMIT", help=f"{BASELINE} if none is named")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=8, help="of a round, whose fastest counts")
+    parser.add_argument("--calls", type=int, default=8, help="of a round; then it is another's turn")
     parser.add_argument("--seconds", type=float, default=4, help="of samples for each row; 0 leaves them out")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="prints the N functions that take most")
     parser.add_argument("--out", type=Path, default=RESULTS / "host.md")
@@ -244,7 +241,7 @@ def report(times: Times, parts: dict[Row, dict[str, Any]], baseline: str | None)
     )
     return (
         f"# Time of the host\n\n{head}\n"
-        "Microseconds per block, nothing launched: medians of rounds by turns, of each the fastest call. "
+        "Microseconds per block, nothing launched: the fastest of many calls, by turns. "
         f"Bars: {most}, {least}; **bold** is past its bar.\n\n{table(times, baseline)}\n"
         f"Whole models by part, sampled:\n\n{parts_table(parts, times)}"
     )
