@@ -432,6 +432,8 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Serves until the standard input ends."""
     keep_to_path()
+    if hasattr(os, "sched_setaffinity"):  # the same for all commits, so that other work there meets all of them
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     orders, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
     import torch
 
