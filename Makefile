@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PEERS := $(foreach peer,PLANECYCLE_REPO DINOV3_REPO,$(if $($(peer)),with $(peer)))
 SETUP := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test test-full test-versions docs lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
+.PHONY: help demo test test-full test-versions docs lint codegen compile-check mutants traffic bench bench-compare bench-cpu bench-host bench-quick sanitize gpu gpu-smoke gpu-sanitize clean
 help:
 	@echo "make demo       a real model on a real volume: a table and demo.png"
 	@echo "make test       the tests, under 15 minutes on 2 cores"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-compare  fails where we lost over 10% against others since the run before; OLD=... NEW=... picks two"
 	@echo "make bench-quick  2D, 3D and PlaneCycle side by side, under 3 minutes; writes benchmarks/results/<device>/ and README's table"
 	@echo "make bench-cpu  whole models on this CPU against others; writes benchmarks/results/cpu.md"
+	@echo "make bench-host time of the host per block, by part, without a GPU; writes benchmarks/results/host.md"
 	@echo "make sanitize   the C++ operations under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs       a site of README and docs in build/site, whose links are checked"
 	@echo "make lint       ruff, and the types of what pyproject.toml lists"
@@ -97,6 +98,9 @@ sanitize: $(VENV)/.pcf-test
 
 bench-cpu: $(VENV)/.pcf-test
 	$(RUN) -m benchmarks.cpu
+
+bench-host: $(VENV)/.pcf-test
+	$(RUN) -m benchmarks.host --baseline
 
 bench: $(VENV)/.pcf-bench
 	$(RUN) -m pytest benchmarks -o python_files="bench_*.py" -rs -W ignore::DeprecationWarning \

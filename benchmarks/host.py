@@ -1,12 +1,12 @@
-"""Time of the host: what a pass costs where the GPU has nothing to do, in microseconds per block. Needs no GPU.
+"""``make bench-host``: what a pass costs where the GPU has nothing to do, in microseconds per block. Needs no GPU.
 
-    PLANECYCLE_REPO=... python -m benchmarks.host [--baseline 8a2b271] [--rounds 9] [--top 20]
+    PLANECYCLE_REPO=... python -m benchmarks.host [--baseline 8a2b271] [--rounds 15] [--top 20]
 
-A lifted model, one of the authors' code accelerated, and their own code, eager, inference and forward + backward: whole models of
-12 blocks, divided by 12, and one block (12 blocks less 4, by 8); `host_times` says what is measured, and how a GPU is
-stood in for. With a baseline the same script times that commit's package too. All take turns, one call after another.
+A lifted model, one of the authors' code accelerated, and their own code; eager, inference and forward + backward: whole
+models of 12 blocks, divided by 12, and one block (12 blocks less 4, by 8). `host_times` says what is measured, and what
+stands for a GPU. With a baseline the same script times that commit's package too. All take turns.
 
-Where the time goes is sampled apart from that: the innermost function decides.
+Where the time goes is sampled apart from that, by the innermost function:
 
 checks              of arguments, and whether the host's blocks are still what they were
 choice              which backend and attention, in which mode
@@ -25,12 +25,11 @@ import os
 import shlex
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +66,10 @@ class Times:
         self.of.setdefault((row, depth), []).append(us)
 
     def per_block(self, row: Row, what: str) -> float | None:
-        """The median of all rounds; None of what is missing."""
+        """By the fastest calls of all rounds, which others on the machine disturb least; None of what is missing."""
         if (row, MANY) not in self.of:
             return None
-        many, few = (median(self.of[row, depth]) for depth in (MANY, FEW))
+        many, few = min(self.of[row, MANY]), min(self.of[row, FEW])
         return many / MANY if what == WHOLE else (many - few) / (MANY - FEW)
 
 
@@ -106,13 +105,15 @@ class Worker:
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
     """A folder with the package of a commit, for as long as it is needed. Raises ValueError where there is none."""
-    found = subprocess.run(["git", "archive", commit, "planecycle_fast"], cwd=PROJECT, capture_output=True)
+    found = subprocess.run(
+        ["git", "archive", "--format=zip", commit, "planecycle_fast"], cwd=PROJECT, capture_output=True
+    )
     if found.returncode:
         raise ValueError(
             f"baseline must be a commit of this repository, got {commit!r}: {found.stderr.decode().strip()}"
         )
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(found.stdout)) as archive:
+        with zipfile.ZipFile(io.BytesIO(found.stdout)) as archive:
             archive.extractall(folder)
         yield Path(folder)
 
@@ -121,18 +122,17 @@ def time_all(workers: dict[str, Worker], rows: list[Row], rounds: int, calls: in
     """All rows by turns, in an order that turns round with every round."""
     times = Times()
     for step in STEPS:
-        for depth in DEPTHS:
-            of_step = [row for row in rows if row.step == step and row not in times.missing]
-            for i in range(rounds + 1):
-                for row in of_step if i % 2 else of_step[::-1]:
-                    if row in times.missing:
-                        continue
-                    found = workers[row.commit].ask(do="time", row=[row.model, row.step, depth], calls=calls)
-                    if "missing" in found:
-                        times.missing[row] = found["missing"]
-                    elif i:  # the first makes it
-                        times.add(row, depth, found["us"])
-            print(f"{step}, {depth} blocks: timed", flush=True)
+        turns = [(row, depth) for row in rows if row.step == step for depth in DEPTHS]
+        for i in range(rounds + 1):
+            for row, depth in turns if i % 2 else turns[::-1]:
+                if row in times.missing:
+                    continue
+                found = workers[row.commit].ask(do="time", row=[row.model, row.step, depth], calls=calls)
+                if "missing" in found:
+                    times.missing[row] = found["missing"]
+                elif i:  # before, models are made
+                    times.add(row, depth, found["us"])
+        print(f"{step}: timed", flush=True)
     return times
 
 
@@ -151,7 +151,8 @@ def table(times: Times, baseline: str | None) -> str:
     def shown(us: float | None) -> str:
         return "-" if us is None else f"{us:.0f}"
 
-    lines = [f"| | step | | now, us | {baseline or 'baseline'}, us | now / {baseline or 'baseline'} | authors', us | authors' / now |",
+    before = baseline or "baseline"
+    lines = [f"| | step | | now, us | {before}, us | now / {before} | authors', us | authors' / now |",
              "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for model in OURS:
         for step in STEPS:
@@ -177,66 +178,72 @@ def parts_table(parts: dict[Row, dict[str, Any]], times: Times) -> str:
 
 
 def places(parts: dict[Row, dict[str, Any]], times: Times, top: int) -> str:
-    """Functions that take most, in microseconds per block."""
+    """Functions that take most, in microseconds per block: by themselves, and ours with all that they call."""
     text = ""
     for row, found in parts.items():
-        text += f"\n{' '.join(row)}\n"
         us = times.per_block(row, WHOLE)
-        for part, where, share in found["places"][:top]:
-            text += f"{us * share:8.1f} us  {part:18} {where}\n"
+        text += f"\n{', '.join(row)}: by themselves\n"
+        text += "".join([f"{us * share:8.1f} us  {part:18} {where}\n" for share, part, where in found["places"][:top]])
+        if found["within"]:
+            text += f"\n{', '.join(row)}: with all that they call\n"
+            text += "".join([f"{us * share:8.1f} us  {where}\n" for share, where in found["within"][:top]])
     return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const=BASELINE, metavar="COMMIT", help=f"{BASELINE} if none is named")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=8, help="of a round, whose fastest counts")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=8, help="of a round; then it is another's turn")
     parser.add_argument("--seconds", type=float, default=4, help="of samples for each row; 0 leaves them out")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="prints the N functions that take most")
     parser.add_argument("--out", type=Path, default=RESULTS / "host.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as the processes that time
-    if given.baseline is None:
-        return _run(given, {NOW: PROJECT})
-    try:
-        with checkout(given.baseline) as tree:
-            return _run(given, {NOW: PROJECT, given.baseline: tree})
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _run(given: argparse.Namespace, trees: dict[str, Path]) -> int:
-    rows = [Row(commit, model, step) for step in STEPS for model in MODELS for commit in trees
-            if commit == NOW or model != AUTHORS]  # fmt: skip
-    workers: dict[str, Worker] = {}
-    try:
+    with ExitStack() as stack:
+        trees = {NOW: PROJECT}
+        if given.baseline is not None:
+            try:
+                trees[given.baseline] = stack.enter_context(checkout(given.baseline))
+            except ValueError as error:
+                parser.error(str(error))
+        workers = {}
         for commit, tree in trees.items():
             workers[commit] = Worker(tree)
-        times = time_all(workers, rows, given.rounds, given.calls)
-        parts = {}
-        for row in rows:
-            if given.seconds > 0 and row not in times.missing:
-                order = {"do": "parts", "row": [row.model, row.step, MANY], "seconds": given.seconds}
-                parts[row] = workers[row.commit].ask(**order)
-    finally:
-        for worker in workers.values():
-            worker.close()
+            stack.callback(workers[commit].close)
+        times, parts = measure(workers, given)
     text = report(times, parts, given.baseline)
     write(given.out, text)
     print(text)
-    print(places(parts, times, given.top) if given.top else "", end="")
+    if given.top:
+        print(places(parts, times, given.top))
     return 0
+
+
+def measure(workers: dict[str, Worker], given: argparse.Namespace) -> tuple[Times, dict[Row, dict[str, Any]]]:
+    """Times of all rows, and the parts of those that are there."""
+    rows = [Row(commit, model, step) for step in STEPS for model in MODELS for commit in workers
+            if commit == NOW or model != AUTHORS]  # fmt: skip
+    times, parts = time_all(workers, rows, given.rounds, given.calls), {}
+    for row in rows:
+        if given.seconds > 0 and row not in times.missing:
+            order = {"do": "parts", "row": [row.model, row.step, MANY], "seconds": given.seconds}
+            parts[row] = workers[row.commit].ask(**order)
+    return times, parts
 
 
 def report(times: Times, parts: dict[Row, dict[str, Any]], baseline: str | None) -> str:
     """The page."""
     head = about(torch.device("cpu"), shlex.join(["python", "-m", "benchmarks.host", *sys.argv[1:]]))
-    bars = f"now / {baseline or 'baseline'} {BASELINE_BAR:.2f} at most, authors' / now {AUTHORS_BAR:.2f} at least"
+    least, most = (
+        f"authors' / now {AUTHORS_BAR:.2f} at least",
+        f"now / {baseline or 'baseline'} {BASELINE_BAR:.2f} at most",
+    )
     return (
-        f"# Time of the host\n\n{head}\nMicroseconds per block, one thread, nothing launched: medians of rounds by turns. "
-        f"Bars: {bars}; **bold** is past its bar.\n\n{table(times, baseline)}\n"
-        f"By part, of whole models; sampled:\n\n{parts_table(parts, times)}"
+        f"# Time of the host\n\n{head}\n"
+        "Microseconds per block, nothing launched: the fastest of many calls, by turns. "
+        f"Bars: {most}, {least}; **bold** is past its bar.\n\n{table(times, baseline)}\n"
+        f"Whole models by part, sampled:\n\n{parts_table(parts, times)}"
     )
 
 

@@ -1,22 +1,27 @@
 """What `host` measures, in a process of its own: this package, or that of an older commit where PYTHONPATH says so.
 
-A GPU's part is taken away, and nothing else: triton's driver is one that launches nothing, backend `triton` is told to take
-tensors on the CPU, and those are so small that torch's own operations cost what calling them costs. Kernels are compiled
-for an H100 once and looked up ever after. Tensors without data would not do: on "meta" torch runs linear, add and gelu by
-decompositions in Python, which cost more than all that is to be measured here, for us and for the authors' code.
+A GPU's part is taken away, and nothing else: triton's driver is one that launches nothing, backend `triton` is told to
+take tensors on the CPU, and those are so small that torch's own operations cost what calling them costs. Kernels are
+compiled for an H100 once, and looked up ever after. Tensors without data would not do: on "meta" torch runs linear, add
+and gelu by decompositions in Python, which cost more than all that is to be measured, for us and for the authors' code.
 
-What a GPU would add is not seen: the launches themselves, `torch.cuda.device` around each of ours, and what is only done
-on CUDA (the table of attentions, which a name leaves out; fc1's epilogue; at 8a2b271 `sdpa_kernel`, 12 to 21 us a block).
+What a GPU adds is not seen: the launches themselves, of which the authors' code has some four times as many,
+`torch.cuda.device` around each of ours, and what is only done there: the table of attentions, which a name leaves out,
+fc1's epilogue, and at 8a2b271 `sdpa_kernel`, 12 to 21 us a block.
 
 Orders come as lines of JSON on the standard input, results go to the standard output.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
+import dis
 import gc
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import signal
 import sys
@@ -26,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from time import perf_counter, thread_time
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 PARTS = ("checks", "choice", "dispatch", "launch arguments", "torch's own calls", "rest")
 CHECKS, CHOICE, DISPATCH, LAUNCH, TORCH, REST = PARTS
@@ -36,26 +41,30 @@ DEPTHS = (4, 12)  # blocks; one cycle of planes, and a ViT-S
 WIDTH, HEADS, VOLUME, PATCH = 8, 1, (1, 3, 2, 32, 32), 16  # next to nothing to multiply; 8 tokens
 REPO = "PLANECYCLE_REPO"  # a checkout of github.com/HINTLab/PlaneCycle at 1a1129c
 INTERVAL = 0.0005  # seconds between samples
-DEEPEST = 24  # frames of a sample
+DEEPEST = 48  # frames of a sample
+SHOWN = 200  # functions
 
 
 # --- Whose time it is -------------------------------------------------------------------------------------------------
 
 QUESTIONS = ("check", "why_", "refuse", "takes", "lie_as", "starts_", "transforms_active", "recorder", "may_", "is_",
              "known", "pays", "fits")  # fmt: skip
-FILES = {  # of the package, as they are called now and were before; a folder ends in "/"
-    CHECKS: ("hosts/", "adapters/", "parts.py", "placement.py", "ops/residual/norm.py"),
-    CHOICE: ("ops/choice.py", "runtime/", "backends.py", "attentions.py", "compiling.py", "tracing.py"),
-    DISPATCH: ("ops/registration.py", "ops/registry.py", "ops/custom.py", "ops/native_ops.py"),
-}
-IN_TORCH = {  # the rest of torch is what it does when it is called
-    DISPATCH: ("_ops.py", "_library/", "library.py", "_higher_order_ops/", "autograd/function.py", "_dynamo/", "_compile.py",
-               "_functorch/", "utils/_python_dispatch.py"),
+CALLED = ("calls_of", "forward", "backward", "setup_context", "keep", "save", "apply", "jvp")  # around our operations
+FILES = {  # of the package by how their path ends, as they are called now and were before
+    CHECKS: ("hosts/description.py", "hosts/known.py", "hosts/wrapped.py", "hosts/placement.py", "hosts/buffers.py",
+             "parts.py", "reading.py"),
+    CHOICE: ("ops/choice.py", "backends.py", "attentions.py", "attention_table.py", "tracing.py", "sizes_seen.py"),
+    DISPATCH: ("ops/registration.py", "ops/registry.py", "ops/custom.py", "_autograd.py", "_reverse.py"),
+    LAUNCH: ("_triton.py", "_shapes.py", "tiles.py", "ops/configs.py"),
 }  # fmt: skip
-AUTOGRAD = ("forward", "backward", "setup_context", "keep", "save", "apply", "jvp")  # of our own autograd functions
+IN_TORCH = {  # by how the path begins; None: questions that others ask; the rest is what torch does
+    DISPATCH: ("_ops.py", "_library/", "library.py", "_higher_order_ops/", "autograd/function.py", "_dynamo/",
+               "_compile.py", "_functorch/", "utils/_python_dispatch.py", "utils/_pytree.py"),
+    None: ("compiler/", "backends/", "jit/", "cuda/", "amp/", "_jit_internal.py", "overrides.py", "_VF.py"),
+}  # fmt: skip
 QUERIES = {"size", "stride", "dim", "numel", "element_size", "storage_offset", "is_contiguous", "is_floating_point",
            "data_ptr", "get_device", "is_grad_enabled", "is_autocast_enabled", "get_autocast_dtype", "is_complex",
-           "promote_types", "device", "dtype"}  # fmt: skip
+           "promote_types", "load", "save", "compile", "prod"}  # fmt: skip
 
 
 def part_of(path: str, function: str, package: str) -> str | None:
@@ -69,30 +78,18 @@ def part_of(path: str, function: str, package: str) -> str | None:
     if function.startswith("<"):  # a comprehension, a lambda: as the function around them
         return None
     if path.startswith(package + "/"):
-        inside = path[len(package) + 1 :]
-        if function.lstrip("_").startswith(QUESTIONS):
+        inside, name = path[len(package) + 1 :], function.lstrip("_")
+        if name.startswith(QUESTIONS):
             return CHECKS
-        for part, files in FILES.items():
-            if _listed(inside, files):
-                return part
-        name = inside.rpartition("/")[2]
-        if name.endswith("_triton.py") or name in ("tiles.py", "configs.py"):
-            return DISPATCH if function.lstrip("_") in AUTOGRAD else LAUNCH
-        if inside.startswith("ops/") and (function.lstrip("_") in AUTOGRAD or "autograd" in name):
+        if inside.startswith("ops/") and name.startswith(CALLED):
             return DISPATCH
-        return REST
+        return next((part for part, files in FILES.items() if inside.endswith(files)), REST)
     _, found, inside = path.rpartition("/site-packages/")
     if found and inside.startswith("torch/"):
-        return next((part for part, files in IN_TORCH.items() if _listed(inside[6:], files)), TORCH)
+        return next((part for part, files in IN_TORCH.items() if inside[len("torch/") :].startswith(files)), TORCH)
     if found and inside.startswith("triton/"):
         return LAUNCH
-    if found or _is_authors(path):
-        return REST  # a host's
-    return None  # Python's own library
-
-
-def _listed(inside: str, files: tuple[str, ...]) -> bool:
-    return any([inside.startswith(file) if file.endswith("/") else inside == file for file in files])
+    return REST if found or _is_authors(path) else None  # a host's; or Python's own library
 
 
 def _is_authors(path: str) -> bool:
@@ -102,10 +99,6 @@ def _is_authors(path: str) -> bool:
 @cache
 def called(code: CodeType, at: int) -> str | None:
     """The name that a frame's instruction calls, "" at the function's beginning, None where it does something else."""
-    import ast
-    import dis
-    import linecache
-
     if at < 0:
         return ""
     name = dis.opname[code.co_code[at]]
@@ -123,9 +116,10 @@ def called(code: CodeType, at: int) -> str | None:
         node = ast.parse(b"(" + b"".join(lines) + b")", mode="eval").body
     except (SyntaxError, ValueError):
         return None
-    if not isinstance(node, ast.Call):
-        return None
-    return getattr(node.func, "attr", getattr(node.func, "id", None))
+    function = getattr(node, "func", None)
+    if isinstance(function, ast.Name):
+        return None if hasattr(builtins, function.id) else function.id
+    return getattr(function, "attr", None)
 
 
 @cache
@@ -134,8 +128,13 @@ def _operations() -> frozenset[str]:
     import torch
 
     methods = {name for name in dir(torch.Tensor) if not name.startswith("_")}
-    functions = {name for of in (torch, torch.nn.functional) for name in dir(of) if callable(getattr(of, name))}
-    return frozenset((methods | functions) - QUERIES - set(dir(__builtins__)) - set(dir(list)) - set(dir(dict)))
+    functions = {
+        name
+        for of in (torch, torch.nn.functional)
+        for name in dir(of)
+        if callable(getattr(of, name)) and not isinstance(getattr(of, name), type)
+    }
+    return frozenset((methods | functions) - QUERIES - set(dir(list)) - set(dir(dict)))
 
 
 Sample = tuple[tuple[CodeType, int], ...]  # of frames, the innermost first: code, and the instruction it is at
@@ -150,19 +149,31 @@ def place(sample: Sample, package: str) -> tuple[str, str]:
         part = part_of(code.co_filename, code.co_name, package)
         if part is None:
             continue
-        own = code.co_filename.startswith(package + "/")
-        operation = called(code, at) if i == 0 and own else None
-        where = f"{_short(code.co_filename, package)}:{getattr(code, 'co_qualname', code.co_name)}"
+        operation = called(code, at) if i == 0 and not _is_of(code, "torch", "triton") else None
+        where = _where(code, package)
         if operation and operation in _operations():
             return TORCH, f"{where} -> {operation}"
         return part, where
-    return REST, "elsewhere"
+    return REST, f"elsewhere: {_where(frames[0][0], package)}"
 
 
-def _short(path: str, package: str) -> str:
-    if path.startswith(package + "/"):
-        return path[len(package) + 1 :]
-    return path.rpartition("/site-packages/")[2] if "/site-packages/" in path else "/".join(path.split("/")[-2:])
+def _is_of(code: CodeType, *libraries: str) -> bool:
+    return any([f"/site-packages/{library}/" in code.co_filename for library in libraries])
+
+
+def _is_in(code: CodeType, package: str) -> bool:
+    return code.co_filename.startswith(package + "/")
+
+
+def _where(code: CodeType, package: str) -> str:
+    path = code.co_filename
+    if _is_in(code, package):
+        path = path[len(package) + 1 :]
+    elif "/site-packages/" in path:
+        path = path.rpartition("/site-packages/")[2]
+    else:
+        path = "/".join(path.split("/")[-2:])
+    return f"{path}:{getattr(code, 'co_qualname', code.co_name)}"
 
 
 def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
@@ -172,7 +183,7 @@ def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
     time since the one before.
     """
     found: Counter[Sample] = Counter()
-    last = thread_time()
+    last, looks = thread_time(), True
 
     def look(_: int, frame: FrameType | None) -> None:
         nonlocal last
@@ -182,28 +193,48 @@ def sampled(call: Callable[[], Any], seconds: float) -> dict[Sample, float]:
             frame = frame.f_back
         found[tuple(frames)] += now - last
         last = thread_time()
+        if looks:
+            signal.setitimer(signal.ITIMER_REAL, INTERVAL)  # once: it would come while we look
 
     before = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    signal.setitimer(signal.ITIMER_REAL, INTERVAL)
     try:
         end = perf_counter() + seconds
         while perf_counter() < end:
             call()
     finally:
+        looks = False  # a signal may wait to be seen
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return found
 
 
-def shares(found: dict[Sample, float], package: str) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
-    """Of the time: each part's share, and (part, where, share) of all places, the largest first."""
+class Shares(NamedTuple):
+    """Of the time, as shares of 1."""
+
+    parts: dict[str, float]  # of each of PARTS
+    places: list[tuple[float, str, str]]  # of innermost functions: share, part, where; the largest first
+    within: list[tuple[float, str]]  # of the package's functions with all that they call: share, where
+
+
+def shares(found: dict[Sample, float], package: str) -> Shares:
+    """What samples say. Raises ValueError where there are none."""
     total = sum(found.values())
-    parts, places = dict.fromkeys(PARTS, 0.0), Counter()
+    if not total:
+        raise ValueError("samples must be of some time, got none")
+    parts, places, within = dict.fromkeys(PARTS, 0.0), Counter(), Counter()
     for sample, seconds in found.items():
         part, where = place(sample, package)
         parts[part] += seconds / total
         places[part, where] += seconds / total
-    return parts, [(*key, share) for key, share in places.most_common()]
+        within.update(
+            dict.fromkeys({_where(code, package) for code, _ in sample if _is_in(code, package)}, seconds / total)
+        )
+    return Shares(
+        parts,
+        [(share, *key) for key, share in places.most_common()],
+        [(share, where) for where, share in within.most_common()],
+    )
 
 
 # --- Without a GPU ----------------------------------------------------------------------------------------------------
@@ -212,7 +243,7 @@ def shares(found: dict[Sample, float], package: str) -> tuple[dict[str, float], 
 class _Utils:
     @staticmethod
     def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple:
-        return None, None, 32, 0, 1024  # module, function, registers, spills, most threads
+        return object(), 0, 32, 0, 1024  # module, function, registers, spills, most threads
 
     @staticmethod
     def get_device_properties(device: int) -> dict[str, int]:
@@ -249,6 +280,13 @@ class _Driver:
         return torch.cuda
 
 
+def keep_to_path() -> None:
+    """Imports what PYTHONPATH has: nothing from this script's folder, no module that only an editable install has."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+    sys.meta_path[:] = [each for each in sys.meta_path if "__editable__" not in getattr(each, "__module__", "")]
+
+
 def module_of(name: str) -> Any:
     """A module of the package's folder runtime, which lay beside the package's other files once."""
     for path in (f"planecycle_fast.runtime.{name}", f"planecycle_fast.{name}"):
@@ -283,12 +321,16 @@ def stand_in() -> None:
 # --- What is timed ----------------------------------------------------------------------------------------------------
 
 
+class NotHereError(Exception):
+    """What a model needs is not on this machine; the message says what."""
+
+
 def model_of(kind: str, depth: int) -> Any:
-    """One of MODELS; raises ValueError with the reason where it is not here."""
+    """One of MODELS. Raises NotHereError with the reason where there is none."""
     import planecycle_fast as pcf
 
     attention = "triton" if module_of("attentions").attentions()["triton"] is None else "sdpa"
-    how = {"backend": "triton", "attention": attention}
+    how = {"backend": "triton", "attention": attention, "strict": False}  # "auto" is not checked in every pass either
     if kind == "lifted":
         import timm
 
@@ -301,7 +343,7 @@ def model_of(kind: str, depth: int) -> Any:
 
 def _authors(depth: int) -> Any:
     if REPO not in os.environ:
-        raise ValueError(f"{REPO} names no checkout of the authors' code")
+        raise NotHereError(f"{REPO} names no checkout of the authors' code")
     import torch
 
     folder, config = os.path.realpath(os.environ[REPO]), torch._dynamo.config
@@ -354,35 +396,35 @@ def forget_gradients(parameters: list[Any]) -> None:
 
 
 def timed(run: Callable[[], None], calls: int) -> float:
-    """Microseconds of the fastest of some calls."""
+    """Microseconds of the fastest of some calls: of this thread, which does all of it, whatever else runs meanwhile."""
     gc.collect()
     least = float("inf")
     for _ in range(calls):
-        began = perf_counter()
+        began = thread_time()
         run()
-        least = min(least, perf_counter() - began)
+        least = min(least, thread_time() - began)
         forget_gradients(run.parameters)
     return least * 1e6
 
 
 def parts_of(run: Callable[[], None], seconds: float) -> dict[str, Any]:
+    """`Shares` of a pass."""
+
     def call() -> None:
         run()
         forget_gradients(run.parameters)
 
-    found = sampled(call, seconds)
-    found = {
-        sample: time for sample, time in found.items() if forget_gradients.__code__ not in [code for code, _ in sample]
-    }
-    parts, places = shares(found, package())
-    return {"parts": parts, "places": places[:200], "samples": len(found)}
+    found, forgetting = sampled(call, seconds), forget_gradients.__code__
+    kept = {sample: time for sample, time in found.items() if forgetting not in [code for code, _ in sample]}
+    parts, places, within = shares(kept, package())
+    return {"parts": parts, "places": places[:SHOWN], "within": within[:SHOWN]}
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
-    row = order["row"]
+    """Of an order {"do": "time", "row", "calls"} or {"do": "parts", "row", "seconds"}; a row as `step_of` takes it."""
     try:
-        run = step_of(*row)
-    except ValueError as error:
+        run = step_of(*order["row"])
+    except NotHereError as error:
         return {"missing": str(error)}
     if order["do"] == "time":
         return {"us": timed(run, order["calls"])}
@@ -391,13 +433,15 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serves until the standard input ends."""
-    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != str(Path(__file__).resolve().parent)]
-    # An editable install finds modules that an older commit has not, elsewhere.
-    sys.meta_path[:] = [each for each in sys.meta_path if "__editable__" not in getattr(each, "__module__", "")]
+    keep_to_path()
+    if hasattr(os, "sched_setaffinity"):  # the same for all commits, so that other work there meets all of them
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     orders, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
     import torch
 
     torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # which prepares more than such products and GELUs take
+    torch.set_flush_denormal(True)  # what no kernel has written holds anything, and slow numbers too
     module_of("torchvision_fix").mend_torchvision()
     stand_in()
     print(json.dumps({"package": package()}), file=orders, flush=True)
