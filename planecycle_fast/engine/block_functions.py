@@ -50,10 +50,10 @@ class _BeforeAttention(torch.autograd.Function):
         normed, *rest = ctx.saved_tensors
         weights, ctx.kept.saved_tensors = rest[: len(grads)], rest[len(grads) :]
         needed, of_linears, of_normed = ctx.needs_input_grad, [], None
-        for i, (g, w) in enumerate(zip(grads, weights)):
-            of_x, *found = linear_gradients(g, normed, w, (True, *needed[6 + 2 * i : 8 + 2 * i]))
+        for i in reversed(range(len(grads))):  # in autograd's order: the last one first
+            of_x, *found = linear_gradients(grads[i], normed, weights[i], (True, *needed[6 + 2 * i : 8 + 2 * i]))
             of_normed = of_x if of_normed is None else of_normed if of_x is None else of_normed + of_x
-            of_linears += found
+            of_linears = found + of_linears
         of_stream = [*ctx.known.back(ctx.kept, grad if ctx.added else None, of_normed, None, None)[:5]]
         if not ctx.added and grad is not None:
             of_stream[0] = grad if of_stream[0] is None else of_stream[0] + grad

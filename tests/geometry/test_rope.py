@@ -40,6 +40,23 @@ def test_angles_are_the_separable_form_of_the_dense_tables():
     assert torch.equal(sin, dense.flatten(0, 1).repeat(1, 2))
 
 
+def test_tables_are_kept_until_periods_change():
+    rope = Rope(make_periods(8, 100.0))
+    kept = rope.axis_tables((2, 3))
+    assert rope.axis_tables((2, 3)) is kept and rope.axis_tables((3, 2)) is not kept
+    assert Rope(rope.periods, normalize="max").axis_tables((2, 3)) is not kept
+    with torch.inference_mode():
+        assert rope.axis_tables((2, 3)) is kept
+        assert not rope.axis_tables((4, 4)).sin[0].is_inference()  # gradients may need them
+    rope.periods.mul_(2)
+    changed = rope.axis_tables((2, 3))
+    assert torch.equal(changed.sin[0], (rope.angles((2, 3))[0]).sin()) and not torch.equal(changed.sin[0], kept.sin[0])
+    rope.periods.data = rope.periods * 2
+    assert not torch.equal(rope.axis_tables((2, 3)).sin[0], changed.sin[0])
+    augmented = Augmentation(shift=torch.ones(2))
+    assert rope.axis_tables((2, 3), augmented) is not rope.axis_tables((2, 3), augmented)
+
+
 def test_sections_and_periods():
     assert section_sizes(64, 2) == (16, 16)
     assert section_sizes(64, 3) == (8, 12, 12)
