@@ -115,7 +115,7 @@ def self_attention_tile_backward_kernel(
     q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
     k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
     v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    grads_row: tl.int64,  # of all gradients
+    grads_row,  # of all gradients
     UNIT: tl.constexpr,  # 16 bytes of elements where all strides allow it, else 1
     BLOCK: tl.constexpr,  # rows, rounded up to a power of two
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,  # channels of half a head and of a head, rounded up likewise
@@ -145,7 +145,7 @@ def self_attention_tile_backward_kernel(
     group, n = pid % groups, (pid // groups).to(tl.int64)
     row = tl.arange(0, BLOCK)
     ok = row < rows
-    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    j, d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     for head in range(group * per_group, tl.minimum((group + 1) * per_group, heads)):
         h = tl.cast(head, tl.int64)
         x = q + (n * q_seq + h * q_head) * UNIT
@@ -185,7 +185,7 @@ def self_attention_queries_backward_kernel(
     q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
     k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
     v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    grads_row: tl.int64,
+    grads_row,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,  # rows of the tile that stays, and of those that pass
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
@@ -206,7 +206,7 @@ def self_attention_queries_backward_kernel(
     h, n = (pid // tiles % heads).to(tl.int64), (pid // tiles // heads).to(tl.int64)
     row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
-    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    j, d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     q += (n * q_seq + h * q_head) * UNIT
     k += (n * k_seq + h * k_head) * UNIT
     v += (n * v_seq + h * v_head) * UNIT
@@ -244,12 +244,12 @@ def _through_queries(
         ok = row < rows
         qa, qb = _pair(q, row * q_row * UNIT, ok, j, HALF)
         g = _whole(grad, row * grad_row * UNIT, ok, d, HALF)
-        shift = tl.load(lse + row.to(tl.int64), mask=ok, other=0)
+        shift = tl.load(lse + row, mask=ok, other=0)
         weights = _weights(ka, kb, qa, qb, shift[None, :], ok[None, :], factor, PRECISION, ACC)
         if OF_V:
             of_v = _product(weights.to(g.dtype), g, of_v, PRECISION, ACC)
         if OF_K:
-            along = tl.load(delta + row.to(tl.int64), mask=ok, other=0)
+            along = tl.load(delta + row, mask=ok, other=0)
             of_scores = (weights * (_product(value, g.T, None, PRECISION, ACC) - along[None, :])).to(g.dtype)
             a, b = _product(of_scores, qa, a, PRECISION, ACC), _product(of_scores, qb, b, PRECISION, ACC)
     return a, b, of_v
@@ -267,7 +267,7 @@ def self_attention_keys_backward_kernel(
     q_seq: tl.int64, q_row: tl.int64, q_head: tl.int64,
     k_seq: tl.int64, k_row: tl.int64, k_head: tl.int64,
     v_seq: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    grads_row: tl.int64,
+    grads_row,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
     APART: tl.constexpr,  # whether values wait for a second pass over the queries: fewer registers, a product more
@@ -290,7 +290,7 @@ def self_attention_keys_backward_kernel(
     h, n = (pid // tiles % heads).to(tl.int64), (pid // tiles // heads).to(tl.int64)
     row = pid % tiles * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
-    j, d = tl.arange(0, BLOCK_J).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    j, d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     grad += (n * grad_seq + h * grad_head) * UNIT
     q += (n * q_seq + h * q_head) * UNIT
     lse += (n * heads + h) * rows

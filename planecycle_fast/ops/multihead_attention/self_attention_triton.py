@@ -41,7 +41,7 @@ LOG2_E = math.log2(math.e)
 @triton.jit
 def _tile(x, place, valid, c, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     """Rows at the offsets `place` (rows, 1), channels c of which there are SIZE; zeros beyond. WHOLE: all are there."""
-    pointers = x + (place + c.to(tl.int64)[None, :])
+    pointers = x + (place + c[None, :])
     if WHOLE and c.shape[0] == SIZE:
         t = tl.load(pointers)
     elif WHOLE:
@@ -74,7 +74,7 @@ def _turned_halves(
     sin, cos = None, None
     if TURN:
         sin, cos = sincos(sin0, sin1, sin2, cos0, cos1, cos2, row, rows, num_globals, n1, n2, j, HALF, S0, S1, WIDE)
-    place = (row.to(tl.int64) * x_row * UNIT)[:, None]
+    place = (row * x_row * UNIT)[:, None]
     return _halves(x, place, row, rows, num_globals, j, sin, cos, HALF, TURN, WHOLE, COMPUTE, WIDE)
 
 
@@ -86,15 +86,15 @@ def _keys(
 ):  # fmt: skip
     """Numbers, halves and values of the keys from `start` on; WHOLE: all of them are there."""
     within, HALF = tl.arange(0, BLOCK), tl.constexpr(HD // 2)
-    key, first = start + within, tl.cast(start, tl.int64)
+    key = start + within
     sin, cos = None, None
     if TURN:
         sin, cos = sincos(sin0, sin1, sin2, cos0, cos1, cos2, key, rows, num_globals, n1, n2, j, HALF, S0, S1, WIDE)
-    place = (within.to(tl.int64) * k_row * UNIT)[:, None]
-    k += first * k_row * UNIT
+    place = (within * k_row * UNIT)[:, None]
+    k += start * k_row * UNIT
     k1, k2 = _halves(k, place, key, rows, num_globals, j, sin, cos, HALF, TURN, WHOLE, COMPUTE, WIDE)
-    place = (within.to(tl.int64) * v_row * UNIT)[:, None]
-    return key, k1, k2, _tile(v + first * v_row * UNIT, place, key < rows, c, HD, WHOLE)
+    place = (within * v_row * UNIT)[:, None]
+    return key, k1, k2, _tile(v + start * v_row * UNIT, place, key < rows, c, HD, WHOLE)
 
 
 @triton.jit
@@ -137,13 +137,13 @@ def _continued(
 def _store(out, lse, top, total, acc, head, row, rows, heads, c, HD: tl.constexpr):
     """Context of one head of a sequence, `head` counted over all sequences, and logarithms of sums."""
     n, h = head // heads, head % heads
-    place = (n * rows + row.to(tl.int64)) * heads + h
-    pointers = out + ((place * HD)[:, None] + c.to(tl.int64)[None, :])
+    place = (n * rows + row) * heads + h
+    pointers = out + ((place * HD)[:, None] + c[None, :])
     result = acc / total[:, None]
     tl.store(pointers, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (c < HD)[None, :])
     if lse is not None:
         sums = (top + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse + (head * rows + row.to(tl.int64)), sums, mask=row < rows)
+        tl.store(lse + (head * rows + row), sums, mask=row < rows)
 
 
 _SIZES = "rows heads num_globals n1 n2 per_program q_seq q_row q_head k_seq k_row k_head v_seq v_row v_head scale"
@@ -189,7 +189,7 @@ def self_attention_tile_kernel(
     sin, cos = None, None
     if TURN:
         sin, cos = sincos(sin0, sin1, sin2, cos0, cos1, cos2, row, rows, num_globals, n1, n2, j, HALF, S0, S1, WIDE)
-    wide = row.to(tl.int64)[:, None]
+    wide = row[:, None]
     for h in range(group * per_program, tl.minimum((group + 1) * per_program, heads)):
         place = (n * q_seq + h * q_head + wide * q_row) * UNIT
         q1, q2 = _halves(q, place, row, rows, num_globals, j, sin, cos, HALF, TURN, False, COMPUTE, WIDE)

@@ -38,7 +38,7 @@ def sincos(
         i0, i1, i2 = token // (n1 * n2), token // n2 % n1, token % n2
     elif sin1 is not None:
         i0, i1 = token // n1, token % n1
-    j = j.to(tl.int64)[None, :]
+    j = j[None, :]
     mask = ((row >= num_globals) & (row < rows))[:, None] & (j < HALF)
     row0, row1 = i0.to(tl.int64)[:, None] * S0, i1.to(tl.int64)[:, None] * S1
     row2 = i2.to(tl.int64)[:, None] * (HALF - S0 - S1)
