@@ -90,11 +90,10 @@ class EagerOp:
         if plan is None or not self.planned or (plan is not PLANLESS and plan.hooked()):  # type: ignore[union-attr]
             out = unwatched(self.body, args)
         elif plan is PLANLESS:
+            if len(self._plans) >= MOST:
+                self._plans.clear()
             out, plan = watched(self.body, args, call)
-            if plan is not PLANLESS:
-                if len(self._plans) >= MOST:
-                    self._plans.clear()
-                self._plans[call.key] = plan
+            self._plans[call.key] = plan
         elif is_current(call.device):
             out = plan([*call.starts])  # type: ignore[operator]
         else:

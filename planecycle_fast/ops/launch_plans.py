@@ -69,7 +69,11 @@ def described(args: Sequence[Any]) -> DescribedCall | None:
                 return None
     except RuntimeError:  # of what a transform has left behind
         return None
-    return DescribedCall(tuple(key), tensors, starts, tensors[0].device) if tensors else None
+    if not tensors:
+        return None
+    if len(set(starts)) < len(starts):  # a tensor may be in several places: which of them a kernel is given is the same
+        key += map(starts.index, starts)
+    return DescribedCall(tuple(key), tensors, starts, tensors[0].device)
 
 
 def is_current(device: torch.device) -> bool:
@@ -212,13 +216,12 @@ def unwatched(body: Callable[..., Any], args: Sequence[Any]) -> Any:
     return _run(body, args, _NOBODY)
 
 
-def watched(body: Callable[..., Any], args: Sequence[Any], call: DescribedCall) -> tuple[Any, Any]:
-    """What a body returns; and its plan, or None if it has none. PLANLESS: others of its kind may have one."""
+def watched(body: Callable[..., Any], args: Sequence[Any], call: DescribedCall) -> tuple[Any, LaunchPlan | None]:
+    """What a body returns; and its plan, or None if it has none."""
     watch = _Watch(call)
     with watch:
         out = _run(body, args, watch)
-    alike = len({id(t) for t in call.tensors}) < len(call.tensors)  # which of them a kernel is given nobody can tell
-    return out, PLANLESS if alike else watch.plan(out)
+    return out, watch.plan(out)
 
 
 def _run(body: Callable[..., Any], args: Sequence[Any], watch: Any) -> Any:
