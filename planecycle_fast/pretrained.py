@@ -53,8 +53,7 @@ def from_pretrained(
         raise ValueError(f"model {name} must have weights, got {note}; random_weights=True takes it anyway")
     given = dict(mode=mode, cycle_order=cycle_order, pool_method=pool_method, globals_at=globals_at)
     settings = settings_of(name, **given, depth_position=depth_position, gelu=gelu, has_adapter=adapter is not None)
-    how = dict(backend=backend, attention=attention, strict=strict, adapter=adapter, graphs=graphs)
-    return lift(host, **settings, **how)
+    return lift(host, **settings, backend=backend, attention=attention, strict=strict, adapter=adapter, graphs=graphs)
 
 
 def settings_of(name: str, has_adapter: bool = False, **given: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Graph:
         if weights != [version(p) for p in self.model.parameters()]:
             raise RuntimeError("the model writes to its parameters as it runs")
 
-    def _warm_up(self, learns: list[Tensor]) -> None:
+    def _warm_up(self, learns: Sequence[Tensor]) -> None:
         every = [*([self._input] if self._input.requires_grad else []), *learns]
         for i in range(WARM_UPS):
             last, state, foreign = i == WARM_UPS - 1, torch.get_rng_state(), _drawn_in_python()

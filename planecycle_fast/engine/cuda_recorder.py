@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -16,8 +16,8 @@ Backward = Callable[["list[Tensor]"], "list[Tensor]"]  # of the outputs of the f
 class Recorded(Protocol):
     """A pass that can be replayed on the memory it was recorded with."""
 
-    outputs: Sequence[Tensor]  # where a replay writes them
-    gradients: Sequence[Tensor]
+    outputs: list[Tensor]  # where a replay writes them
+    gradients: list[Tensor]
     nbytes: int  # of device memory that it holds
 
     def forward(self) -> None: ...
@@ -117,15 +117,15 @@ class _CudaRecorded:
     def __init__(self, forward: Forward, backward: Backward | None, device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        before, pool = torch.cuda.memory_reserved(device), torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_reserved(device)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(device)
         self._graphs = [torch.cuda.CUDAGraph() for _ in range(1 if backward is None else 2)]
-        # Threads that load data may go on: "global" would make errors of what they ask of CUDA.
-        how = dict(pool=pool, stream=torch.cuda.current_stream(device), capture_error_mode="thread_local")
-        with torch.cuda.graph(self._graphs[0], **how):
+        self.gradients: list[Tensor] = []
+        # Threads that load data may go on: with "global" errors would come of what they ask of CUDA.
+        with torch.cuda.graph(self._graphs[0], pool, stream, "thread_local"):
             made = forward()
-        self.gradients: Sequence[Tensor] = ()
         if backward is not None:
-            with torch.cuda.graph(self._graphs[1], **how):
+            with torch.cuda.graph(self._graphs[1], pool, stream, "thread_local"):
                 self.gradients = [t.detach() for t in backward(made)]
         self.outputs = [t.detach() for t in made]
         self.nbytes = max(0, torch.cuda.memory_reserved(device) - before)

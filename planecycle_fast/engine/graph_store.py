@@ -95,6 +95,11 @@ class GraphStore:
             replayed()
         return found[0]
 
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len([entry for entry in self._entries.values() if entry.graph is not None])
+
     def describe(self, device: torch.device) -> list[str]:
         """Lines for `report`."""
         if not cuda_recorder.RECORDER.takes(device):
@@ -114,13 +119,14 @@ class GraphStore:
     def _entry(self, kind: tuple[Any, ...], model: nn.Module, volume: Tensor) -> _Entry | None:
         """Of this kind the first whose backward pass has run; None where too many wait for theirs."""
         for number in range(AT_ONCE):
-            entry = self._entries.get((*kind, number))
+            key = (*kind, number)
+            entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[(*kind, number)] = _Entry(_words(volume, model.training))
+                entry = self._entries[key] = _Entry(_words(volume, model.training))
+            if entry.graph is None or not entry.graph.is_pending:
+                self._entries.move_to_end(key)
                 while len(self._entries) > ENTRIES:
                     self._entries.popitem(last=False)
-            if entry.graph is None or not entry.graph.is_pending:
-                self._entries.move_to_end((*kind, number))
                 return entry
         self._eager[f"{AT_ONCE} passes of a kind wait for backward, each in a graph"] += 1
         return None
@@ -171,9 +177,9 @@ class _Entry:
     """One kind of pass: its graph, or why there is none."""
 
     def __init__(self, words: str) -> None:
-        self.words, self.graph, self.why = words, None, "eager until it repeats"
+        self.words, self.why = words, "until it repeats"
+        self.graph: Graph | None = None
         self.waits, self.seen = 1, 0  # eager passes before a capture, and those that there were
-        self.graph: Graph | None
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ one of before, where what is the same object counts as equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -19,7 +19,11 @@ from ..hosts.known import HOOKS
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _STANDARD = {*nn.Module().__dict__, "taps"}  # containers of every module, looked at by themselves; taps are no part
-_all = chain.from_iterable
+
+
+def _all(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
+    """Their values, in a row."""
+    return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
 class Snapshot:
@@ -38,7 +42,7 @@ class Snapshot:
                     owners.setdefault(id(found), (f"{name}.{kind}", vars(found)))
         self._names = names + [name for name, _ in owners.values()]
         self._attributes += [attributes for _, attributes in owners.values()]
-        held = {id(d): d for m in modules for d in (m._parameters, m._buffers) if d}
+        held: dict[int, Any] = {id(d): d for m in modules for d in (m._parameters, m._buffers) if d}
         self._holders = [*held.values()]
         self._children = [*{id(d): d for d in [m._modules for m in modules] if d}.values()]
         hooks = [m.__dict__[kind] for m in modules for kind in HOOKS]
@@ -50,7 +54,7 @@ class Snapshot:
         self._containers = [value for _, _, value in values if isinstance(value, (dict, list, set))]
         self._contents = [_copy(value) for value in self._containers]
         # Strong references: memory that a recorded pass reads stays, whoever replaces a weight.
-        self._tensors = [*_all(map(dict.values, self._holders))]
+        self._tensors = _all(self._holders)
         self._present = [t for t in self._tensors if t is not None]
         self._storages = [t.untyped_storage() for t in self._present]
         self._places = [*map(Tensor.data_ptr, self._present)]
@@ -58,14 +62,14 @@ class Snapshot:
         self._lengths = [*map(len, self._attributes)]
         self._types = [*map(type, modules)]
         self._forwards = [kind.forward for kind in self._kinds]
-        self._values = [*_all(map(dict.values, self._attributes))]
-        self._in_modules = [*_all(map(dict.values, self._children))]
+        self._values = _all(self._attributes)
+        self._in_modules = _all(self._children)
         self._in_hooks = [*map(list, map(dict.values, self._hooked))]
         self._set = [*settings()]
 
     def moved(self) -> str | None:
         """Which parameter or buffer is another one now, elsewhere, or frozen where it was not; or None."""
-        tensors = [*_all(map(dict.values, self._holders))]
+        tensors = _all(self._holders)
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return self._name_of_first("has been replaced", tensors)
         if [*map(Tensor.data_ptr, self._present)] != self._places:
@@ -88,12 +92,12 @@ class Snapshot:
             return f"{self._names[i]} has other attributes"
         if [*map(type, self._modules)] != self._types or [kind.forward for kind in self._kinds] != self._forwards:
             return "a module's class has changed"
-        values = [*_all(map(dict.values, self._attributes))]
+        values = _all(self._attributes)
         if values != self._values:
             return self._attribute(values)
         if any([d.get(name) is not value for d, name, value in self._tensors_aside]):
             return "a tensor among its modules' attributes has been replaced"
-        if [*_all(map(dict.values, self._children))] != self._in_modules:
+        if _all(self._children) != self._in_modules:
             return "a module has been replaced"
         if any(self._empty) or [*map(list, map(dict.values, self._hooked))] != self._in_hooks or _has_any_global_hook():
             return "hooks have been added or removed"
