@@ -24,10 +24,11 @@ from ..hosts.buffers import version
 from ..runtime.backends import asked_for
 from ..runtime.recording import HostDraws, is_recording, recording
 from . import cuda_recorder
-from .snapshot import Snapshot
+from .snapshot import Snapshot, modules_of
 
 WARM_UPS = 3  # runs before capture: kernels compile, libraries allocate what they need
 _VERSION = attrgetter("_version")
+_one_at_a_time = threading.Lock()  # recordings: torch allows no more
 _ADVICE = "no value may go back to Python, and no hook may wait for one"
 
 
@@ -57,9 +58,15 @@ class Graph:
         self._snapshot = Snapshot(model, settings)
         self._draws, self._lock = HostDraws(), threading.RLock()
         self._pending: Callable[[], Any] = _nothing
+        self._leaves = _Leaves(model if gradients else None)
         self._learns: list[Tensor] = []  # parameters that have a gradient
         self._needs: list[frozenset[int]] = []  # of those, and of the volume if it has one, by which outputs
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), self._recorder.on(volume.device):
+        with (
+            _one_at_a_time,
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            self._recorder.on(volume.device),
+        ):
             self._record(volume)
         if (why := self._snapshot.moved() or self._snapshot.changed()) is not None:
             raise RuntimeError(f"the model changes while it runs: {why}")
@@ -71,15 +78,15 @@ class Graph:
         """Warm-ups, then the passes; random numbers and buffers are afterwards what they were."""
         gradients, device = torch.is_grad_enabled(), volume.device
         buffers = [(b, b.clone(), version(b)) for b in self.model.buffers()]
-        learns = [p for p in self.model.parameters() if p.requires_grad] if gradients else []
-        weights = [version(p) for p in self.model.parameters()]
+        weights = [*self.model.parameters(), *self._leaves.made]
+        versions = [version(t) for t in weights]
         # Buffers that anyone may write to. Casts of weights are part of a graph, not kept from one pass to the next.
         self._input = volume.detach().clone(memory_format=torch.contiguous_format)
         self._input.requires_grad_(gradients and volume.requires_grad)
         host = torch.get_rng_state()
         try:
             with self._recorder.same_draws(device), _no_cached_casts(), self._recorder.aside(device):
-                self._warm_up(learns)
+                self._warm_up()
                 backward = self._backward_pass if self._needs else None
                 self._recorded = self._recorder.record(self._forward_pass, backward, device)
         finally:
@@ -88,16 +95,16 @@ class Graph:
                 for buffer, before, at in buffers:
                     if self.model.training or version(buffer) != at:  # batch norm writes without a new version
                         buffer.copy_(before)
-        if weights != [version(p) for p in self.model.parameters()]:
+        if versions != [version(t) for t in weights]:
             raise RuntimeError("the model writes to its parameters as it runs")
 
-    def _warm_up(self, learns: Sequence[Tensor]) -> None:
-        every = [*([self._input] if self._input.requires_grad else []), *learns]
+    def _warm_up(self) -> None:
+        every = [*([self._input] if self._input.requires_grad else []), *self._leaves.made]
         for i in range(WARM_UPS):
             last, state, foreign = i == WARM_UPS - 1, torch.get_rng_state(), _drawn_in_python()
             self._draws.hand_out() if last else self._draws.collect()
             with self._recorder.no_waiting() if last else nullcontext():
-                with recording(self._draws):
+                with recording(self._draws), self._leaves:
                     leaves, self._spec = tree_flatten(self._run(self._input))
                 tensors = [t for t in leaves if isinstance(t, Tensor)]
                 self._constants = [None if isinstance(t, Tensor) else t for t in leaves]
@@ -123,7 +130,7 @@ class Graph:
                     need |= set() if gradient is None else {i}
         kept = [(t, frozenset(need)) for t, need in zip(every, needs) if need]
         self._needs = [need for _, need in kept]
-        self._learns = [t for t, _ in kept if t is not self._input]
+        self._learns = [self._leaves.of(t) for t, _ in kept if t is not self._input]
         self._wanted = [t for t, _ in kept]
         kinds = dict.fromkeys([t.dtype for t in self._wanted])
         self._groups = [[i for i, t in enumerate(self._wanted) if t.dtype == kind] for kind in kinds]
@@ -142,7 +149,7 @@ class Graph:
 
     def _forward_pass(self) -> list[Tensor]:
         self._draws.hand_out()
-        with recording(self._draws):
+        with recording(self._draws), self._leaves:
             return [t for t in tree_flatten(self._run(self._input))[0] if isinstance(t, Tensor)]
 
     def _backward_pass(self, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -212,6 +219,11 @@ class Graph:
         return self._recorded.nbytes
 
     @property
+    def is_lost(self) -> bool:
+        """Whether weights are elsewhere now, so that it can never be replayed again."""
+        return self._snapshot.moved() is not None
+
+    @property
     def is_pending(self) -> bool:
         """Whether a forward pass waits for its backward pass, whose memory the next one would overwrite."""
         return self._pending() is not None
@@ -269,6 +281,38 @@ class Graph:
         return token
 
 
+class _Leaves:
+    """Within the block a model has tensors of its own as parameters: the same memory, but leaves of no other pass.
+
+    What autograd does last for a leaf is bound to the stream on which it was used first, as long as any pass of then
+    is alive, or DistributedDataParallel: that cannot be part of a capture on another stream.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]] = []
+        by_original: dict[nn.Parameter, nn.Parameter] = {}
+        dictionaries = {} if model is None else {id(m._parameters): m._parameters for m in modules_of(model)}
+        for held in dictionaries.values():
+            for name, p in held.items():
+                if p is not None and p.requires_grad:
+                    leaf = by_original.setdefault(p, nn.Parameter(p.detach()))
+                    self._places.append((held, name, p, leaf))
+        self.made: list[Tensor] = [*by_original.values()]
+        self._originals: dict[Tensor, Tensor] = {leaf: p for p, leaf in by_original.items()}
+
+    def of(self, leaf: Tensor) -> Tensor:
+        """The parameter whose memory a leaf has."""
+        return self._originals[leaf]
+
+    def __enter__(self) -> None:
+        for held, name, _, leaf in self._places:
+            held[name] = leaf
+
+    def __exit__(self, *_: object) -> None:
+        for held, name, p, _ in self._places:
+            held[name] = p
+
+
 class _Token:
     """Held by a forward pass until its backward pass has run."""
 
@@ -321,11 +365,9 @@ def mode_of(device: torch.device) -> tuple[Any, ...]:
     return (f"autocast {autocast}", asked_for("auto"), *cuda_recorder.RECORDER.settings())
 
 
-def why_not_recorded(model: nn.Module, device: torch.device, gradients: bool) -> str | None:
+def why_not_recorded(model: nn.Module, device: torch.device) -> str | None:
     """Why no pass of a model on this device can be recorded, whatever it computes; or None."""
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if gradients and t._backward_hooks:
-            return f"its {name} has a hook on its gradient, which would run twice"
         if t.device != device:
             return f"its {name} is on {t.device}, the volume on {device}"
         if is_traceable_wrapper_subclass(t):
@@ -393,7 +435,7 @@ def cuda_graph(
     if not cuda_recorder.RECORDER.takes(volume.device):
         raise ValueError(f"volume must be on a CUDA device to be captured in a CUDA graph, got {volume.device}")
     wanted = model.training if gradients is None else gradients
-    if (why := why_not_recorded(model, volume.device, wanted)) is not None:
+    if (why := why_not_recorded(model, volume.device)) is not None:
         raise ValueError(f"model must be one that a CUDA graph can hold: {why}")
     if gradients and not (volume.requires_grad or any([p.requires_grad for p in model.parameters()])):
         raise ValueError("gradients must be of parameters or a volume that need them, got none that does")

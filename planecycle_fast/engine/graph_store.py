@@ -78,6 +78,7 @@ class GraphStore:
         if why is not None:
             if not is_recording():
                 self._eager[why] += 1
+                self._drop_lost()
             return run(volume)
         kind = (what, volume.shape, volume.dtype, volume.device, volume.requires_grad, torch.is_grad_enabled())
         with self._lock:
@@ -88,12 +89,26 @@ class GraphStore:
             except GraphChangedError as error:
                 assert entry is not None
                 entry.lose(str(error))
+                self._drop_lost()
                 found = None
         if found is None:
             return run(volume)
         if replayed is not None:
             replayed()
         return found[0]
+
+    def clear(self) -> None:
+        """Gives all memory back; what repeats is captured anew."""
+        with self._lock:
+            self._entries.clear()
+        cuda_recorder.RECORDER.give_back()
+
+    def _drop_lost(self) -> None:
+        """Graphs hold on to the weights that they were captured with: no longer, once they are elsewhere."""
+        with self._lock:
+            for entry in self._entries.values():
+                if entry.graph is not None and entry.graph.is_lost:
+                    entry.lose("weights have moved or been replaced")
 
     @property
     def captured(self) -> int:
@@ -140,11 +155,11 @@ class GraphStore:
         entry.seen += 1
         if entry.seen <= entry.waits:
             return None
-        gradients = torch.is_grad_enabled()
-        why = why_not_captured(model, volume.device, gradients)
+        why = why_not_captured(model, volume.device)
         if why is None:
             try:
-                entry.graph = Graph(model, run, volume, gradients, self.options.own_results, settings)
+                how = torch.is_grad_enabled(), self.options.own_results, settings
+                entry.graph = Graph(model, run, volume, *how)
             except torch.OutOfMemoryError:
                 why = "there was not enough memory to capture it"
             except Exception as error:  # an eager pass raises what is wrong with the model or the volume
@@ -239,11 +254,11 @@ def why_eager(
     return "anomaly detection looks at every operation" if torch.is_anomaly_enabled() else None
 
 
-def why_not_captured(model: nn.Module, device: torch.device, gradients: bool) -> str | None:
+def why_not_captured(model: nn.Module, device: torch.device) -> str | None:
     """Why passes of a model are not captured without being asked for: Python of somebody's would not run in replays."""
     for module, name in modules_of(model).items():
         if is_sharded(module):
             return f"its {name or 'root'} is sharded, and its weights come and go"
         if module is not model and (reason := why_called(module)) is not None:
             return f"its {name}: {reason}"
-    return why_not_recorded(model, device, gradients)
+    return why_not_recorded(model, device)

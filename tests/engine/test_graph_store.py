@@ -1,9 +1,11 @@
 """`lift(graphs=True)`: what is captured when, what runs eagerly and why; by the stand-in of `graph_standin`."""
 
 import copy
+import gc
 import pickle
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,41 @@ def test_least_recently_used_graphs_go(recorder, capsys):
     for batch in range(1, 2 * graph_store.ENTRIES):
         lifted(torch.randn(batch, 3, 1, 2, 2))
     assert len(lifted.graphs._entries) == graph_store.ENTRIES
+
+
+@torch.no_grad()
+def test_no_graph_holds_on_to_weights_that_are_gone(recorder, capsys):
+    lifted, _, volume = models()
+    for batch in (1, 2):
+        counts(recorder, lifted, volume.repeat(batch, 1, 1, 1, 1))
+    assert lifted.graphs.captured == 2
+    storage = weakref.ref(lifted.norm.weight.untyped_storage())
+    lifted.norm.weight.data = lifted.norm.weight.data * 2
+    lifted(volume)
+    recorder.recorded.clear()
+    gc.collect()  # the stand-in's graphs are in cycles
+    assert lifted.graphs.captured == 0 and storage() is None
+    counts(recorder, lifted, volume)
+    lifted.graphs.clear()
+    assert lifted.graphs.captured == 0 and "0 captured" in report(lifted, capsys)
+
+
+@torch.no_grad()
+def test_lora_that_is_scaled_or_merged(recorder):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    lifted, _, volume = models()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    adapted = peft.get_peft_model(lifted, config).eval()
+    layers = [m for m in adapted.modules() if hasattr(m, "merged_adapters") and hasattr(m, "scaling")]
+    assert counts(recorder, adapted, volume) == [0, 1, 1] and layers
+    before = adapted(volume).patches
+    for layer in layers:
+        layer.scaling["default"] *= 3
+    scaled = adapted(volume).patches
+    assert not torch.allclose(before, scaled)
+    counts(recorder, adapted, volume)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(volume).patches, scaled, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
