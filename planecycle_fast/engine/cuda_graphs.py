@@ -123,9 +123,13 @@ class Graph:
     def _find_needs(self, ends: list[Tensor], every: list[Tensor]) -> None:
         """Which outputs give a gradient to which input: the rest has none, as in eager passes."""
         needs: list[set[int]] = [set() for _ in every]
+        originals = [self._leaves.of(leaf) for leaf in self._leaves.made]
         with torch.autocast(self._device.type, enabled=False):
             for i, (end, ones) in enumerate(zip(ends, self._ends)):
-                found = torch.autograd.grad([end], every, [ones], retain_graph=True, allow_unused=True)
+                both = [*every, *originals]
+                found = torch.autograd.grad([end], both, [ones], retain_graph=True, allow_unused=True)
+                if any([gradient is not None for gradient in found[len(every) :]]):
+                    raise RuntimeError("the model keeps parameters elsewhere than in its modules")
                 for need, gradient in zip(needs, found):
                     need |= set() if gradient is None else {i}
         kept = [(t, frozenset(need)) for t, need in zip(every, needs) if need]
@@ -305,12 +309,12 @@ class _Leaves:
         return self._originals[leaf]
 
     def __enter__(self) -> None:
-        for held, name, _, leaf in self._places:
+        for held, name, _original, leaf in self._places:
             held[name] = leaf
 
-    def __exit__(self, *_: object) -> None:
-        for held, name, p, _ in self._places:
-            held[name] = p
+    def __exit__(self, *raised: object) -> None:
+        for held, name, original, _leaf in self._places:
+            held[name] = original
 
 
 class _Token:

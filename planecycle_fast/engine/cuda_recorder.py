@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
@@ -102,7 +103,9 @@ class CudaRecorder:
         A capture that has failed leaves torch's allocator less than it found: better to know before.
         """
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this is a prototype of torch's
+            torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:

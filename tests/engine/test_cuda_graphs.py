@@ -6,15 +6,18 @@ The same on a real GPU: tests/gpu/test_gpu_graphs.py.
 import copy
 import gc
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import planecycle_fast as pcf
 from planecycle_fast.engine.cuda_graphs import Graph
+from planecycle_fast.engine.cuda_recorder import CudaRecorder
 
 from ..standins import DinoVisionTransformer
 from ..toy import ToyViT, toy_lift
@@ -319,6 +322,14 @@ def test_a_model_that_changes_as_it_runs(recorder):
             pcf.cuda_graph(Writes(lambda: 1), VOLUME, gradients=gradients)
 
 
+def test_parameters_that_are_kept_elsewhere(recorder):
+    model = Draws(lambda: 1)
+    kept = model.weight
+    model.draw = lambda: kept
+    with pytest.raises(RuntimeError, match="keeps parameters elsewhere than in its modules"):
+        pcf.cuda_graph(model, VOLUME, gradients=True)
+
+
 def test_running_statistics_are_those_of_eager(recorder):
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).train()
     images = [torch.randn(2, 3, 6, 6) for _ in range(3)]
@@ -380,3 +391,39 @@ def test_another_stream_waits_for_the_last_replay(recorder):
     graph(volume)
     graph(volume)
     assert recorder.waits == [("side", "main")]
+
+
+def test_what_the_recorder_asks_of_cuda(monkeypatch):
+    """Without a GPU, as far as that goes: both passes on the present stream, in one pool, and replayed one by one."""
+    real, seen, reserved = CudaRecorder(), [], iter([100, 700])
+
+    class FakeGraph:
+        def replay(self):
+            seen.append(("replay", graphs.index(self)))
+
+    @contextmanager
+    def capture(graph, pool, stream, mode):
+        graphs.append(graph)
+        seen.append(("capture", pool, stream, mode))
+        yield
+
+    graphs, device = [], torch.device("cuda", 0)
+    fakes = dict(
+        CUDAGraph=FakeGraph, graph=capture, graph_pool_handle=lambda: "pool", current_stream=lambda device: "stream",
+        memory_reserved=lambda device: next(reserved), synchronize=lambda device: None, empty_cache=lambda: None,
+    )  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    weight = torch.ones(2, requires_grad=True)
+    recorded = real.record(lambda: [2 * weight], lambda made: [*torch.autograd.grad(made[0].sum(), weight)], device)
+    recorded.backward()
+    recorded.forward()
+    expected = ("capture", "pool", "stream", "thread_local")
+    assert seen == [expected, expected, ("replay", 1), ("replay", 0)] and recorded.nbytes == 600
+    assert not recorded.outputs[0].requires_grad and recorded.gradients[0].tolist() == [2, 2]
+    assert real.takes(device) and not real.takes(torch.device("cpu"))
+    assert "CUDA graphs need a CUDA device" in real.why_not(torch.device("cpu"))
+    before = real.settings()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert real.settings() != before
+    assert real.settings() == before
