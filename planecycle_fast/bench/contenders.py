@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..authors.accelerate import accelerate
+from ..engine import cuda_recorder
+from ..engine.graph_store import GraphOptions
 from ..lifted import lift
 from ..optional import require
 from ..weights.checkpoints import convert_state_dict
@@ -92,10 +94,11 @@ def make(
         return torch.compile(made, dynamic=False) if code == AUTHORS_COMPILED else made
     if code not in (FAST, REFERENCE, COMPILED, GRAPH, REDUCED):
         raise ValueError(f"code must be one of cells.CODES, got {code!r}")
-    if code in (GRAPH, REDUCED) and volume.device.type != "cuda":
+    if code in (GRAPH, REDUCED) and not cuda_recorder.RECORDER.takes(volume.device):
         raise NotHereError("CUDA graphs need a CUDA device")
     backend = "reference" if code == REFERENCE else "auto"
-    made = Contender(lift(model, backend=backend, graphs=code == GRAPH, **MODES[mode]), of_lifted)
+    graphs = GraphOptions(limit=2**40, largest=None) if code == GRAPH else False
+    made = Contender(lift(model, backend=backend, graphs=graphs, **MODES[mode]), of_lifted)
     if code == GRAPH:
         with torch.set_grad_enabled(training):  # the second pass is captured
             for _ in range(2):

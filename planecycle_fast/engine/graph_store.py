@@ -34,15 +34,18 @@ MOST_WAITING, REFUSED = 4096, 64  # eager passes before a capture: at most, and 
 class GraphOptions:
     """What ``lift(graphs=...)`` takes besides True.
 
-    Raises ValueError for a limit that is no positive number.
+    Raises ValueError for a limit, or a largest size, that is no positive number.
     """
 
     limit: int | None = None  # bytes of device memory for all graphs of a model; None: a quarter of the device's
     own_results: bool = True  # results are the caller's; False: the next call of that shape overwrites them
+    largest: int | None = 2**26  # elements of a volume; of more the kernels take longer than their launches
 
     def __post_init__(self) -> None:
-        if self.limit is not None and (not isinstance(self.limit, int) or self.limit <= 0):
-            raise ValueError(f"limit must be a positive number of bytes, or None, got {self.limit!r}")
+        for name, of in (("limit", "bytes"), ("largest", "elements")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise ValueError(f"{name} must be a positive number of {of}, or None, got {value!r}")
 
 
 class GraphStore:
@@ -75,6 +78,8 @@ class GraphStore:
             replayed: called after a replay.
         """
         why = why_eager(volume) or cuda_recorder.RECORDER.why_not(volume.device)
+        if why is None and self.options.largest is not None and volume.numel() > self.options.largest:
+            why = f"volumes of more than {self.options.largest:,} elements keep a GPU busy without graphs"
         if why is not None:
             if not is_recording():
                 self._eager[why] += 1

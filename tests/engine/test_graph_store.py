@@ -198,6 +198,25 @@ def test_lora_that_is_scaled_or_merged(recorder):
 
 
 @torch.no_grad()
+def test_large_volumes_are_eager(recorder, capsys):
+    lifted, _, volume = models(pcf.GraphOptions(largest=144))
+    assert volume.numel() == 144
+    assert counts(recorder, lifted, volume.repeat(2, 1, 1, 1, 1)) == [0, 0, 0]
+    assert "eager, 3 times: volumes of more than 144 elements keep a GPU busy" in report(lifted, capsys)
+    assert counts(recorder, lifted, volume) == [0, 1, 1]
+
+
+@torch.no_grad()
+def test_parts_on_another_device(recorder, capsys):
+    lifted, _, volume = models()
+    lifted.rope_embed.to("meta")
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+            lifted(volume)
+    assert not recorder.recorded and "rope_embed.periods is on meta, the volume on cpu" in report(lifted, capsys)
+
+
+@torch.no_grad()
 def test_no_memory_to_capture(recorder, capsys):
     lifted, eager, volume = models()
     recorder.error = torch.OutOfMemoryError("CUDA out of memory")
@@ -390,6 +409,8 @@ def test_wrong_arguments():
     model = DinoVisionTransformer(depth=1)
     with pytest.raises(TypeError, match="graphs must be True, False or GraphOptions, got str"):
         pcf.lift(model, graphs="yes")
-    for limit in (0, -1, 0.5):
+    for wrong in (0, -1, 0.5):
         with pytest.raises(ValueError, match="limit must be a positive number of bytes, or None"):
-            pcf.GraphOptions(limit=limit)
+            pcf.GraphOptions(limit=wrong)
+        with pytest.raises(ValueError, match="largest must be a positive number of elements, or None"):
+            pcf.GraphOptions(largest=wrong)
