@@ -4,6 +4,7 @@ What it shows is everything but capture itself. It differs from CUDA in that rec
 the "device's" random numbers are the CPU's.
 """
 
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -66,7 +67,9 @@ class FakeRecorder:
 
 class FakeRecorded:
     def __init__(self, forward, backward, recorder):
-        self._passes, self._autocast = (forward, backward), _autocast_now()
+        # Not held: a graph on a GPU holds no Python either.
+        self._passes = [each and weakref.WeakMethod(each) for each in (forward, backward)]
+        self._autocast = _autocast_now()
         self._with_gradients = torch.is_grad_enabled()
         made = forward()
         self.gradients = [t.detach() for t in backward(made)] if backward else []
@@ -85,7 +88,7 @@ class FakeRecorded:
 
     def _run(self):
         with torch.inference_mode(False), torch.set_grad_enabled(self._with_gradients), self._autocast():
-            return self._passes[0]()
+            return self._passes[0]()()
 
     def backward(self):
         if self._made is None:  # for the second time: what forward has left on the device is there still
@@ -94,7 +97,7 @@ class FakeRecorded:
             self._made = self._run()
             torch.set_rng_state(after)
         with torch.enable_grad():
-            made, self._made = self._passes[1](self._made), None
+            made, self._made = self._passes[1]()(self._made), None
         for place, t in zip(self.gradients, made):
             place.copy_(t)
 
