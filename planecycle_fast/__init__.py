@@ -30,6 +30,7 @@ from . import ops
 from .authors.accelerate import accelerate, restore
 from .authors.converter import PlaneCycleConverter
 from .engine.cuda_graphs import cuda_graph
+from .engine.graph_store import GraphOptions
 from .engine.lifted_block import LiftedBlock
 from .engine.stream import Stream
 from .export.exporting import export_model
@@ -58,6 +59,7 @@ find_moved()
 
 __all__ = [
     "Adapter",
+    "GraphOptions",
     "LiftedBlock",
     "LiftedModel",
     "PlaneCycleConverter",

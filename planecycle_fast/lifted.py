@@ -15,6 +15,7 @@ from .engine.attention_maps import AttentionMap, attention_map, check_patch
 from .engine.depth_position import KINDS, add_depth, check_depth_position, describe_depth, tables_of
 from .engine.embedding import embed
 from .engine.framework_class import class_of, reduced
+from .engine.graph_store import GraphOptions, GraphStore, graph_store
 from .engine.lifted_block import LiftedBlock
 from .engine.module_tree import LiftedTree, TreeModule
 from .engine.passes import Step, check_strict, run_pass
@@ -36,6 +37,7 @@ from .ops.activations.gelu import check_gelu
 from .ops.choice import Choice
 from .runtime.attentions import check_attention
 from .runtime.backends import pick
+from .runtime.recording import is_recording
 from .runtime.tracing import fix_shape, shape_of
 from .weights import saving
 
@@ -51,6 +53,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
     """
 
     gelu = "exact"  # of those that were pickled before there was another
+    graphs: GraphStore | None = None
 
     def __init__(
         self,
@@ -64,12 +67,13 @@ class LiftedModel(TensorsOfHost, TreeModule):
         strict: bool,
         depth_position: str = "none",
         gelu: str = "exact",
+        graphs: GraphStore | None = None,
     ) -> None:
         super().__init__(adapter.model, LiftedTree(adapter))
         # Past nn.Module.__setattr__: a child of the host may have the same name, and keeps it.
         self.__dict__.update(adapter=adapter, mode=mode, planes=planes, pool_method=pool_method, globals_at=globals_at)
         self.__dict__.update(backend=backend, attention=attention, strict=strict, check_buffers=BufferCheck())
-        self.__dict__.update(depth_position=depth_position, gelu=gelu, taps={}, after_steps=None)
+        self.__dict__.update(depth_position=depth_position, gelu=gelu, taps={}, after_steps=None, graphs=graphs)
         self.__class__ = class_of(type(self), adapter)
 
     @property
@@ -95,6 +99,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
     def report(self, volume_shape: Sequence[int] | None = None) -> None:
         """Prints per block what is fused, by which backend, what is not, and why; on a GPU also which attention runs.
 
+        With ``lift(graphs=True)`` also what has been captured, what runs eagerly, and why.
+
         Args:
             volume_shape: (B, channels, D, height, width) in pixels, for which attention is said plane by plane; None:
                 by the number of rows of a sequence, and the MLP as of many rows.
@@ -107,6 +113,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
         print(table_of(self.descriptions(), choice, dtype, self.training, planes))
         if self.depth_position != "none":
             print(describe_depth(self.depth_position, self.adapter, self.planes))
+        if self.graphs is not None:
+            print(*self.graphs.describe(device), sep="\n")
 
     def _lengths(self, volume_shape: Sequence[int]) -> dict[str, tuple[int, int]]:
         """Sequences and rows along each plane of a volume (B, channels, D, height, width)."""
@@ -183,7 +191,7 @@ class LiftedModel(TensorsOfHost, TreeModule):
                 the model's.
         """
         check_others(others)
-        return self._pass("forward", volume, lambda volume, sizes: self._run(volume, sizes, 1, norm=True)[0])
+        return self._pass("forward", volume, lambda volume, sizes: self._layers(1, True, volume, sizes)[0])
 
     def intermediate(
         self,
@@ -200,7 +208,32 @@ class LiftedModel(TensorsOfHost, TreeModule):
 
         Raises ValueError for layers that the model lacks, and whatever `forward` raises.
         """
-        return self._pass("intermediate", volume, lambda volume, sizes: self._run(volume, sizes, n, norm))
+        return self._pass("intermediate", volume, partial(self._layers, n, norm))
+
+    def _layers(
+        self,
+        n: int | Sequence[int],
+        norm: bool,
+        volume: Tensor,  # (B, 3, D, height, width)
+        sizes: Sizes,
+    ) -> list[VolumeFeatures]:
+        """Features after each layer wanted: by a graph where one was captured."""
+        store = None if torch.compiler.is_compiling() else self.graphs
+        if store is None or (self.taps and live(self.taps)):
+            return self._run(volume, sizes, n, norm)
+        wanted, told = frozenset(wanted_layers(n, len(self.lifted_tree.layers()))), self.after_steps
+        replayed = None if told is None else partial(told, max(wanted) + 2)  # layers, and the norm
+
+        def run(volume: Tensor) -> list[VolumeFeatures]:  # (B, 3, D, height, width)
+            return self._run(volume, sizes, n, norm)
+
+        return store.run(self, (wanted, norm), run, volume, self._settings, replayed)
+
+    def _settings(self) -> list[Any]:
+        """What a pass reads besides modules and their attributes."""
+        tree = self.lifted_tree
+        tree.layers()
+        return [tree.changes, *[s for block in tree.blocks for s in getattr(block.reading.parts, "settings", tuple)()]]
 
     def tap(self, layer: int) -> Tap:
         """Where hooks see a layer's patches as maps (B, C, D, H, W), in canonical order, within the pass.
@@ -317,8 +350,8 @@ class LiftedModel(TensorsOfHost, TreeModule):
             pooling = Transition(plane.slices(sizes), target.slices(sizes))  # of the residual, before the norm
             return final, Layer(plane, target, sizes, g, pooling, choice)
 
-        finish = partial(self._features, norm)
-        return run_pass(step, held, wanted, leave, finish, tables.augments, self.after_steps)  # draws: block by block
+        finish, told = partial(self._features, norm), None if is_recording() else self.after_steps
+        return run_pass(step, held, wanted, leave, finish, tables.augments, told)  # draws: block by block
 
     def _pooling(self, old: Plane, new: Plane, sizes: Sizes) -> Transition:
         return between(old, new, sizes, self.pool_method, self.globals_at)
@@ -371,6 +404,7 @@ def lift(
     adapter: Callable[[nn.Module], Adapter] | None = None,
     depth_position: str = "none",
     gelu: str = "exact",
+    graphs: bool | GraphOptions = False,
 ) -> LiftedModel:
     """A module that runs the 2D `model` on volumes, layer by layer along the planes of a cycle.
 
@@ -398,9 +432,12 @@ def lift(
             4.8e-4, which cuBLASLt computes within the layer before it: faster in inference on NVIDIA GPUs, the same
             function everywhere, with gradients too. A model with other MLPs, such as SwiGLU, or whose own code runs
             them, raises ValueError when it runs, unless `strict` is False. `save_pretrained` records it.
+        graphs: True, or `GraphOptions`: passes over volumes that repeat are captured as CUDA graphs, the second of a
+            size, in inference and training, and replayed from then on; what no graph can do, and all on other devices
+            than CUDA's, runs eagerly, and `LiftedModel.report` says why. A way to run: it is not saved.
 
     Raises:
-        TypeError: model is no nn.Module, or cycle_order no sequence of names.
+        TypeError: model is no nn.Module, cycle_order no sequence of names, or graphs something else.
         ValueError: an unsupported model, or an unknown or unusable name in any other argument.
     """
     if isinstance(model, LiftedModel):
@@ -415,7 +452,8 @@ def lift(
         cycle, pool_method, globals_at = parse_cycle(("HW" if mode == "slice2d" else "DHW",)), "PCg", "plane"
     host.check_planes(cycle)
     check_depth_position(depth_position, host)
-    return LiftedModel(host, mode, cycle, pool_method, globals_at, backend, attention, strict, depth_position, gelu)
+    how = (backend, attention, strict, depth_position, gelu, graph_store(graphs))
+    return LiftedModel(host, mode, cycle, pool_method, globals_at, *how)
 
 
 def check_names(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .engine.graph_store import GraphOptions
 from .geometry.planes import Plane
 from .hosts import Adapter
 from .lifted import LiftedModel, check_names, lift
@@ -32,6 +33,7 @@ def from_pretrained(
     depth_position: str | None = None,
     gelu: str | None = None,
     random_weights: bool = False,
+    graphs: bool | GraphOptions = False,
 ) -> LiftedModel:
     """`lift` of `load_model`, with the settings that `LiftedModel.save_pretrained` recorded, where it did.
 
@@ -39,7 +41,7 @@ def from_pretrained(
         name: a folder or a name, as `load_model` takes it.
         mode, cycle_order, pool_method, globals_at, depth_position, gelu: as of `lift`; None: what is recorded, or else
             its default.
-        backend, attention, strict, adapter: as of `lift`.
+        backend, attention, strict, adapter, graphs: as of `lift`.
         random_weights: take a model whose weights cannot be found, with random ones.
 
     Raises whatever `load_model` and `lift` raise, and ValueError for weights that cannot be found, unless
@@ -51,7 +53,7 @@ def from_pretrained(
         raise ValueError(f"model {name} must have weights, got {note}; random_weights=True takes it anyway")
     given = dict(mode=mode, cycle_order=cycle_order, pool_method=pool_method, globals_at=globals_at)
     settings = settings_of(name, **given, depth_position=depth_position, gelu=gelu, has_adapter=adapter is not None)
-    return lift(host, **settings, backend=backend, attention=attention, strict=strict, adapter=adapter)
+    return lift(host, **settings, backend=backend, attention=attention, strict=strict, adapter=adapter, graphs=graphs)
 
 
 def settings_of(name: str, has_adapter: bool = False, **given: Any) -> dict[str, Any]:

@@ -165,6 +165,14 @@ def test_copies_in_generated_code_are_counted():
     assert watch.seen.copies == 2
 
 
+def test_what_cannot_be_one_cuda_graph_is_a_failure():
+    fits, not_ = SimpleNamespace(skip_cudagraph=False), SimpleNamespace(skip_cudagraph=True)
+    watch = Watch()
+    assert watch._parts(lambda scheduler: ([1], [fits]))(None) == ([1], [fits]) and watch.seen.failures == []
+    watch.found_parts([fits, not_, fits])
+    assert watch.seen.failures == ["1 of 3 parts cannot be a CUDA graph, as all should be in one"]
+
+
 def test_the_root_of_an_error_is_one_line():
     try:
         try:

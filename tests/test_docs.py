@@ -103,7 +103,7 @@ def test_the_site_builds_and_its_links_are_right(tmp_path):
 # ----- Python of the pages. Blocks of a page run one after another in one namespace, beside what `GIVEN` makes.
 
 SKIPPED = {  # by what a block holds: why it does not run here
-    "pcf.cuda_graph": "needs a GPU: tests/gpu/test_gpu_models.py",
+    "pcf.cuda_graph": "needs a GPU: tests/gpu/test_gpu_graphs.py",
     "fully_shard(block)": "needs a process group: tests/integrations/test_sharding.py",
     "onnxruntime.InferenceSession": "tests/export/test_export_command.py runs it, without this package",
     'torch.export.load("program.pt2"': "tests/export/test_export_command.py runs it, without this package",
@@ -187,6 +187,7 @@ GIVEN = {
     "docs/command-line.md": command_line,
     "docs/export.md": lifted,
     "docs/features.md": for_explanations,
+    "docs/graphs.md": lifted,
     "docs/lifting.md": hugging_face,
     "docs/models.md": of_a_folder,
     "docs/pipelines.md": in_pipelines,
@@ -201,7 +202,7 @@ def small(tmp_path, monkeypatch):
     create, compiled = timm.create_model, torch.compile
     sizes = dict(depth=2, embed_dim=96, num_heads=2)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: create(name, **(sizes | more)))
-    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))  # Inductor takes minutes
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled(model, backend="eager"))  # Inductor takes minutes
     for name, host in (("facebook/dinov3-vits16-pretrain-lvd1689m", "dinov3"), ("facebook/dinov2-base", "dinov2")):
         saved(tmp_path / host, host)
         cached(tmp_path / "cache", name, tmp_path / host)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..engine.graph_store import GraphOptions, graph_store
 from ..hosts.dinov3 import BLOCK, CLASS, holds_converted, is_dinov3, takes_volumes
 from ..ops.activations.gelu import check_gelu
 from ..runtime.attentions import check_attention
@@ -20,7 +21,12 @@ _REPLACED = ("forward_features_list", "get_intermediate_layers", "_get_intermedi
 
 
 def accelerate(
-    model: nn.Module, backend: str = "auto", attention: str = "auto", strict: bool = True, gelu: str = "exact"
+    model: nn.Module,
+    backend: str = "auto",
+    attention: str = "auto",
+    strict: bool = True,
+    gelu: str = "exact",
+    graphs: bool | GraphOptions = False,
 ) -> nn.Module:
     """Runs a model of the authors' code (HINTLab/PlaneCycle) without its copies, in place, and returns it.
 
@@ -38,9 +44,10 @@ def accelerate(
         strict: a backend, attention or GELU asked for by name that would have to leave parts of a block to the model's
             own code raises ValueError when the model runs; False lets it. ``model.report()`` prints which parts.
         gelu: "exact", or "tanh_epilogue": as of `lift`.
+        graphs: as of `lift`; passes with masks run eagerly.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is no nn.Module, or graphs something else.
         ValueError: a model of another kind, one that is not converted, one whose methods are overridden,
             or an unknown or unusable name in another argument.
     """
@@ -51,8 +58,9 @@ def accelerate(
     check_attention(attention)
     check_gelu(gelu)
     check_model(model)
+    store = graph_store(graphs)
     for name, method in METHODS.items():
-        setattr(model, name, method(model, backend, attention, strict, gelu))
+        setattr(model, name, method(model, backend, attention, strict, gelu, store))
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.embedding import Embedded, by_product, may_be_product
+from ..engine.graph_store import GraphStore
 from ..engine.passes import OnStream, Step, check_strict, run_pass
 from ..engine.report import table_of
 from ..engine.stream import Layer, Stream, enter
@@ -58,9 +59,19 @@ class Method:
     _read: Sequence[tuple[nn.Module, Reading]] = ()  # 2D blocks and what they consist of, kept between passes
 
     gelu = "exact"  # of those that were pickled before there was another
+    graphs: GraphStore | None = None
 
-    def __init__(self, model: nn.Module, backend: str, attention: str, strict: bool, gelu: str = "exact") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str,
+        attention: str,
+        strict: bool,
+        gelu: str = "exact",
+        graphs: GraphStore | None = None,
+    ) -> None:
         self.model, self.backend, self.attention, self.strict, self.gelu = model, backend, attention, strict, gelu
+        self.graphs = graphs
 
     def __getstate__(self) -> dict[str, Any]:  # copies look for themselves
         return {name: value for name, value in vars(self).items() if name != "_read"}
@@ -99,6 +110,32 @@ class Method:
         final norm, globals (N, g, C) and patches (N, L, C). And sizes.
         """
         sizes, start = self._prepare(x, masks)
+        store = None if torch.compiler.is_compiling() or masks is not None else self.graphs
+        if store is None:
+            return self._blocks(x, masks, sizes, start, wanted, as_list, norm, local), sizes
+
+        def run(x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:  # (B, 3, D, height, width)
+            return self._blocks(x, None, sizes, start, wanted, as_list, norm, local)
+
+        what = (frozenset(wanted), as_list, norm, local)
+        return store.run(self.model, what, run, x, self._settings), sizes
+
+    def _settings(self) -> list[Any]:
+        """What a pass reads besides modules and their attributes."""
+        parts = [reading.parts for _, reading in self._readings()]
+        return [setting for part in parts for setting in getattr(part, "settings", tuple)()]
+
+    def _blocks(
+        self,
+        x: Tensor,  # (B, 3, D, height, width)
+        masks: Tensor | None,
+        sizes: Sizes,
+        start: Plane,
+        wanted: set[int],
+        as_list: bool,
+        norm: bool,
+        local: bool,
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         model, g, layers, tables = self.model, self.model.n_storage_tokens + 1, {}, {}
         choice = Choice.of(self.backend, self.attention, self.strict, x.device, self.gelu, x.shape)
         check_strict(choice, self.attention, self.descriptions)
@@ -152,7 +189,7 @@ class Method:
         # RoPE and drop path draw in the order of the blocks.
         draws = model.training or (model.rope_embed is not None and model.rope_embed.training)
         found = run_pass(step, held, wanted, leave, lambda out, layer: out, draws)
-        return [split(out) for out in found], sizes
+        return [split(out) for out in found]
 
     def _embed(
         self,
@@ -295,6 +332,8 @@ class Report(Method):
         token = self.model.cls_token
         choice = Choice.of(self.backend, self.attention, self.strict, token.device, self.gelu)
         print(table_of(self.descriptions(), choice, token.dtype, self.model.training))
+        if self.graphs is not None:
+            print(*self.graphs.describe(token.device), sep="\n")
 
 
 METHODS = {  # by the name that each shadows

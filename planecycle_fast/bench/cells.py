@@ -17,15 +17,17 @@ AUTHORS, AUTHORS_COMPILED = "authors", "authors, compiled"
 OURS = (FAST, GRAPH, COMPILED)
 CODES = (*OURS, REFERENCE, AUTHORS, AUTHORS_COMPILED)
 ACCELERATED = "authors, accelerated"  # by `pcf.accelerate`, in no sweep
+REDUCED = "fast, compiled, reduce-overhead"  # torch.compile's own CUDA graphs, in no sweep either
 PRODUCTS, FLOOR = "products alone", "products + attention"
 FLOORS = (PRODUCTS, FLOOR, *[f"products + {kernel}" for kernel in ("flash", "cuDNN", "efficient", "FlashAttention 3")])
 STEPS = ("inference", "probe", "finetune")
+GRAPHED = ("inference", "finetune")  # steps of which there are CUDA graphs
 VITS = ("ViT-S", "ViT-B", "ViT-L", "ViT-7B")
 PEERS = ("3D ResNet-50", "ACS ResNet-50", "ViViT-B")
 PEER = "peer"  # the code of a cell of one of them
 CODE_NAMES = {FAST: "planecycle_fast", GRAPH: "planecycle_fast, CUDA graph", COMPILED: "planecycle_fast, compiled",
               REFERENCE: "plain PyTorch", AUTHORS: "authors' code", AUTHORS_COMPILED: "authors' code, compiled",
-              ACCELERATED: "authors' code, accelerated",
+              ACCELERATED: "authors' code, accelerated", REDUCED: "planecycle_fast, compiled, reduce-overhead",
               PEER: ""}  # floors are called by their code  # fmt: skip
 PATCH, GLOBALS = 16, 5  # of all these models: pixels along a patch; class and register tokens of a slice
 
@@ -102,7 +104,7 @@ def full(
     """Every combination; None takes the whole of that axis, and the device's usual dtype."""
     cells = []
     for group in _groups(device, models or VITS + PEERS, volumes or FULL_VOLUMES, dtypes, steps):
-        graphs = device.type == "cuda" and group[3] == "inference"
+        graphs = device.type == "cuda" and group[3] in GRAPHED
         codes = [code for code in CODES if code != GRAPH or graphs]
         of_vit = [Cell(*group, mode, code) for mode in MODES for code in codes]
         cells += [Cell(*group, "", PEER)] if group[0] in PEERS else of_vit
@@ -123,7 +125,7 @@ def quick(
             cells += [Cell(*group, "", PEER)] if wanted or chosen else []
             continue
         cells += [Cell(*group, mode, FAST) for mode in MODES if mode != "PCm" or volume not in QUICK_CUBES or chosen]
-        graphs = [GRAPH] if device.type == "cuda" and step == "inference" else []
+        graphs = [GRAPH] if device.type == "cuda" and step in GRAPHED else []
         cells += [Cell(*group, "PCg", code) for code in (REFERENCE, AUTHORS, *graphs)]
     return cells
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..authors.accelerate import accelerate
-from ..engine.cuda_graphs import cuda_graph
+from ..engine import cuda_recorder
+from ..engine.graph_store import GraphOptions
 from ..lifted import lift
 from ..optional import require
 from ..weights.checkpoints import convert_state_dict
-from .cells import ACCELERATED, AUTHORS, AUTHORS_COMPILED, COMPILED, FAST, GRAPH, MODES, PATCH, REFERENCE
+from .cells import ACCELERATED, AUTHORS, AUTHORS_COMPILED, COMPILED, FAST, GRAPH, MODES, PATCH, REDUCED, REFERENCE
 
 TIMM = {"ViT-S": "small", "ViT-B": "base", "ViT-L": "large", "ViT-7B": "7b"}
 REPO = "PLANECYCLE_REPO"  # a checkout of github.com/HINTLab/PlaneCycle at 1a1129c
@@ -84,26 +85,28 @@ def make(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The implementation `code` of `mode`, with the weights of `model`, for volumes like this one.
 
-    `training` makes a CUDA graph one of forward and one of backward. Raises NotHereError for what this machine lacks;
+    Graphs are captured, with `training` those of backward too. Raises NotHereError for what this machine lacks;
     otherwise whatever making it raises.
     """
     if code in (AUTHORS, AUTHORS_COMPILED, ACCELERATED):
         theirs = authors(model, mode)
         made = Contender(accelerate(theirs) if code == ACCELERATED else theirs, of_authors)
         return torch.compile(made, dynamic=False) if code == AUTHORS_COMPILED else made
-    if code not in (FAST, REFERENCE, COMPILED, GRAPH):
+    if code not in (FAST, REFERENCE, COMPILED, GRAPH, REDUCED):
         raise ValueError(f"code must be one of cells.CODES, got {code!r}")
-    if code == GRAPH and volume.device.type != "cuda":
+    if code in (GRAPH, REDUCED) and not cuda_recorder.RECORDER.takes(volume.device):
         raise NotHereError("CUDA graphs need a CUDA device")
-    lifted = lift(model, backend="reference" if code == REFERENCE else "auto", **MODES[mode])
-    made = Contender(lifted, of_lifted)
-    if code == COMPILED:
-        return torch.compile(made, dynamic=False)
-    if code == GRAPH and not training:
-        graph = cuda_graph(lifted, volume)
-        return lambda x: of_lifted(graph(x), x)
+    backend = "reference" if code == REFERENCE else "auto"
+    graphs = GraphOptions(limit=2**40, largest=None) if code == GRAPH else False
+    made = Contender(lift(model, backend=backend, graphs=graphs, **MODES[mode]), of_lifted)
     if code == GRAPH:
-        torch.cuda.make_graphed_callables(made, (torch.randn_like(volume),), allow_unused_input=True)  # in place
+        with torch.set_grad_enabled(training):  # the second pass is captured
+            for _ in range(2):
+                made(volume)
+        if not made.model.graphs.captured:
+            raise RuntimeError("; ".join(made.model.graphs.describe(volume.device)))
+    if code in (COMPILED, REDUCED):
+        return torch.compile(made, dynamic=False, mode="reduce-overhead" if code == REDUCED else None)
     return made
 
 

@@ -110,6 +110,7 @@ class Estimator:
         """Until a contender may be timed: made, compared, its memory and launches looked at."""
         passes = {GRAPH: CAPTURE, AUTHORS: MADE_OF_OTHERS, AUTHORS_COMPILED: MADE_OF_OTHERS}.get(cell.code, MADE)
         features = 0.0 if cell.step == "inference" else max(self._pass(cell), computes / 3)
+        passes *= STEPS[cell.step] if cell.code == GRAPH else 1  # which captures backward as well
         seconds = passes * self._pass(cell) + features + 2 * call
         if cell.code in (AUTHORS, PEER):
             seconds += PLANNED * count + call

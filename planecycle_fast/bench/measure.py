@@ -15,7 +15,20 @@ from ..cost.meter import Meter
 from ..cost.planning import DEVICES, Planned, plan
 from ..optional import MissingPackageError
 from . import rows as files
-from .cells import AUTHORS_COMPILED, COMPILED, DTYPES, FAST, FLOORS, GRAPH, MODES, PEERS, REFERENCE, Cell, parse_volume
+from .cells import (
+    AUTHORS_COMPILED,
+    COMPILED,
+    DTYPES,
+    FAST,
+    FLOORS,
+    GRAPH,
+    MODES,
+    PEERS,
+    REDUCED,
+    REFERENCE,
+    Cell,
+    parse_volume,
+)
 from .contenders import NotHereError, vit
 from .costs import flops, free_bytes, is_out_of_memory, launches, peak_bytes, peer_peak, release
 from .expected import Expected
@@ -148,7 +161,7 @@ class Group:
                 result |= {"status": files.REFUSED, "reason": agreement.reason}
                 return
         result["peak_bytes"] = held + peak_bytes(step, volume)
-        if counted and "moved_bytes" not in result and cell.code not in (GRAPH, COMPILED, AUTHORS_COMPILED):
+        if counted and "moved_bytes" not in result and cell.code not in (GRAPH, COMPILED, REDUCED, AUTHORS_COMPILED):
             with Meter() as meter:
                 step(volume)
             result |= {"moved_bytes": meter.read + meter.written, "launches": meter.launches}
@@ -178,7 +191,10 @@ class Group:
         return Floor(self.host, parse_volume(cell.volume), cell.step == "finetune")
 
     def _held(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        if self.device.type != "cuda":
+            return 0
+        release(self.device)
+        return torch.cuda.memory_reserved(self.device)  # what a graph may write to is reserved, and not allocated
 
     def _failed(self, cell: Cell, error: Exception) -> None:
         """What went wrong becomes the cell's status."""
@@ -200,7 +216,7 @@ def _planned(host: nn.Module, cell: Cell) -> Planned | None:
     device = next(host.parameters()).device.type
     if device not in DEVICES:
         return None
-    backend = "auto" if cell.code in (FAST, GRAPH, COMPILED) else "reference"
+    backend = "auto" if cell.code in (FAST, GRAPH, COMPILED, REDUCED) else "reference"
     key = (cell[:-1], backend)
     if key not in _plans:
         size = parse_volume(cell.volume)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..runtime.recording import drawn_on_host
 from ..runtime.tracing import nobody_watches, recorder
 from .planes import Plane, Sizes
 
@@ -176,11 +177,13 @@ class Rope:
 
     def draw(self, num_axes: int) -> Augmentation:
         """Draws shift, jitter and rescale in this order, as all DINOv3 implementations do."""
-        device = self.draw_device or self.periods.device
+        here, device = self.draw_device, self.periods.device
 
         def uniform(n: int, high: float) -> Tensor:
-            drawn = torch.empty(n, dtype=self.coord_dtype, device=device).uniform_(-high, high)
-            return drawn.to(self.periods.device)
+            def draw() -> Tensor:
+                return torch.empty(n, dtype=self.coord_dtype, device=here or device).uniform_(-high, high)
+
+            return draw() if here is None else drawn_on_host(draw, device)
 
         return Augmentation(
             shift=None if self.shift is None else uniform(num_axes, self.shift),

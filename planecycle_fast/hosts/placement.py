@@ -129,13 +129,13 @@ def check_sharded(lifted: nn.Module, method: str) -> None:
         lifted: the lifted model; `host` is its 2D model.
         method: its method that was called.
     """
-    if _is_sharded(lifted.host):
+    if is_sharded(lifted.host):
         raise ValueError(
             "model is a 2D model that fully_shard was called on: its own forward, which gathers its weights, does not "
             "run here; expected the lifted model to be sharded: lift(model) first, then fully_shard(block) for each of "
             "lifted.blocks and fully_shard(lifted)"
         )
-    unregistered = _is_sharded(lifted) and method != "forward" and method not in lifted.__dict__
+    unregistered = is_sharded(lifted) and method != "forward" and method not in lifted.__dict__
     if unregistered and hasattr(next(lifted.host.parameters(), None), "full_tensor"):  # still a shard
         raise ValueError(
             f"{method} of a model that is sharded needs its weights gathered; call "
@@ -143,5 +143,6 @@ def check_sharded(lifted: nn.Module, method: str) -> None:
         )
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module's weights."""
     return hasattr(type(module), "set_is_last_backward")  # of torch's FSDPModule

@@ -11,6 +11,7 @@ Start with `backends.pick`: what "auto" becomes. Whatever cannot run has a reaso
 | `attention_table.py`, `attention_times.py` | what attention "auto" is on a GPU, and the measurements that it goes by |
 | `sizes_seen.py` | whether volumes of a size have come before |
 | `tracing.py` | who records or transforms operations now, and so which of them may not be fast, or write in place |
+| `recording.py` | whether a CUDA graph is being recorded, and what a pass draws on the host |
 | `compiling.py` | csrc into one library; read by setup.py too, by itself |
 | `native.py` | that library: found, built on first use, trusted or not, loaded |
 | `repeats.py` | loops over groups that are all alike, of which a plan runs the first round |

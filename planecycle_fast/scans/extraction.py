@@ -165,7 +165,7 @@ def _model(
     host, note = load_model(settings.model)
     check_found(settings.model, note, random_weights)
     how = settings_of(settings.model, **{name: getattr(settings, name) for name in DEFAULTS})
-    settings, lifted = replace(settings, **how), lift(host, **how)
+    settings, lifted = replace(settings, **how), lift(host, **how, graphs=True)  # on CUDA, where volumes repeat
     if settings.tile is not None:
         in_patches(settings.tile, (1, *lifted.adapter.patch_size), "tile")
     if settings.layers is not None:

@@ -24,6 +24,7 @@ from planecycle_fast.bench.measure import Group
 from planecycle_fast.bench.timing import compare
 
 from .. import peers
+from ..engine.graph_standin import use_standin
 from .small_bench import EFFORT, VOLUME, cell, small  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -253,3 +254,13 @@ def test_a_peer_that_would_not_fit_is_not_run(small, monkeypatch):  # noqa: F811
     result = Group([of], CPU, None).measure(EFFORT)[of]
     if result["status"] != "not here":
         assert result["status"] == "skipped: would not fit in memory"
+
+
+@pytest.mark.parametrize("step", ["inference", "finetune"])
+def test_graphs_are_captured_before_they_are_timed(small, monkeypatch, step):  # noqa: F811
+    """By the stand-in for CUDA graphs: such a cell is measured as any other, by `lift(graphs=True)`."""
+    recorder = use_standin(monkeypatch)
+    cells = [cell(code=code, step=step) for code in (GRAPH, FAST)]
+    results = Group(cells, CPU, small("ViT-S", CPU, torch.float32)).measure(EFFORT)
+    assert [results[each]["status"] for each in cells] == ["measured", "measured"]
+    assert len(recorder.recorded) == 1 and bool(recorder.recorded[0].gradients) == (step == "finetune")

@@ -69,7 +69,8 @@ def compile_case(case, watch):
         return run
 
     autocast = torch.autocast("cuda", torch.bfloat16) if case.dtype == "autocast" else nullcontext()
-    with watch.model() as seen:
+    graphs = torch._inductor.config.patch({"triton.cudagraphs": not dynamic})  # as mode="reduce-overhead" has it
+    with watch.model() as seen, graphs:
         try:
             compiled = torch.compile(model.train(training), backend=backend, fullgraph=True)
             with torch.set_grad_enabled(training), autocast:

@@ -14,6 +14,7 @@ import triton
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import Scheduler
 from triton.runtime.autotuner import Autotuner
 
 from ..kernelcheck.codegen import NARROW_OFFSET, late_widenings, length_names, narrow_lengths
@@ -72,6 +73,7 @@ class Watch(logging.Handler):
                     stack.enter_context(mock.patch.object(triton_kernel_wrap, name, spied))
             stack.enter_context(mock.patch.object(AsyncCompile, "triton", self._compilation(AsyncCompile.triton)))
             stack.enter_context(mock.patch.object(GraphLowering, "save_output_code", self._code))
+            stack.enter_context(mock.patch.object(Scheduler, "graph_partition", self._parts(Scheduler.graph_partition)))
             stack.enter_context(mock.patch.object(triton.knobs.compilation, "listener", self._listen))
             stack.enter_context(mock.patch.object(triton_kernel_wrap, "log", log))
             yield self.seen
@@ -122,6 +124,20 @@ class Watch(logging.Handler):
                 self.seen.fail(f"{kernel}: {self.compiled[source]}")
 
         return compile_kernel
+
+    def _parts(self, original):
+        def graph_partition(scheduler):
+            partitions, signatures = original(scheduler)
+            self.found_parts(signatures)
+            return partitions, signatures
+
+        return graph_partition
+
+    def found_parts(self, signatures):
+        """Of a graph that `mode="reduce-overhead"` compiles: those that can be CUDA graphs, and those that cannot."""
+        left = [signature for signature in signatures if signature.skip_cudagraph]
+        if left or len(signatures) != 1:
+            self.seen.fail(f"{len(left)} of {len(signatures)} parts cannot be a CUDA graph, as all should be in one")
 
     def _lengths(self, kernel, source):
         """Of rows: names of arguments, and values of those that Inductor made constants."""

@@ -116,3 +116,24 @@ def test_inductor_copies_nothing_between_operations():
         assert q == k and v in linear and q not in linear
     pointers = re.findall(r"^cpp_fused_gelu\w* = async_compile.cpp_pybinding\((\[.*?\])", code, re.MULTILINE)
     assert pointers == ["['float*']"] * 2
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3-s", "hf-dinov2"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.full
+def test_with_less_overhead(name, training):
+    """mode="reduce-overhead", whose CUDA graphs are tests/gpu/test_gpu_graphs.py's: one graph, the same values."""
+    host = BY_NAME[name]
+    lifted = pcf.lift(host.make(**{"num_hidden_layers" if "hf" in name else "depth": 2}), graphs=True)
+    compiled = torch.compile(lifted, mode="reduce-overhead", fullgraph=True)
+    for _ in range(2):
+        found, volume = [], host.volume()
+        for run in (compiled, lifted):
+            lifted.zero_grad()
+            with torch.set_grad_enabled(training):
+                out = run(volume)
+            if training:
+                out.patches.square().mean().backward()
+            found.append([t for t in (*out, *[p.grad for p in lifted.parameters()]) if t is not None])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ def test_memory_does_not_grow(name):
     passes(50)
     tensors, peak = live_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     passes(PASSES)
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # what earlier tests left may have ended meanwhile
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * unit < ALLOWED
 

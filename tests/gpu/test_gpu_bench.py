@@ -17,13 +17,12 @@ pytestmark = [
 def test_a_group(small, step):  # noqa: F811
     pytest.importorskip("timm")
     device = torch.device("cuda")
-    codes = (FAST, REFERENCE, GRAPH) if step == "inference" else (FAST, REFERENCE)
+    codes = (FAST, REFERENCE, GRAPH)
     cells = [cell(mode, code, step=step)._replace(dtype="bf16") for mode in MODES for code in codes]
     results = Group(cells, device, small("ViT-S", device, torch.bfloat16)).measure(EFFORT)
     for of, result in results.items():
         assert result["status"] == "measured", (of, result["reason"])
         assert result["compared_at"] == VOLUME and 0 < result["p20"] <= result["seconds"] <= result["p80"]
         assert result["peak_bytes"] > 0 and result["launches"] > 0
-    if step == "inference":
-        eager, graph = (results[cell(code=code)._replace(dtype="bf16")] for code in (FAST, GRAPH))
-        assert graph["launches"] < eager["launches"] / 4
+    eager, graph = (results[cell(code=code, step=step)._replace(dtype="bf16")] for code in (FAST, GRAPH))
+    assert graph["launches"] < eager["launches"] / 4

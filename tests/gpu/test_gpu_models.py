@@ -112,8 +112,10 @@ def test_a_graph_of_autocast_follows_weights():
     with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
         graph = pcf.cuda_graph(lifted, volume)
         lifted.blocks[0].mlp.fc1.weight.mul_(2)
-        expected = lifted(volume)
-    assert same(graph(volume), expected)  # outside as well
+        torch.clear_autocast_cache()  # or eager passes go on with the cast of before
+        assert same(graph(volume), lifted(volume))
+    with pytest.raises(ValueError, match="autocast"):
+        graph(volume)
 
 
 def test_a_graph_from_inference_mode_and_a_volume_with_a_gradient():
@@ -139,10 +141,8 @@ def test_a_graph_refuses_what_it_was_not_captured_for():
     lifted, volume = lifted_on_gpu()
     graph = pcf.cuda_graph(lifted, volume)
     lifted.load_state_dict({name: t.clone() for name, t in lifted.state_dict().items()}, assign=True)
-    with pytest.raises(ValueError, match="has moved in memory"):
+    with pytest.raises(ValueError, match="has been replaced"):
         graph(volume)
-    with pytest.raises(ValueError, match="model must be in evaluation mode"):
-        pcf.cuda_graph(lifted.train(), volume)
 
 
 def test_what_cannot_be_captured_says_so():
