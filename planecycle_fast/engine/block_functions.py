@@ -32,7 +32,7 @@ class _BeforeAttention(torch.autograd.Function):
         scale: Tensor | None,  # (C,)
         weight: Tensor | None,  # (C,), of the norm
         bias: Tensor | None,  # (C,)
-        *linears: Tensor | None,  # weights (out, C) and biases (out,)
+        *linears: Any,  # weights (out, C) and biases (out,), which may be None
     ) -> tuple[Tensor, ...]:  # (B*P2, g + L2, C), and of each linear layer (B*P2, g + L2, out)
         stream = [t for t in (residual, branch, scale) if t is not None]
         out = known(*stream)
@@ -42,14 +42,15 @@ class _BeforeAttention(torch.autograd.Function):
         ctx.known, ctx.kept, ctx.added = known, kept, out[0].numel() > 0
         ctx.set_materialize_grads(False)
         x = out[0] if ctx.added else residual
-        made = [F.linear(normed, *linears[i : i + 2]) for i in range(0, len(linears), 2)]
+        made = [F.linear(normed, weight, bias) for weight, bias in zip(linears[::2], linears[1::2])]
         return x, *[t.view(*x.shape[:2], t.shape[1]) for t in made]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
         normed, *rest = ctx.saved_tensors
         weights, ctx.kept.saved_tensors = rest[: len(grads)], rest[len(grads) :]
-        needed, of_linears, of_normed = ctx.needs_input_grad, [], None
+        needed, of_normed = ctx.needs_input_grad, None
+        of_linears: list[Tensor | None] = []
         for i in reversed(range(len(grads))):  # in autograd's order: the last one first
             of_x, *found = linear_gradients(grads[i], normed, weights[i], (True, *needed[6 + 2 * i : 8 + 2 * i]))
             of_normed = of_x if of_normed is None else of_normed if of_x is None else of_normed + of_x

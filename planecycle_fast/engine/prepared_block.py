@@ -37,6 +37,7 @@ class PreparedBlock:
         self.tables = None if layer.angles is None or attention is None else layer.angles.by_axis()
         self.qkv = [weight_and_bias(linear) for linear in block.attention.qkv]
         self.output, self.last = weight_and_bias(block.attention.output), weight_and_bias(block.mlp.last)
+        self.norms = [(norm.known.weight, norm.known.bias) for norm in (block.norm1, block.norm2) if norm.known]
         self.first: Callable[[], WeightAndBias] | None = None  # of an MLP with GELU
 
     def holds(self, layer: Layer) -> bool:
@@ -70,16 +71,19 @@ class PreparedBlock:
 
     def _recorded(self, held: list[Stream], layer: Layer) -> Stream:
         """The same with a record for gradients."""
-        block, heads = self.block, self.block.attention.heads
-        before = *held.pop(), *block.norm1.known[:2], *[t for linear in self.qkv for t in linear()]
-        after = *self.output(), block.scale1.gamma, *block.norm2.known[:2], *self.first(), *self.last()
+        block, heads, gamma = self.block, self.block.attention.heads, self.block.scale2.gamma
+        before = *held.pop(), *self.norms[0], *[t for linear in self.qkv for t in linear()]
+        mlp = *self.first(), *self.last()  # type: ignore[misc]  # only an MLP with GELU is repeated here
+        after = *self.output(), block.scale1.gamma, *self.norms[1], *mlp
         if self.attention is not None:
             known, packed = (self.boundary, self.attention, self.added), 3 * heads if len(self.qkv) == 1 else heads
-            return Stream(*whole_block(known, packed, len(before), *before, *after), block.scale2.gamma)
+            x, branch = whole_block(known, packed, len(before), *before, *after)
+            return Stream(x, branch, gamma)
         x, *made = before_attention(self.boundary, *before)
         del before
         context = attended(in_heads(made, heads), block, layer)
-        return Stream(*after_attention(self.added, x, context, *after), block.scale2.gamma)
+        x, branch = after_attention(self.added, x, context, *after)
+        return Stream(x, branch, gamma)
 
 
 class Preparation:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..runtime.tracing import nobody_watches
-from .launch_plans import PLANLESS, DescribedCall, LaunchPlan, described, is_current, unwatched, watched
+from .launch_plans import DescribedCall, LaunchPlan, described, is_current, unwatched, watched
 
 MOST = 1024  # plans of an operation that are kept: a model has a few for each shape of volume
 
@@ -86,23 +86,23 @@ class EagerOp:
 
     def run(self, args: Sequence[Any], call: DescribedCall) -> Any:
         """Without a record for gradients."""
-        plan = self._plans.get(call.key, PLANLESS)
-        if plan is None or not self.planned or (plan is not PLANLESS and plan.hooked()):  # type: ignore[union-attr]
-            out = unwatched(self.body, args)
-        elif plan is PLANLESS:
+        plan = self._plans.get(call.key)
+        if plan is None and self.planned and call.key not in self._plans:
             if len(self._plans) >= MOST:
                 self._plans.clear()
             out, plan = watched(self.body, args, call)
             self._plans[call.key] = plan
+        elif plan is None or plan.hooked():
+            out = unwatched(self.body, args)
         elif is_current(call.device):
-            out = plan([*call.starts])  # type: ignore[operator]
+            out = plan([*call.starts])
         else:
             with torch.cuda.device(call.device):
-                out = plan([*call.starts])  # type: ignore[operator]
+                out = plan([*call.starts])
         if self.mutates:  # what was kept for a gradient, or is a view, hears of it
             torch._C._increment_version([args[i] for i in self.mutates])
         if (calls := getattr(_now, "calls", None)) is not None:
-            calls.append(EagerCall(self, args, call, None if plan is PLANLESS else plan))  # type: ignore[arg-type]
+            calls.append(EagerCall(self, args, call, plan))
         return out
 
 
@@ -229,4 +229,4 @@ def _function(
             return *[None if type(grad) is list else grad for grad in found], None  # lists are of no gradients
 
     Eager.__name__ = Eager.__qualname__ = f"{name}_eager"
-    return super(torch.autograd.Function, Eager).apply  # type: ignore[misc]  # no transforms are active, nor dead
+    return super(torch.autograd.Function, Eager).apply  # no transforms are active, nor have been

@@ -18,7 +18,6 @@ from torch._C._dynamo import guards
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PLANLESS = object()  # of a kind that has not been seen
 _MAKES = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.empty.memory_format,
@@ -102,12 +101,14 @@ class LaunchPlan:
         device: torch.device,
         made: Sequence[Tensor],
         launches: Sequence[PlannedLaunch],
-        returned: int | Sequence[int] | None,
+        returned: Any,  # what the body returned: one of those that were made, several, or None
     ) -> None:
         from triton import knobs
         from triton.runtime import driver
 
-        self.launches, self.returned = launches, returned
+        self.launches, self._kind = launches, type(returned)
+        several = [] if returned is None else [returned] if isinstance(returned, Tensor) else returned
+        self._returned = [next(i for i, t in enumerate(made) if t is one) for one in several]
         self.made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
         self._empty = getattr(guards, f"_empty_strided_{device.type}")
         self._stream, self._runtime = driver.active.get_current_stream, knobs.runtime
@@ -132,10 +133,10 @@ class LaunchPlan:
             for parameter, tensor, offset in places:
                 arguments[parameter] = starts[tensor] + offset
             run(x, y, z, stream, function, metadata, None, None, None, *arguments)
-        returned = self.returned
-        if type(returned) is int:
-            return made[returned]
-        return None if returned is None else type(returned)([made[i] for i in returned])
+        out = [made[i] for i in self._returned]
+        if self._kind is tuple:
+            return tuple(out)
+        return out if self._kind is list else out[0] if out else None
 
 
 class _Watch(TorchDispatchMode):
@@ -150,7 +151,7 @@ class _Watch(TorchDispatchMode):
         self._seen: list[Tensor] = []  # kept, as `_of` knows them by address
         self._of: dict[int, tuple[int, Tensor]] = {id(t): (i, t) for i, t in enumerate(call.tensors)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _MAKES and out.device == self.call.device:
             self._of[id(out)] = (len(self.call.tensors) + len(self.made), out)
@@ -182,22 +183,16 @@ class _Watch(TorchDispatchMode):
             elif not (value is None or isinstance(value, (int, float, str, *_constants()))):
                 self.fits = False
                 return
-        whole = (*grid, 1, 1)[:3]
+        x, y, z = (*grid, 1, 1)[:3]
         self.launches.append(
-            PlannedLaunch(compiled.run, *whole, compiled.function, compiled.packed_metadata, values, places)
+            PlannedLaunch(compiled.run, x, y, z, compiled.function, compiled.packed_metadata, values, places)
         )
 
     def plan(self, out: Any) -> LaunchPlan | None:
         """Of a body that has returned."""
-        returned = out
-        if out is not None:
-            numbers = []
-            for t in [out] if isinstance(out, Tensor) else out:
-                number = next((i for i, made in enumerate(self.made) if made is t), None)
-                self.fits = self.fits and number is not None
-                numbers.append(number)
-            returned = numbers[0] if isinstance(out, Tensor) else type(out)(numbers)
-        return LaunchPlan(self.call.device, self.made, self.launches, returned) if self.fits else None
+        several = [] if out is None else [out] if isinstance(out, Tensor) else out
+        known = all([any([t is made for made in self.made]) for t in several])
+        return LaunchPlan(self.call.device, self.made, self.launches, out) if self.fits and known else None
 
 
 def _is_view(func: Any) -> bool:
