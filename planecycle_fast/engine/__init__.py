@@ -11,6 +11,7 @@ consecutive blocks.
 | --- | --- |
 | `lifted_block.py`, `shared_module.py`, `module_tree.py`, `framework_class.py` | modules that stand for the host's |
 | `embedding.py` | slices become tokens: by the host's convolution, or by one matrix product |
+| `prepared_block.py`, `block_functions.py` | blocks that repeat what they did the last time, and their gradients |
 | `cpu_groups.py` | inference on a CPU, a few sequences at a time |
 | `cuda_graphs.py`, `graph_store.py` | a pass captured for one shape, with gradients; several of a model, and when |
 | `cuda_recorder.py`, `snapshot.py` | what capture needs of CUDA; whether a model still is what was captured |

@@ -11,6 +11,7 @@ share `<op>_autograd.py`: shapes of outputs, derivatives. Start with `activation
 | `choice.py` | which implementations a pass runs, decided once |
 | `registry.py` | what an operation is to torch and the tests, and derivatives that torch.library has no place for |
 | `registration.py`, `native_ops.py` | how those of Triton, and of csrc, are registered |
+| `eager.py`, `launch_plans.py` | how they run where nobody watches: past torch's dispatcher, launches made once |
 | `tiles.py`, `scalars_triton.py` | what kernels hold and count; the types of the numbers they are given |
 | `blocks_cpu.py` | consecutive blocks in one call of csrc, made of the others |
 """
