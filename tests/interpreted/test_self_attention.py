@@ -6,10 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from planecycle_fast.cost.meter import Meter
 from planecycle_fast.cost.traffic import Traffic
+from planecycle_fast.geometry.rope import Rope, make_periods
+from planecycle_fast.ops import Axial
 from planecycle_fast.ops.multihead_attention.attention import attention
 from planecycle_fast.ops.multihead_attention.self_attention import self_attention, self_attention_ref
 from planecycle_fast.ops.multihead_attention.self_attention_backward_triton import BACKWARD
 from planecycle_fast.ops.multihead_attention.self_attention_triton import OP
+from planecycle_fast.ops.multihead_attention.self_attention_within import self_attention_within
 
 from ..kernelcheck import checks
 from ..kernelcheck.budget import check_bits
@@ -34,6 +37,17 @@ def test_error_budget_of_many_rows(case, dtype):
 @pytest.mark.parametrize("case", list(long_cases()), ids=lambda case: case.name)
 def test_float64_of_many_rows(case):
     checks.float64(SPEC, case)
+
+
+def test_gradients_are_turned_back_along_three_axes():
+    """Beyond one tile, where queries and keys have turned in place before (`self_attention_within`)."""
+    angles = Axial(Rope(make_periods(4, 100.0)), (2, 4, 8))
+    leaf = torch.randn(1, 1 + 64, 3 * 1, 16, requires_grad=True)
+    upstream = torch.randn(1, 65, 1, 16)
+    [expected] = torch.autograd.grad(self_attention_ref(leaf, angles=angles, num_globals=1), leaf, upstream)
+    out = self_attention_within(leaf * 1, angles, angles.tables(), 1, 0.25, False)
+    [found] = torch.autograd.grad(out, leaf, upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, dtype", [(21, torch.float32), (69, torch.bfloat16), (69, torch.float32)], ids=str)

@@ -26,7 +26,6 @@ STAGES = ["plain tests", "all checks"]
 COLUMNS = [*EDIT, *STAGES, "test", "error", "why it is harmless", "source"]
 LEAST, SHARE = 70, 0.95  # mutants of an operation; of them killed
 MOST = 300  # mutants of an operation that are run
-WAITING = {"self_attention"}  # whose mutants have not run as a whole yet: no test counts them, mutants.md says so
 BEHIND = 0.4  # of all mutants: may be due, as their function has changed since they ran
 
 
@@ -96,11 +95,10 @@ def due(operation, rows):
 
 def stale(rows):
     """Why the rows are not those of the operations as they are now, but for some that are due, or None if they are."""
-    counted = [operation for operation in operations() if operation not in WAITING]
-    now = {edit_of(row) for operation in counted for row, _ in edits(operation)}
+    now = {edit_of(row) for operation in operations() for row, _ in edits(operation)}
     if gone := len({edit_of(row) for row in rows} - now):
         return f"{gone} mutants are gone"
-    waiting = sum(len(due(operation, rows)) for operation in counted)
+    waiting = sum(len(due(operation, rows)) for operation in operations())
     if waiting > BEHIND * len(now):
         return f"{waiting} of {len(now)} mutants are due"
     return None
