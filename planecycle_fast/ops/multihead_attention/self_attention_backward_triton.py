@@ -244,12 +244,12 @@ def _through_queries(
         ok = row < rows
         qa, qb = _pair(q, row * q_row * UNIT, ok, j, HALF)
         g = _whole(grad, row * grad_row * UNIT, ok, d, HALF)
-        shift = tl.load(lse + row, mask=ok, other=0)
+        shift = tl.load(lse + row.to(tl.int64), mask=ok, other=0)
         weights = _weights(ka, kb, qa, qb, shift[None, :], ok[None, :], factor, PRECISION, ACC)
         if OF_V:
             of_v = _product(weights.to(g.dtype), g, of_v, PRECISION, ACC)
         if OF_K:
-            along = tl.load(delta + row, mask=ok, other=0)
+            along = tl.load(delta + row.to(tl.int64), mask=ok, other=0)
             of_scores = (weights * (_product(value, g.T, None, PRECISION, ACC) - along[None, :])).to(g.dtype)
             a, b = _product(of_scores, qa, a, PRECISION, ACC), _product(of_scores, qb, b, PRECISION, ACC)
     return a, b, of_v
