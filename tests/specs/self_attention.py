@@ -113,6 +113,7 @@ def huge_cases():
     yield huge((4, 4), 5, 16, 64, 100_000, name="100,000 sequences of 21 rows")
     yield huge((8, 8), 5, 64, 8, 2**17, packed=False, kind="dense", name="2^17 sequences of 69 rows")
     yield huge((2**13, 2**13), 2**10, 2, 40, 2, load="q", name="2^26 rows")
+    yield huge((8, 9), 0, 2**26, 40, 1, load="", name="2^26 heads")
 
 
 def with_symbols(case):
