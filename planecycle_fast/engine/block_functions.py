@@ -38,7 +38,8 @@ class _BeforeAttention(torch.autograd.Function):
         out = known(*stream)
         normed = out[1].view(-1, out[1].shape[2])  # (rows of all, C)
         kept = known.keep(ctx.needs_input_grad[1:6], stream, out)
-        ctx.save_for_backward(normed, *linears[::2], *kept.taken())
+        learns = any(ctx.needs_input_grad[6::2])  # one of the weights
+        ctx.save_for_backward(normed if learns else None, *linears[::2], *kept.taken())
         ctx.known, ctx.kept, ctx.added = known, kept, out[0].numel() > 0
         ctx.set_materialize_grads(False)
         x = out[0] if ctx.added else residual
@@ -113,14 +114,16 @@ class _AfterAttention(torch.autograd.Function):
         kept = known.keep((needed[1], True, *needed[5:8]), (x, branch), out)
         hidden = F.linear(normed, first, first_bias)
         activated = F.gelu(hidden)
-        ctx.save_for_backward(rows, output, normed, first, hidden, activated, last, *kept.taken())
+        learns = needed[3], needed[8], needed[10]  # the weights
+        inputs = [t if need else None for t, need in zip((rows, normed, activated), learns)]
+        ctx.save_for_backward(*inputs, output, first, last, hidden, *kept.taken())
         ctx.known, ctx.kept, ctx.heads = known, kept, context.shape
         ctx.set_materialize_grads(False)
         return total, F.linear(activated, last, last_bias).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, of_branch: Tensor | None) -> tuple[Any, ...]:
-        rows, output, normed, first, hidden, activated, last, *ctx.kept.saved_tensors = ctx.saved_tensors
+        rows, normed, activated, output, first, last, hidden, *ctx.kept.saved_tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad
         of_activated, *of_last = linear_gradients(of_branch, activated, last, (True, *needed[10:12]))
         of_hidden = None if of_activated is None else torch.ops.aten.gelu_backward.default(of_activated, hidden)
@@ -173,7 +176,7 @@ class _Whole(torch.autograd.Function):
 
 def linear_gradients(
     grad: Tensor | None,  # (..., out)
-    x: Tensor,  # (rows, in)
+    x: Any,  # (rows, in); None where the weight's gradient is not needed
     weight: Tensor,  # (out, in)
     needed: Sequence[bool],  # of x, weight and bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x (rows, in), weight and bias

@@ -1,9 +1,10 @@
-"""A block in inference whose steps are known from the last time it ran: launches at new addresses, and linear layers.
+"""A block whose steps are known from the last time it ran: launches at new addresses, and linear layers.
 
 What a block asks before each step has the same answers as long as it is the same, on the same plane, for a stream of
 the same shape: which backends run, what lies how, what a kernel is given. So the first pass lists the calls that it
-makes of operations, and a `PreparedBlock` repeats them. Only where everything in a block is plain, on kernels of ours,
-without gradients, and nobody watches (`tracing.nobody_watches`); else `block.run_block` goes on.
+makes of operations, and a `PreparedBlock` repeats them, with a record for gradients by `block_functions`. Only where
+everything in a block is plain, on kernels of ours, without autocast, and nobody watches (`tracing.nobody_watches`);
+else `block.run_block` goes on part by part.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ class PreparedBlock:
         self.norms = [(norm.known.weight, norm.known.bias) for norm in (block.norm1, block.norm2) if norm.known]
         self.first: Callable[[], WeightAndBias] | None = None  # of an MLP with GELU
 
-    def holds(self, layer: Layer) -> bool:
+    def holds(self) -> bool:
         """Whether nothing has changed that it relies on, and that `BlockDescription` does not tell."""
-        tables = None if layer.angles is None or self.attention is None else layer.angles.by_axis()
-        if tables is not self.tables or not (self.boundary.holds() and self.added.holds()):
-            return False
-        return self.attention is None or self.attention.holds()
+        return self.boundary.holds() and self.added.holds()
+
+    def _attention(self, layer: Layer) -> KnownCall | None:
+        """Where angles are others, as augmentation draws them, attention is not what it was."""
+        if self.attention is None or not self.attention.holds():
+            return None
+        return self.attention if layer.angles is None or layer.angles.by_axis() is self.tables else None
 
     def __call__(self, held: list[Stream], layer: Layer) -> Stream:
         """The stream after the block; what came is taken out of its list."""
@@ -57,7 +61,8 @@ class PreparedBlock:
             x = came.residual
         del came
         made = in_heads([F.linear(normed, *linear()) for linear in self.qkv], self.block.attention.heads)
-        context = attended(made, self.block, layer) if self.attention is None else self.attention(*made)[0]
+        attention = self._attention(layer)
+        context = attended(made, self.block, layer) if attention is None else attention(*made)[0]
         del made
         branch = F.linear(context.flatten(2), *self.output())
         del context
@@ -75,8 +80,8 @@ class PreparedBlock:
         before = *held.pop(), *self.norms[0], *[t for linear in self.qkv for t in linear()]
         mlp = *self.first(), *self.last()  # type: ignore[misc]  # only an MLP with GELU is repeated here
         after = *self.output(), block.scale1.gamma, *self.norms[1], *mlp
-        if self.attention is not None:
-            known, packed = (self.boundary, self.attention, self.added), 3 * heads if len(self.qkv) == 1 else heads
+        if (attention := self._attention(layer)) is not None:
+            known, packed = (self.boundary, attention, self.added), 3 * heads if len(self.qkv) == 1 else heads
             x, branch = whole_block(known, packed, len(before), *before, *after)
             return Stream(x, branch, gamma)
         x, *made = before_attention(self.boundary, *before)
@@ -96,7 +101,7 @@ class Preparation:
 
     def found(self) -> PreparedBlock | None:
         found = self.block.prepared.get(self.key)
-        return found if found is not None and found.holds(self.layer) else None
+        return found if found is not None and found.holds() else None
 
     @property
     def is_new(self) -> bool:

@@ -135,8 +135,8 @@ class KnownCall:
 
     def __init__(self, made: EagerCall, changing: int) -> None:  # how many of its tensors change
         self.op, self.plan, self.device = made.op, made.plan, made.call.device
-        self._args = made.args
         self._places = [i for i, a in enumerate(made.args) if isinstance(a, Tensor)][:changing]
+        self._args = [None if i in self._places else a for i, a in enumerate(made.args)]  # those would stay in memory
         self._starts = made.call.starts[changing:]
         self._same = [(t, start, t.dtype) for t, start in zip(made.call.tensors[changing:], self._starts)]
         self._again: dict[tuple[bool, ...], _Again] = {}  # in its formula for gradients
@@ -167,7 +167,9 @@ class KnownCall:
         return kept
 
     def back(self, kept: Kept, *grads: Tensor | None) -> Sequence[Tensor | None]:
-        """Gradients of its arguments, from those of what it returned, which are contiguous and of their dtypes."""
+        """Gradients of its arguments, from those of what it returned, which are of their shapes and dtypes."""
+        if not all([grad is None or grad.is_contiguous() for grad in grads]):
+            return self.op.backward(kept, *grads)  # type: ignore[misc]  # it has formulas
         key = (*kept.needs_input_grad, *[grad is None for grad in grads])
         before, _now.again = getattr(_now, "again", None), self._again.get(key)
         try:

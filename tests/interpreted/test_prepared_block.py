@@ -1,6 +1,8 @@
 """Blocks that repeat what they did the last time: to the bit what they compute part by part, with and without
 gradients; and what makes them look again."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -19,8 +21,8 @@ HOSTS = [
 ]
 
 
-def lifted_of(name="timm-dinov3-s", attention="triton", **settings):
-    small = {"num_hidden_layers": 3} if name.startswith("hf") else {"depth": 3}  # planes HW, DW and DH
+def lifted_of(name="timm-dinov3-s", attention="triton", blocks=3, **settings):  # on planes HW, DW and DH
+    small = {"num_hidden_layers" if name.startswith("hf") else "depth": blocks}
     return lift(BY_NAME[name].build(**small).eval(), backend="triton", attention=attention, strict=False, **settings)
 
 
@@ -224,3 +226,30 @@ def test_gradients_add_up(repeated):
     once = [p.grad.clone() for p in lifted.parameters()]
     out.backward()
     assert repeated and all([torch.allclose(p.grad, 2 * grad) for p, grad in zip(lifted.parameters(), once)])
+
+
+@pytest.mark.parametrize("run", [features, gradients])
+def test_nothing_of_a_pass_stays_in_memory(repeated, run):
+    lifted = lifted_of()
+    volume = volume_for(lifted)
+    rows = volume.shape[2] * (lifted.adapter.num_globals + 2)  # and patches, on HW
+    for _ in range(2):
+        run(lifted, volume)
+    repeated.clear()
+    gc.collect()
+    stay = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim > 2 and t.shape[:2].numel() == rows]
+    assert not stay
+
+
+def test_augmented_angles_are_those_of_their_pass(repeated):
+    """Drawn anew in each: blocks are repeated, attention is not."""
+    lifted = lifted_of(blocks=2)
+    lifted.rope.shift_coords = 0.3
+    lifted.train()
+    volume = volume_for(lifted)
+    found = []
+    for seed in (0, 0, 1, 0):
+        torch.manual_seed(seed)
+        found.append(gradients(lifted, volume))
+    assert repeated and same(found[1], found[0]) and same(found[3], found[0])
+    assert not torch.equal(found[2][0], found[0][0])
