@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import host, host_times
 from benchmarks.host_times import CHECKS, CHOICE, DISPATCH, LAUNCH, PARTS, REST, TORCH
-from planecycle_fast.engine.block import run_block
+from planecycle_fast.engine.block import _run_parts
 from planecycle_fast.engine.branches import attention_branch
 from planecycle_fast.ops.residual.norm import check_stream
 
@@ -31,7 +31,7 @@ FRAMES = [  # file, function, part; the package's as it is now, and as it was at
     ("pcf/ops/residual/add_norm_backward_triton.py", "backward", DISPATCH),
     ("pcf/ops/residual/add_norm_triton.py", "_add_norm", LAUNCH),
     ("pcf/ops/tiles.py", "tile", LAUNCH),
-    ("pcf/engine/block.py", "run_block", REST),
+    ("pcf/engine/block.py", "_run_parts", REST),
     ("pcf/engine/block.py", "<lambda>", None),
     (SITE + "torch/_ops.py", "__call__", DISPATCH),
     (SITE + "torch/_library/autograd.py", "forward", DISPATCH),
@@ -61,15 +61,15 @@ def instruction(function, name):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="instructions have no positions in Python 3.10")
 def test_operations_are_torchs_wherever_they_are_called():
-    at = instruction(run_block, "attention_branch")
-    assert host_times.place((at,), PACKAGE) == (REST, "engine/block.py:run_block")
+    at = instruction(_run_parts, "attention_branch")
+    assert host_times.place((at,), PACKAGE) == (REST, "engine/block.py:_run_parts")
     at = instruction(attention_branch, "flatten")
     assert host_times.place((at,), PACKAGE) == (TORCH, "engine/branches.py:attention_branch -> flatten")
 
 
 def test_until_a_function_has_begun_its_caller_runs():
     begun = instruction(host_times.place, "")
-    runs, checks = (run_block.__code__, 0), (check_stream.__code__, 0)
+    runs, checks = (_run_parts.__code__, 0), (check_stream.__code__, 0)
     assert host_times.place((begun, runs), PACKAGE)[0] == REST
     assert host_times.place((begun, checks, runs), PACKAGE)[0] == CHECKS
     assert host_times.place((begun,), PACKAGE) == (REST, "elsewhere: benchmarks/host_times.py:place")
