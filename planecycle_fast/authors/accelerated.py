@@ -16,7 +16,7 @@ from ..engine.report import table_of
 from ..engine.stream import Layer, Stream, enter
 from ..geometry.planes import DHW, HW, Plane, Sizes, parse_plane
 from ..geometry.pooling import Transition, between
-from ..geometry.rope import PlaneAngles
+from ..geometry.rope import PlaneAngles, kept
 from ..hosts.description import BlockDescription, Reading, describe
 from ..hosts.dinov3 import (
     BLOCK,
@@ -154,8 +154,7 @@ class Method:
             """By the model's own module: once per plane, or anew for every block while it may draw."""
             if rope is not None and (rope.training or (rope, plane) not in tables):
                 grid = plane.grid(sizes)  # (n0, n1), or (D, H, W)
-                made = rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid)))
-                tables[rope, plane] = PlaneAngles(None, sincos=made)
+                tables[rope, plane] = _angles(rope, grid)
             return tables.get((rope, plane))
 
         def step(i: int) -> Step:
@@ -366,3 +365,17 @@ def _need_not_be_called(block: nn.Module) -> bool:
 
 def _pool_method(block: nn.Module) -> str:
     return block.pool_method if hasattr(block, "pool_method") else block.planecycleop.pool_method
+
+
+def _angles(rope: nn.Module, grid: Sequence[int]) -> PlaneAngles:
+    """Tables of a plane, by the model's own module; the same from pass to pass, where only periods make them."""
+
+    def make() -> PlaneAngles:
+        return PlaneAngles(None, sincos=rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid))))
+
+    settings = [value for name, value in vars(rope).items() if not name.startswith("_")]
+    periods = getattr(rope, "periods", None)
+    plain = all([value is None or isinstance(value, (bool, int, float, str, torch.dtype)) for value in settings])
+    if not isinstance(periods, Tensor) or rope.training or not plain or why_called(rope) is not None:
+        return make()
+    return kept(periods, (type(rope), type(rope).forward, tuple(grid), *settings), make)

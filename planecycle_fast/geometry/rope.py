@@ -14,9 +14,9 @@ what its host computes, to the bit where the same operations run.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ..runtime.recording import drawn_on_host
 from ..runtime.tracing import nobody_watches, recorder
 from .planes import Plane, Sizes
 
+Made = TypeVar("Made")
 NORMALIZATIONS = ("separate", "min", "max")
 
 
@@ -125,9 +126,28 @@ class Tables(NamedTuple):
     cos: Sequence[Tensor]  # like sin
 
 
-MOST = 64  # tables that are kept of one tensor of periods
+MOST = 64  # of what is kept of one tensor of periods
 
-_kept: MutableMapping[Tensor, dict[Any, tuple[Any, Tables]]] = WeakIdKeyDictionary()  # by periods
+_kept: MutableMapping[Tensor, dict[Any, tuple[Any, Any]]] = WeakIdKeyDictionary()  # by periods
+
+
+def kept(
+    periods: Tensor,  # (hd/4,)
+    key: Hashable,
+    make: Callable[[], Made],
+) -> Made:
+    """What `make` makes of periods and nothing else but what `key` says, once as long as periods are as they were."""
+    if not _may_keep(periods):
+        return make()
+    of_these = _kept.setdefault(periods, {})
+    now = periods._version, periods.data_ptr()
+    found = of_these.get(key)
+    if found is None or found[0] != now:
+        if len(of_these) >= MOST:
+            of_these.clear()
+        with torch.inference_mode(False), torch.no_grad():  # gradients may need it later
+            found = of_these[key] = now, make()
+    return found[1]
 
 
 def _may_keep(
@@ -229,18 +249,10 @@ class Rope:
 
         Kept from pass to pass where periods are as they were: making them takes many small operations.
         """
-        if augmentation is not None or not _may_keep(self.periods):
+        if augmentation is not None:
             return self._axis_tables(grid, augmentation)
-        kept = _kept.setdefault(self.periods, {})
-        now = self.periods._version, self.periods.data_ptr()
-        key = (tuple(grid), *[getattr(self, field.name) for field in fields(self) if field.name != "periods"])
-        found = kept.get(key)
-        if found is None or found[0] != now:
-            if len(kept) >= MOST:
-                kept.clear()
-            with torch.inference_mode(False), torch.no_grad():  # gradients may need them later
-                found = kept[key] = now, self._axis_tables(grid, None)
-        return found[1]
+        settings = [getattr(self, field.name) for field in fields(self) if field.name != "periods"]
+        return kept(self.periods, (tuple(grid), *settings), lambda: self._axis_tables(grid, None))
 
     def _axis_tables(self, grid: Sequence[int], augmentation: Augmentation | None) -> Tables:
         angles = self.angles(grid, augmentation)

@@ -128,7 +128,8 @@ class Watch(logging.Handler):
     def _parts(self, original):
         def graph_partition(scheduler):
             partitions, signatures = original(scheduler)
-            self.found_parts(signatures)
+            if torch._inductor.config.triton.cudagraphs:  # not of dynamic sizes, of which each would need its own
+                self.found_parts(signatures)
             return partitions, signatures
 
         return graph_partition
