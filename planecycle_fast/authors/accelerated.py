@@ -373,6 +373,8 @@ def _angles(rope: nn.Module, grid: Sequence[int]) -> PlaneAngles:
     def make() -> PlaneAngles:
         return PlaneAngles(None, sincos=rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid))))
 
+    if torch.compiler.is_compiling():
+        return make()
     settings = [value for name, value in vars(rope).items() if not name.startswith("_")]
     periods = getattr(rope, "periods", None)
     plain = all([value is None or isinstance(value, (bool, int, float, str, torch.dtype)) for value in settings])
