@@ -156,6 +156,7 @@ from benchmarks.bench_swiglu import test_swiglu
 """
 
 
+@pytest.mark.full
 def test_pytest_benchmark_stores_and_compares_runs(tmp_path):
     (tmp_path / "bench_tiny.py").write_text(END_TO_END)
     storage = tmp_path / "stored"

@@ -168,6 +168,7 @@ def test_bars_go_to_the_terminal_and_results_to_the_pipe(model, tmp_path):
     assert b"scans" in shown and b"a.nii" in shown
 
 
+@pytest.mark.full
 def test_a_reader_that_has_enough(model, tmp_path):
     for name in "ab":
         write_nifti(tmp_path / f"{name}.nii", NOISE)

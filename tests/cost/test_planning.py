@@ -255,6 +255,7 @@ def test_rows_appear_as_they_are_known(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[0].startswith("PCm ")
 
 
+@pytest.mark.full
 def test_modes_that_a_model_cannot_be_lifted_in_are_named(capsys, monkeypatch):
     """BEiT knows no third axis: flatten3d is a line of its own, or if it was asked for by name an error."""
     monkeypatch.setattr(modes, "deepest", lambda *_: 1)

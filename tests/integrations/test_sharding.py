@@ -173,6 +173,7 @@ def on_two_processes(tmp_path, name, recipes):
             run.kill()
 
 
+@pytest.mark.full
 def test_sharded_blocks_that_are_checkpointed(tmp_path):
     on_two_processes(tmp_path, "hf-dinov2", QUICK)
 

@@ -10,7 +10,7 @@ from .executor import typed_by_inductor
 from .layouts import LAYOUTS, VARIED, contiguous, permuted
 from .overflow import apart, apart_unaligned
 
-EXAMPLES = 80  # of each dtype
+EXAMPLES = 50  # of each dtype
 
 
 def op_tests(spec, examples=None):

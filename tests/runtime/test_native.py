@@ -89,6 +89,7 @@ def test_eight_processes_on_an_empty_cache(tmp_path, sources):
     assert sum(b"building" in err for _, err in outputs) == 1
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_killed_build_leaves_the_next_one_working(tmp_path, sources):
     slow = tmp_path / "c++"
@@ -353,6 +354,7 @@ def test_a_damaged_library_that_came_with_the_package_is_not_loaded(tmp_path, so
     assert native.shipped() is None
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_library_outlives_its_compiler(tmp_path, sources):
     """Built in one stage, used in another that has no compiler, and where nothing can be written."""
