@@ -33,10 +33,10 @@ def test_forward(name):
             assert got is expected is None or torch.equal(got, expected)
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in (*FEW, "timm-dinov2-s-reg4") if name != "timm-dinov3-s"]
+SLOW = {*FEW, "timm-dinov2-s-reg4"} - {"timm-dinov3-s"}
 
 
-@pytest.mark.parametrize("name", ["timm-dinov3-s", *OTHERS])
+@pytest.mark.parametrize("name", ["timm-dinov3-s", *[pytest.param(n, marks=pytest.mark.full) for n in sorted(SLOW)]])
 def test_sizes_are_no_constants_of_the_graph(name):
     """Nothing but the operations in plain torch, so that it also runs quickly with other versions of torch."""
     host = BY_NAME[name]
