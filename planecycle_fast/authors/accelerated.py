@@ -371,7 +371,10 @@ def _angles(rope: nn.Module, grid: Sequence[int]) -> PlaneAngles:
     """Tables of a plane, by the model's own module; the same from pass to pass, where only periods make them."""
 
     def make() -> PlaneAngles:
-        return PlaneAngles(None, sincos=rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid))))
+        made = PlaneAngles(None, sincos=rope(**dict(zip("HW" if len(grid) == 2 else "DHW", grid))))
+        if not torch.compiler.is_compiling():
+            made.by_axis()  # now, as later it may be in inference mode
+        return made
 
     if torch.compiler.is_compiling():
         return make()

@@ -180,7 +180,9 @@ class KnownCall:
         finally:
             _now.again = before
         if len(calls) == 1 and calls[0].plan is not None:
-            self._again[key] = _Again(calls[0])
+            starts = [start for start in calls[0].call.starts if start]  # but of empty tensors
+            if len(set(starts)) == len(starts):  # else the plan is of gradients that are one tensor
+                self._again[key] = _Again(calls[0])
         return found
 
 

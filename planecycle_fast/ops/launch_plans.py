@@ -43,29 +43,19 @@ def described(args: Sequence[Any]) -> DescribedCall | None:
     starts: list[int] = []
     try:
         for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is Parameter:
-                start = a.data_ptr()
-                tensors.append(a)
-                starts.append(start)
-                key += (a.shape, a.stride(), a.dtype, a.device, start & 15)  # bodies ask for alignment
-            elif kind is list:
+            several = type(a) is list
+            if several:
                 key.append(len(a))
-                for item in a:
-                    kind = type(item)
-                    if kind is Tensor or kind is Parameter:
-                        start = item.data_ptr()
-                        tensors.append(item)
-                        starts.append(start)
-                        key += (item.shape, item.stride(), item.dtype, item.device, start & 15)
-                    elif isinstance(item, Tensor):
-                        return None
-                    else:
-                        key.append(item)
-            elif kind is int or kind is str or a is None or not isinstance(a, Tensor):
-                key.append(a)
-            else:
-                return None
+            for t in a if several else (a,):
+                if type(t) is Tensor or type(t) is Parameter:
+                    start = t.data_ptr()
+                    tensors.append(t)
+                    starts.append(start)
+                    key += (t.shape, t.stride(), t.dtype, t.device, start & 15)  # bodies ask for alignment
+                elif isinstance(t, Tensor):
+                    return None
+                else:
+                    key.append(t)
     except RuntimeError:  # of what a transform has left behind
         return None
     if not tensors:

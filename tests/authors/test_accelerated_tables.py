@@ -51,3 +51,10 @@ def test_changes_are_followed(rope, change):
 
 def test_training_makes_them_anew(rope):
     assert _angles(rope.train(), (2, 3)) is not _angles(rope, (2, 3))
+
+
+def test_gradients_may_need_what_inference_mode_has_made(rope):
+    with torch.inference_mode():
+        found = _angles(rope, (2, 3))
+        tables = [*found.sincos(), *found.halves(), *found.by_axis().sin, *found.by_axis().cos]
+    assert _angles(rope, (2, 3)) is found and not any([t.is_inference() for t in tables])

@@ -9,10 +9,6 @@ import torch
 pytest.importorskip("timm", reason="needs timm and transformers, whose models it runs")
 pytest.importorskip("transformers", reason="needs timm and transformers, whose models it runs")
 
-import planecycle_fast as pcf
-
-from ..host_models import BY_NAME
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; see benchmarks/results/PENDING.md"),
@@ -24,14 +20,9 @@ from planecycle_fast.ops.eager import EagerOp
 from planecycle_fast.ops.launch_plans import LaunchPlan
 
 from ..specs import SPECS
+from .test_gpu_models import lifted_on_gpu
 
 NAMES = ["timm-dinov3-s", "timm-dinov3-s+", "hf-dinov3", "timm-dinov2-s", "facebook-stand-in"]
-
-
-def lifted_on_gpu(name="timm-dinov3-s", dtype=torch.bfloat16, **settings):
-    host = BY_NAME[name]
-    lifted = pcf.lift(host.make().to("cuda", dtype), backend="triton", **settings)
-    return lifted, host.volume(batch=2, depth=7, dtype=dtype).cuda()
 
 
 def features(lifted, volume):
@@ -71,7 +62,7 @@ def test_plans_have_the_bits_of_the_registered_operation(spec):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("run", [features, gradients])
 def test_repeated_blocks_have_the_bits_of_others(monkeypatch, run, name, attention, dtype):
-    lifted, volume = lifted_on_gpu(name, dtype, attention=attention, strict=False)
+    lifted, volume = lifted_on_gpu(name, dtype=dtype, attention=attention, strict=False)
     run(lifted, volume)  # cuDNN's attention comes with the second volume of a size
     with monkeypatch.context() as patch:
         patch.setattr(block_module, "preparation", lambda *_: None)
