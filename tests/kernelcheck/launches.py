@@ -32,10 +32,13 @@ class Launch:
     args: tuple
     constants: dict[str, Any]
 
-    def variant(self, aligned, arch):
-        """What triton would compile for sm_<arch>, with all pointers aligned to 16 bytes or none of them."""
+    def variant(self, aligned, arch, always=lambda t: False):
+        """What triton would compile for sm_<arch>, with all pointers aligned to 16 bytes or none of them.
+
+        Those of tensors for which `always` is true are: the operation sees to it.
+        """
         backend, binder = _binder(self.kernel, arch)
-        args = [Pointer(a.dtype, aligned) if isinstance(a, torch.Tensor) else a for a in self.args]
+        args = [Pointer(a.dtype, aligned or always(a)) if isinstance(a, torch.Tensor) else a for a in self.args]
         kwargs = dict(self.constants, debug=False)
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attrs = self.kernel._pack_args(backend, kwargs, bound, specialization, options)

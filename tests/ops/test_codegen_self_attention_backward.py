@@ -84,7 +84,9 @@ def test_wide_heads_in_float32_have_no_tile_of_32_rows():
 @pytest.mark.parametrize("aligned, arch", [(True, 90), (False, 80)])
 def test_other_builds(rows, dtype, load, axes, packed, aligned, arch):
     for launch in launches(rows, 64, dtype, "tf32x3", load, packed, axes=axes):
-        check_binary(compile_variant(launch.variant(aligned, arch), arch), arch)
+        # Heads are aligned, or copied (`self_attention_autograd.aligned`); tables and sums need not be.
+        binary = compile_variant(launch.variant(aligned, arch, always=lambda t: t.ndim == 4), arch)
+        check_binary(binary, arch)
 
 
 @pytest.mark.full

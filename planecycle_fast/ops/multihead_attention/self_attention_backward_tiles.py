@@ -58,12 +58,15 @@ def one_tile(
     rows: int | torch.SymInt,  # of a sequence
     dtype: torch.dtype,
     head_dim: int,
+    axes: int = 2,  # of tables that queries and keys turn by
 ) -> Tiles | None:
     """Where a program can hold all rows; not where torch traces sizes, which may be any then."""
     if not isinstance(rows, int) or rows > ONE_TILE:
         return None
     block = next(size for size in (16, 32, 64) if size >= rows)
     warps = ONE[dtype.itemsize == 2, head_dim > WIDE].get(block)
+    if warps == 2 and axes == 3:  # the third table is more than two warps hold, by 8 bytes
+        warps = 4
     return None if warps is None else Tiles(block, 0, warps, 1, precision="ieee")
 
 

@@ -358,7 +358,7 @@ def _self_attention_backward(
         TURN=tl.float64 if torch.float64 in (compute, acc) else tl.float32, ACC=_TYPES[acc],
     )  # fmt: skip
     grad_q, grad_k, grad_v = _padded(grads)
-    if one := one_tile(rows, q.dtype, head_dim):
+    if one := one_tile(rows, q.dtype, head_dim, len(grid)):
         per_group = triton.cdiv(heads, triton.cdiv(heads, HEADS))
         programs = sequences * triton.cdiv(heads, per_group)
         _check(rows, heads, head_dim, programs)
