@@ -89,7 +89,7 @@ def error_budget(spec, case, dtype, layout=contiguous, upstream=contiguous):
             if not moves and c.numel():
                 measured[name] = errors(name, b, c).worse(measured.get(name, Errors(b.dtype)))
                 values[name] = values.get(name, 0) + c.unique().numel()
-        if all(count >= VALUES for count in values.values()):
+        if seed + 1 >= case.draws and all(count >= VALUES for count in values.values()):
             break
     got = run(spec.fast, tensors, case.settings, upstream=upstream)
     for name, (a, b, c), moves in _each_group(spec, case.settings, got, reference, exact):

@@ -16,6 +16,7 @@ class Case:
     name: str = ""
     narrower: dict[str, torch.dtype] = field(default_factory=dict)  # of some tensors where others are float32: autocast
     only: torch.dtype | None = None  # the dtype it is about, and runs in
+    draws: int = 1  # of random inputs, at least, whose reference's errors are its budget: more where elements share one
 
     def make(self, dtype, seed=0, device="cpu"):
         """Random tensors by argument name, the same at every call; on `meta` without values."""

@@ -93,17 +93,20 @@ def named_cases():
 
 
 def long_cases():
-    """Rows whose kernels take the interpreter seconds."""
-    yield case((17, 15), 0, heads=1, head_dim=8, name="255 rows")
-    yield case((16, 16), 0, heads=1, head_dim=8, packed=False, load="q", name="256 rows")
-    yield case((4, 8, 8), 1, heads=1, head_dim=64, name="257 rows, three axes")
-    yield case((16, 16), 5, heads=1, head_dim=24, name="261 rows")
-    yield case((267,), 5, heads=1, head_dim=8, kind="dense", name="272 rows")
-    yield case((15, 20), 0, heads=1, head_dim=8, load="", name="300 rows")
-    yield case((16, 32), 5, heads=1, head_dim=8, load="q", name="517 rows")
-    yield case((32, 32), 5, heads=1, head_dim=8, load="", packed=False, name="1029 rows")
-    yield case((4, 4), 5, heads=1, head_dim=128, name="21 rows of 128 channels")
-    yield case((9, 8), 1, heads=1, head_dim=88, name="73 rows of 88 channels")
+    """Rows whose kernels take the interpreter seconds.
+
+    All elements of a row of gradients share the errors of its weights: there are as many errors as rows.
+    """
+    yield case((17, 15), 0, heads=1, head_dim=8, name="255 rows", draws=4)
+    yield case((16, 16), 0, heads=1, head_dim=8, packed=False, load="q", name="256 rows", draws=4)
+    yield case((4, 8, 8), 1, heads=1, head_dim=64, name="257 rows, three axes", draws=4)
+    yield case((16, 16), 5, heads=1, head_dim=24, name="261 rows", draws=4)
+    yield case((267,), 5, heads=1, head_dim=8, kind="dense", name="272 rows", draws=4)
+    yield case((15, 20), 0, heads=1, head_dim=8, load="", name="300 rows", draws=4)
+    yield case((16, 32), 5, heads=1, head_dim=8, load="q", name="517 rows", draws=4)
+    yield case((32, 32), 5, heads=1, head_dim=8, load="", packed=False, name="1029 rows", draws=4)
+    yield case((4, 4), 5, heads=1, head_dim=128, name="21 rows of 128 channels", draws=4)
+    yield case((9, 8), 1, heads=1, head_dim=88, name="73 rows of 88 channels", draws=4)
 
 
 def huge_cases():
