@@ -21,7 +21,7 @@ from .engine.module_tree import LiftedTree, TreeModule
 from .engine.passes import Step, check_strict, run_pass
 from .engine.report import table_of
 from .engine.stream import Layer, Stream, enter
-from .engine.taps import Tap, live, tapped
+from .engine.taps import Tap, hooks_on, live, tapped
 from .features import VolumeFeatures, traceable
 from .geometry.planes import DEFAULT_CYCLE, HW, Plane, Sizes, parse_cycle, permutation
 from .geometry.pooling import Transition, between, check_pooling
@@ -130,6 +130,12 @@ class LiftedModel(TensorsOfHost, TreeModule):
         sizes, g = (depth, height // patch_h, width // patch_w), self.adapter.num_globals
         return {plane.name: (batch * plane.slices(sizes), g + plane.length(sizes)) for plane in self.planes}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftedModel:
+        super()._apply(fn, recurse)
+        if self.graphs is not None:  # weights may be elsewhere: nothing holds the old ones
+            self.graphs.drop_lost()
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours raised AttributeError: show that error
             return object.__getattribute__(self, name)
@@ -227,13 +233,18 @@ class LiftedModel(TensorsOfHost, TreeModule):
         def run(volume: Tensor) -> list[VolumeFeatures]:  # (B, 3, D, height, width)
             return self._run(volume, sizes, n, norm)
 
-        return store.run(self, (wanted, norm), run, volume, self._settings, replayed)
+        return store.run(self, (wanted, norm), run, volume, self._wrapped, replayed)
 
-    def _settings(self) -> list[Any]:
+    def _wrapped(self) -> str | None:
+        around = next(self.around(), None)
+        return None if around is None else f"a block is within a {type(around).__name__}"
+
+    def pass_settings(self) -> list[Any]:
         """What a pass reads besides modules and their attributes."""
         tree = self.lifted_tree
         tree.layers()
-        return [tree.changes, *[s for block in tree.blocks for s in getattr(block.reading.parts, "settings", tuple)()]]
+        of_parts = [s for block in tree.blocks for s in getattr(block.reading.parts, "settings", tuple)()]
+        return [tree.changes, *of_parts, *hooks_on(self.taps)]
 
     def tap(self, layer: int) -> Tap:
         """Where hooks see a layer's patches as maps (B, C, D, H, W), in canonical order, within the pass.

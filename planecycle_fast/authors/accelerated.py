@@ -118,12 +118,15 @@ class Method:
             return self._blocks(x, None, sizes, start, wanted, as_list, norm, local)
 
         what = (frozenset(wanted), as_list, norm, local)
-        return store.run(self.model, what, run, x, self._settings), sizes
+        return store.run(self.model, what, run, x, self._wrapped), sizes
 
-    def _settings(self) -> list[Any]:
+    def _wrapped(self) -> str | None:
+        reason = next((block.whole for block in self.descriptions() if block.whole is not None), None)
+        return None if reason is None else f"a block as a whole is called: {reason}"
+
+    def pass_settings(self) -> Sequence[Any]:
         """What a pass reads besides modules and their attributes."""
-        parts = [reading.parts for _, reading in self._readings()]
-        return [setting for part in parts for setting in getattr(part, "settings", tuple)()]
+        return self.backend, self.attention, self.strict, self.gelu
 
     def _blocks(
         self,

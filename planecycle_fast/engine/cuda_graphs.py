@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -24,10 +26,12 @@ from ..hosts.buffers import version
 from ..runtime.backends import asked_for
 from ..runtime.recording import HostDraws, is_recording, recording
 from . import cuda_recorder
+from .embedding import is_one_channel
 from .snapshot import Snapshot, modules_of
 
 WARM_UPS = 3  # runs before capture: kernels compile, libraries allocate what they need
 _VERSION = attrgetter("_version")
+_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # autograd's node of one
 _one_at_a_time = threading.Lock()  # recordings: torch allows no more
 _ADVICE = "no value may go back to Python, and no hook may wait for one"
 
@@ -49,17 +53,18 @@ class Graph:
         volume: Tensor,  # (B, 3, D, Himg, Wimg)
         gradients: bool,
         own_results: bool = True,
-        settings: Callable[[], Sequence[Any]] = tuple,
     ) -> None:
         self.model, self.own_results, self._run = model, own_results, run
         self.mode = mode_of(volume.device)
         self.replays = 0
         self._recorder, self._device = cuda_recorder.RECORDER, volume.device
-        self._snapshot = Snapshot(model, settings)
-        self._draws, self._lock = HostDraws(), threading.RLock()
+        self._snapshot = Snapshot(model)
+        self._trains = any([m.training for m in model.modules()])  # buffers and random numbers go on with every pass
+        self._draws, self._generators, self._lock = HostDraws(), _generators(model), threading.RLock()
         self._pending: Callable[[], Any] = _nothing
         self._leaves = _Leaves(model if gradients else None)
         self._learns: list[Tensor] = []  # parameters that have a gradient
+        self._parameters = [p for p in model.parameters() if not p.is_inference()]
         self._needs: list[frozenset[int]] = []  # of those, and of the volume if it has one, by which outputs
         with (
             _one_at_a_time,
@@ -76,15 +81,14 @@ class Graph:
 
     def _record(self, volume: Tensor) -> None:
         """Warm-ups, then the passes; random numbers and buffers are afterwards what they were."""
-        gradients, device = torch.is_grad_enabled(), volume.device
+        device = volume.device
+        self._place_volume(volume)
         buffers = [(b, b.clone(), version(b)) for b in self.model.buffers()]
         weights = [*self.model.parameters(), *self._leaves.made]
         versions = [version(t) for t in weights]
-        # Buffers that anyone may write to. Casts of weights are part of a graph, not kept from one pass to the next.
-        self._input = volume.detach().clone(memory_format=torch.contiguous_format)
-        self._input.requires_grad_(gradients and volume.requires_grad)
         host = torch.get_rng_state()
         try:
+            # Casts of weights are part of a graph, not kept from one pass to the next.
             with self._recorder.same_draws(device), _no_cached_casts(), self._recorder.aside(device):
                 self._warm_up()
                 backward = self._backward_pass if self._needs else None
@@ -93,43 +97,49 @@ class Graph:
             torch.set_rng_state(host)
             with torch.no_grad():
                 for buffer, before, at in buffers:
-                    if self.model.training or version(buffer) != at:  # batch norm writes without a new version
+                    if self._trains or version(buffer) != at:  # batch norm writes without a new version
                         buffer.copy_(before)
         if versions != [version(t) for t in weights]:
             raise RuntimeError("the model writes to its parameters as it runs")
 
+    def _place_volume(self, volume: Tensor) -> None:
+        """What passes read, and the memory behind it, which is written to: of one channel where all are the same."""
+        of_one = volume.ndim > 1 and is_one_channel(volume)
+        self._place = (volume[:, :1] if of_one else volume).detach().clone(memory_format=torch.contiguous_format)
+        self._input = self._place.expand(volume.shape) if of_one else self._place
+        self._input.requires_grad_(torch.is_grad_enabled() and volume.requires_grad)
+
     def _warm_up(self) -> None:
         every = [*([self._input] if self._input.requires_grad else []), *self._leaves.made]
         for i in range(WARM_UPS):
-            last, state, foreign = i == WARM_UPS - 1, torch.get_rng_state(), _drawn_in_python()
+            last, state = i == WARM_UPS - 1, torch.get_rng_state()
+            others = [get_state() for get_state, _ in self._generators]
             self._draws.hand_out() if last else self._draws.collect()
             with self._recorder.no_waiting() if last else nullcontext():
                 with recording(self._draws), self._leaves:
                     leaves, self._spec = tree_flatten(self._run(self._input))
                 tensors = [t for t in leaves if isinstance(t, Tensor)]
-                self._constants = [None if isinstance(t, Tensor) else t for t in leaves]
+                self._constants = [None if isinstance(t, Tensor) else _constant(t) for t in leaves]
                 self._is_tensor = [isinstance(t, Tensor) for t in leaves]
                 self._differentiable = [t.requires_grad for t in tensors]
                 ends = [t for t in tensors if t.requires_grad]
                 self._ends = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in ends]
+                if i == 0:
+                    _check_leaves(ends, every)
                 if i == 0 and every and ends:
                     self._find_needs(ends, every)
                 elif self._needs:
                     self._backward_pass(tensors)
             del leaves, tensors, ends
             if not last:
-                self._check_draws(state, foreign)
+                self._check_draws(state, others)
 
     def _find_needs(self, ends: list[Tensor], every: list[Tensor]) -> None:
         """Which outputs give a gradient to which input: the rest has none, as in eager passes."""
         needs: list[set[int]] = [set() for _ in every]
-        originals = [self._leaves.of(leaf) for leaf in self._leaves.made]
         with torch.autocast(self._device.type, enabled=False):
             for i, (end, ones) in enumerate(zip(ends, self._ends)):
-                both = [*every, *originals]
-                found = torch.autograd.grad([end], both, [ones], retain_graph=True, allow_unused=True)
-                if any([gradient is not None for gradient in found[len(every) :]]):
-                    raise RuntimeError("the model keeps parameters elsewhere than in its modules")
+                found = torch.autograd.grad([end], every, [ones], retain_graph=True, allow_unused=True)
                 for need, gradient in zip(needs, found):
                     need |= set() if gradient is None else {i}
         kept = [(t, frozenset(need)) for t, need in zip(every, needs) if need]
@@ -139,9 +149,11 @@ class Graph:
         kinds = dict.fromkeys([t.dtype for t in self._wanted])
         self._groups = [[i for i, t in enumerate(self._wanted) if t.dtype == kind] for kind in kinds]
 
-    def _check_draws(self, state: Tensor, foreign: Any) -> None:
-        """Raises RuntimeError for random numbers that a replay would repeat."""
-        if foreign != _drawn_in_python():
+    def _check_draws(self, state: Tensor, others: list[Any]) -> None:
+        """Raises RuntimeError for random numbers that a replay would repeat. The states are those before a pass."""
+        if any([_plain(get_state()) != _plain(before) for (get_state, _), before in zip(self._generators, others)]):
+            for (_, set_state), before in zip(self._generators, others):
+                set_state(before)
             raise RuntimeError("the model draws random numbers in Python, which every replay would repeat")
         if not self._recorder.draws_alone():
             return
@@ -188,6 +200,10 @@ class Graph:
                 raise ValueError(
                     f"volume must have the captured {name}, {expected}, got {got}; capture again for others"
                 )
+        if self._place is not captured and volume.stride(1):
+            raise ValueError(
+                "volume must be of one channel, expanded, as that of the capture, got one of several; capture again"
+            )
         if (why := self._recorder.why_not(captured.device)) is not None:
             raise RuntimeError(f"a graph cannot be replayed here: {why}")
         if self._needs and volume.requires_grad and not captured.requires_grad and torch.is_grad_enabled():
@@ -209,7 +225,7 @@ class Graph:
         if (why := self._snapshot.moved()) is not None:
             raise _changed(why)
         gradients = bool(self._needs) and torch.is_grad_enabled()
-        before = gradients or self.model.training  # buffers and random numbers go on with every pass
+        before = gradients or self._trains
         if before and (why := self._snapshot.changed()) is not None:
             raise _changed(why)
         taken = _Replayed.apply(self, volume, *self._learns) if gradients else self.take(volume, look=not before)
@@ -220,7 +236,7 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Of device memory."""
-        return self._recorded.nbytes
+        return self._recorded.nbytes + sum([t.nbytes for t in (self._place, *self._ends)])
 
     @property
     def is_lost(self) -> bool:
@@ -241,7 +257,7 @@ class Graph:
         with self._lock, torch.no_grad(), self._recorder.on(self._device):
             self._follow()
             self._draws.draw_again()
-            self._input.copy_(volume)
+            self._place.copy_(volume if self._place is self._input else volume[:, :1])
             self._recorded.forward()
             self.replays += 1
             if look and (why := self._snapshot.changed()) is not None:
@@ -275,8 +291,9 @@ class Graph:
             self._stream = stream
 
     def versions(self) -> int:
-        """Changes with what is written to parameters."""
-        return sum(map(_VERSION, self._learns))
+        """Changes with what is written to parameters, frozen ones too, and to results that are memory of the graph."""
+        results = () if self.own_results else self._recorded.outputs
+        return sum(map(_VERSION, self._parameters)) + sum(map(_VERSION, results))
 
     def begin(self) -> object:
         """What is held as long as a backward pass may come."""
@@ -351,7 +368,10 @@ class _Replayed(torch.autograd.Function):
                 "before the next forward pass, or capture two graphs"
             )
         if graph.versions() != ctx.versions:
-            raise RuntimeError("parameters have been written to between the forward pass and backward, as in place")
+            raise RuntimeError(
+                "parameters, or results that are memory of the graph, have been written to between the forward pass "
+                "and backward"
+            )
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.pending = None
         ends = [g for g, has in zip(gradients, graph._differentiable) if has]
@@ -376,15 +396,58 @@ def why_not_recorded(model: nn.Module, device: torch.device) -> str | None:
             return f"its {name} is on {t.device}, the volume on {device}"
         if is_traceable_wrapper_subclass(t):
             return f"its {name} is a {type(t).__name__}, whose memory is not known"
+    if parametrize._cache_enabled:
+        return "torch.nn.utils.parametrize.cached() keeps weights that a graph would go on to read"
     held = next((name for name, b in model.named_buffers() if b.requires_grad), None)
     return None if held is None else f"its buffer {held} needs a gradient"
 
 
-def _drawn_in_python() -> Any:
-    """The state of generators of which torch knows nothing."""
-    numpy = sys.modules.get("numpy")
-    found = () if numpy is None else numpy.random.get_state()
-    return random.getstate(), [each.tobytes() if hasattr(each, "tobytes") else each for each in found]
+def _generators(model: nn.Module) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Of random numbers that no device draws, but for torch's own: reading the state of each, and setting it."""
+    found: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
+    if (numpy := sys.modules.get("numpy")) is not None:
+        found.append((numpy.random.get_state, numpy.random.set_state))
+    held = {id(v): v for m in modules_of(model) for v in vars(m).values() if isinstance(v, torch.Generator)}
+    return found + [(own.get_state, own.set_state) for own in held.values() if own.device.type == "cpu"]
+
+
+def _plain(state: Any) -> Any:
+    """A generator's state, as it can be compared: without arrays and tensors."""
+    if isinstance(state, dict):
+        return {name: _plain(each) for name, each in state.items()}
+    if isinstance(state, tuple):
+        return [*map(_plain, state)]
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def _constant(leaf: Any) -> Any:
+    """What a model returns besides tensors. Raises RuntimeError for what may hold some: they would stay as they are."""
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)):
+        return leaf
+    raise RuntimeError(
+        f"the model returns a {type(leaf).__name__}, which may hold tensors; expected tensors, and tuples, lists or "
+        "dictionaries of them (others as registered by torch.utils._pytree)"
+    )
+
+
+def _check_leaves(
+    ends: Sequence[Tensor],  # what a pass returns, with its record for gradients
+    every: Sequence[Tensor],  # whose gradients are known to be wanted
+) -> None:
+    """Raises RuntimeError where others would have a gradient too, which replays would lose."""
+    known: set[int] = {*map(id, every)}
+    waiting: list[Any] = [t.grad_fn or t for t in ends]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = node if isinstance(node, Tensor) else node.variable if isinstance(node, _LEAF) else None
+        if leaf is None:
+            waiting.extend([before for before, _ in node.next_functions])
+        elif id(leaf) not in known:
+            raise RuntimeError("the model keeps parameters elsewhere than in its modules")
 
 
 @contextmanager
@@ -448,6 +511,8 @@ def cuda_graph(
     try:
         return Graph(model, model, volume, wanted, own_results)
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.clear_frames(error.__traceback__)  # which hold what has been captured so far
         cuda_recorder.RECORDER.give_back()
         raise RuntimeError(
             f"the model cannot be captured in a CUDA graph: {error}; expected a model whose forward only launches work "

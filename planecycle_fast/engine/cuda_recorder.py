@@ -77,12 +77,16 @@ class CudaRecorder:
 
     def settings(self) -> tuple[Any, ...]:
         """Switches of torch that say which kernels run."""
-        c, matmul = torch._C, torch.backends.cuda.matmul
+        c = torch._C
+        # Not allow_tf32 and its like, which raise once fp32_precision has been set; what they set shows here as well.
+        precision = c._get_fp32_precision_getter
         return (
-            c._get_deterministic_algorithms(), c._get_float32_matmul_precision(), c._get_cudnn_benchmark(),
-            c._get_cudnn_deterministic(), c._get_cudnn_allow_tf32(), c._get_flash_sdp_enabled(),
-            c._get_mem_efficient_sdp_enabled(), c._get_math_sdp_enabled(), c._get_cudnn_sdp_enabled(),
-            matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction,
+            precision("generic", "all"), *[precision("cuda", of) for of in ("all", "matmul", "conv")],
+            c._get_deterministic_algorithms(), c._get_cudnn_enabled(), c._get_cudnn_benchmark(),
+            c._get_cudnn_deterministic(), c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled(),
+            c._get_math_sdp_enabled(), c._get_cudnn_sdp_enabled(), *c._get_sdp_priority_order(),
+            c._get_cublas_allow_bf16_reduced_precision_reduction(),
+            c._get_cublas_allow_fp16_reduced_precision_reduction(), c._get_cublas_allow_fp16_accumulation(),
         )  # fmt: skip
 
     @contextmanager

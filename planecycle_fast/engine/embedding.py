@@ -78,10 +78,10 @@ def may_be_product(
     if choice.plane_switch != "cpu" or choice.grad or not choice.writes:
         return False
     dtype = choice.autocast or volume.dtype
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _is_one_channel(volume))
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and is_one_channel(volume))
 
 
-def _is_one_channel(volume: Tensor) -> bool:
+def is_one_channel(volume: Tensor) -> bool:
     """Whether all channels of a volume, with no gradient to keep apart, are the same memory."""
     return volume.stride(1) == 0 and volume.shape[1] > 1 and not volume.requires_grad
 
@@ -97,7 +97,7 @@ def by_product(
     weight, bias, (height, width) = projection.weight, projection.bias, volume.shape[3:]
     dtype = weight.dtype if choice.autocast is None or weight.dtype == torch.float64 else choice.autocast
     patch = int(weight.shape[2]), int(weight.shape[3])
-    if _is_one_channel(volume):
+    if is_one_channel(volume):
         volume = volume[:, :1]
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)).sum(1, keepdim=True)
     weight = weight.flatten(1).to(dtype)  # (C, channels*ph*pw)

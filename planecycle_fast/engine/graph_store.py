@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..runtime.recording import is_recording
 from ..runtime.tracing import recorder, transforms_active
 from . import cuda_recorder
 from .cuda_graphs import Graph, GraphChangedError, mode_of, why_not_recorded
+from .embedding import is_one_channel
 from .snapshot import modules_of
 
 ENTRIES = 64  # passes that are known at a time
@@ -66,15 +67,15 @@ class GraphStore:
         what: Hashable,
         run: Callable[[Tensor], Any],
         volume: Tensor,  # (B, C, D, height, width)
-        settings: Callable[[], Sequence[Any]] = tuple,
+        wrapped: Callable[[], str | None],
         replayed: Callable[[], Any] | None = None,
     ) -> Any:
         """``run(volume)``, by a graph where there is one.
 
         Args:
-            model: whose pass it is, with all that it reads.
+            model: whose pass it is, with all that it reads; several where one was copied by ``copy.copy``.
             what: the pass, besides the volume and the model.
-            settings: what it reads besides modules.
+            wrapped: says what stands around a block, whose Python would not run in replays.
             replayed: called after a replay.
         """
         why = why_eager(volume) or cuda_recorder.RECORDER.why_not(volume.device)
@@ -83,24 +84,40 @@ class GraphStore:
         if why is not None:
             if not is_recording():
                 self._eager[why] += 1
-                self._drop_lost()
-            return run(volume)
-        kind = (what, volume.shape, volume.dtype, volume.device, volume.requires_grad, torch.is_grad_enabled())
+                self.drop_lost()
+            return self._run_eagerly(model, run, volume)
+        lies = volume.shape, volume.dtype, volume.device, volume.requires_grad, is_one_channel(volume)
+        kind = (id(model), what, *lies, torch.is_grad_enabled(), model.training, *mode_of(volume.device))
         with self._lock:
-            entry = self._entry((*kind, model.training, *mode_of(volume.device)), model, volume)
-            graph = None if entry is None else self._graph(entry, model, run, volume, settings)
+            entry = self._entry(kind, model, volume)
+            graph = None if entry is None else self._graph(entry, model, run, volume, wrapped)
             try:
                 found = None if graph is None else (graph.replay(volume),)
             except GraphChangedError as error:
                 assert entry is not None
                 entry.lose(str(error))
-                self._drop_lost()
+                self.drop_lost()
                 found = None
         if found is None:
-            return run(volume)
+            return self._run_eagerly(model, run, volume)
         if replayed is not None:
             replayed()
         return found[0]
+
+    def _run_eagerly(self, model: nn.Module, run: Callable[[Tensor], Any], volume: Tensor) -> Any:
+        """With the memory of all graphs, should it need that; not where a second run would draw or count twice."""
+        try:
+            return run(volume)
+        except torch.OutOfMemoryError:
+            draws = torch.is_grad_enabled() or any([m.training for m in model.modules()])
+            if is_recording() or draws or not self.captured:
+                raise
+        with self._lock:  # the error, and what it held, is gone
+            for entry in self._entries.values():
+                if entry.graph is not None:
+                    entry.lose("an eager pass needed its memory")
+        cuda_recorder.RECORDER.give_back()
+        return run(volume)
 
     def clear(self) -> None:
         """Gives all memory back; what repeats is captured anew."""
@@ -108,12 +125,17 @@ class GraphStore:
             self._entries.clear()
         cuda_recorder.RECORDER.give_back()
 
-    def _drop_lost(self) -> None:
+    def drop_lost(self) -> None:
         """Graphs hold on to the weights that they were captured with: no longer, once they are elsewhere."""
-        with self._lock:
+        # Eager passes do not wait for another thread's capture: it waits for autograd's thread, which may be in one.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             for entry in self._entries.values():
                 if entry.graph is not None and entry.graph.is_lost:
                     entry.lose("weights have moved or been replaced")
+        finally:
+            self._lock.release()
 
     @property
     def captured(self) -> int:
@@ -152,7 +174,12 @@ class GraphStore:
         return None
 
     def _graph(
-        self, entry: _Entry, model: nn.Module, run: Callable[[Tensor], Any], volume: Tensor, settings: Any
+        self,
+        entry: _Entry,
+        model: nn.Module,
+        run: Callable[[Tensor], Any],
+        volume: Tensor,  # (B, C, D, height, width)
+        wrapped: Callable[[], str | None],
     ) -> Graph | None:
         """The graph of an entry, captured if it is time to."""
         if entry.graph is not None:
@@ -160,11 +187,10 @@ class GraphStore:
         entry.seen += 1
         if entry.seen <= entry.waits:
             return None
-        why = why_not_captured(model, volume.device)
+        why = wrapped() or why_not_captured(model, volume.device)
         if why is None:
             try:
-                how = torch.is_grad_enabled(), self.options.own_results, settings
-                entry.graph = Graph(model, run, volume, *how)
+                entry.graph = Graph(model, run, volume, torch.is_grad_enabled(), self.options.own_results)
             except torch.OutOfMemoryError:
                 why = "there was not enough memory to capture it"
             except Exception as error:  # an eager pass raises what is wrong with the model or the volume

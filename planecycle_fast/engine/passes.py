@@ -14,6 +14,7 @@ from ..hosts.description import BlockDescription, Reading
 from ..hosts.parts import WHOLE
 from ..ops import Norm
 from ..ops.choice import Choice
+from ..runtime.recording import is_recording
 from .block import run_block
 from .branches import make_tables
 from .cpu_groups import Following
@@ -53,6 +54,8 @@ class OnStream:
         block, checkpoint = self.reading.now(), self.checkpoint()  # for all of this call
         if checkpoint is None or not torch.is_grad_enabled() or block.whole is not None:
             return run_block(block, held, layer, self.whole, following)
+        if is_recording():
+            raise RuntimeError("activation checkpointing runs blocks again in backward, by Python")
         make_tables(layer)
 
         def run(*stream: Any) -> Tensor:  # residual, branch, scale to (B*P, g + L, C)

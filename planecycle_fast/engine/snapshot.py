@@ -6,7 +6,7 @@ one of before, where what is the same object counts as equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -29,10 +29,10 @@ def _all(dictionaries: Iterable[dict[str, Any]]) -> list[Any]:
 class Snapshot:
     """Of a model: its modules, attributes, hooks, settings, and where its parameters and buffers are."""
 
-    def __init__(self, model: nn.Module, settings: Callable[[], Sequence[Any]] = tuple) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._named = modules_of(model)
         modules = [*self._named]
-        self._modules, self._settings = modules, settings
+        self._modules = modules
         names = [*self._named.values()]
         self._attributes = [m.__dict__ for m in modules]
         owners: dict[int, tuple[str, dict[str, Any]]] = {}  # objects of settings, which modules share
@@ -65,7 +65,10 @@ class Snapshot:
         self._values = _all(self._attributes)
         self._in_modules = _all(self._children)
         self._in_hooks = [*map(list, map(dict.values, self._hooked))]
-        self._set = [*settings()]
+        # Lifted models, and the methods of accelerated ones, say what their passes read besides.
+        found = {id(each): each for each in (*modules, *[value for _, _, value in values])}
+        self._told = [each.pass_settings for each in found.values() if hasattr(type(each), "pass_settings")]
+        self._set = self._settings()
 
     def moved(self) -> str | None:
         """Which parameter or buffer is another one now, elsewhere, or frozen where it was not; or None."""
@@ -103,7 +106,10 @@ class Snapshot:
             return "hooks have been added or removed"
         if self._containers != self._contents:
             return "a list or dictionary among its modules' attributes has changed"
-        return None if [*self._settings()] == self._set else "settings have changed"
+        return None if self._settings() == self._set else "settings have changed"
+
+    def _settings(self) -> list[Any]:
+        return [*chain.from_iterable([told() for told in self._told])]
 
     def _attribute(self, values: list[Any]) -> str:
         labels = (f"{owner}.{name}" for owner, d in zip(self._names, self._attributes) for name in d)

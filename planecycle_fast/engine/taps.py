@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..geometry.planes import HW, permutation
-from ..hosts.known import why_called
+from ..hosts.known import HOOKS, why_called
 from .stream import Layer, Stream
 
 
@@ -35,6 +36,11 @@ class Tap(nn.Module):
 def live(taps: dict[int, Tap]) -> dict[int, Tap]:
     """Those that somebody watches: the others cost nothing."""
     return {i: tap for i, tap in taps.items() if why_called(tap) is not None}
+
+
+def hooks_on(taps: dict[int, Tap]) -> list[Any]:
+    """Which layers are watched, and by whom."""
+    return [(i, [[*tap.__dict__[kind].values()] for kind in HOOKS]) for i, tap in live(taps).items()]
 
 
 def tapped(tap: Tap, run: Callable[[Stream, Layer], Stream], stream: Stream, layer: Layer) -> Stream:

@@ -19,7 +19,7 @@ import planecycle_fast as pcf
 from planecycle_fast.engine.cuda_graphs import Graph
 from planecycle_fast.engine.cuda_recorder import CudaRecorder
 
-from ..standins import DinoVisionTransformer
+from ..standins import Converter, DinoVisionTransformer
 from ..toy import ToyViT, toy_lift
 from .graph_standin import use_standin
 
@@ -175,6 +175,7 @@ CHANGES = [  # what somebody does after capture, and what is said
     (lambda m: setattr(m.blocks[0].mlp, "forward", print), "has other attributes"),
     (set_pool, "pool_method has changed"),
     (lambda m: setattr(m, "gelu", "tanh_epilogue"), "gelu has changed"),
+    (lambda m: m.tap(0).register_forward_hook(print), "settings have changed"),
     (lambda m: m.blocks.__setitem__(0, nn.Sequential(m.blocks[0])), "other attributes|a module has been|settings"),
 ]
 
@@ -189,6 +190,21 @@ def test_a_change_is_never_silently_stale(recorder, change, message):
     change(lifted)
     with pytest.raises(ValueError, match=f"the model is not as it was captured: .*({message})"):
         graph(volume)
+
+
+def test_parts_of_a_model_say_what_they_read(recorder):
+    """A lifted model, or the methods of an accelerated one, within a model that is captured."""
+    lifted, volume = lifted_and_volume()
+    made = Converter()(DinoVisionTransformer("PlaneCycle", depth=2, patch_size=2).eval())
+    for model, change in [
+        (lifted, lambda: lifted.tap(0).register_forward_hook(print)),
+        (pcf.accelerate(made), lambda: setattr(made.forward_features_list, "gelu", "tanh_epilogue")),
+    ]:
+        graph = pcf.cuda_graph(nn.Sequential(model).eval(), volume)
+        graph(volume)
+        change()
+        with pytest.raises(ValueError, match="settings have changed"):
+            graph(volume)
 
 
 def test_weights_may_change_in_place(recorder):
@@ -251,11 +267,35 @@ def test_backward_where_it_would_be_wrong(recorder):
     ]:
         with pytest.raises(RuntimeError, match=message):
             run()
-    out = graph(volume).patches
+    lifted.blocks[1].requires_grad_(False)
+    graph = pcf.cuda_graph(lifted, volume, gradients=True)
+    for weight in (lifted.norm.weight, lifted.blocks[1].mlp.fc1.weight):  # learnt, and frozen
+        out = graph(volume).patches
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(RuntimeError, match="parameters, or .*, have been written to between the forward pass"):
+            out.sum().backward()
+
+
+def test_results_of_the_graph_that_are_written_to(recorder):
+    """They may be what backward reads."""
+    lifted, volume = lifted_and_volume()
+    graph = pcf.cuda_graph(lifted, volume, gradients=True, own_results=False)
+    step(lifted, graph, volume)
+    found = graph(volume)
+    found.patches.mul_(2)
+    with pytest.raises(RuntimeError, match="results that are memory of the graph, have been written to"):
+        found.pooled().sum().backward()
+
+
+def test_a_volume_of_one_channel_is_read_as_one(recorder):
+    """The weights' sum is multiplied then, with other roundings."""
+    lifted, several = lifted_and_volume()
+    graph, one = pcf.cuda_graph(lifted, several[:, :1].expand(-1, 3, -1, -1, -1)), torch.randn(1, 1, 2, 4, 6)
     with torch.no_grad():
-        lifted.norm.weight.add_(1)
-    with pytest.raises(RuntimeError, match="parameters have been written to between"):
-        out.sum().backward()
+        assert same(graph(one.expand(-1, 3, -1, -1, -1)), lifted(one.expand(-1, 3, -1, -1, -1)))
+    with pytest.raises(ValueError, match="volume must be of one channel, expanded"):
+        graph(several)
 
 
 def test_random_numbers_are_new_in_every_replay(recorder):
@@ -302,6 +342,39 @@ def test_numbers_that_a_replay_would_repeat_are_refused(recorder, monkeypatch, d
         pcf.cuda_graph(Draws(draw), VOLUME)
 
 
+def test_generators_of_modules_and_what_is_left_of_them(recorder):
+    model = Draws(lambda: float(torch.rand((), generator=model.generator)))
+    model.generator = torch.Generator().manual_seed(0)
+    state, python, arrays = model.generator.get_state(), random.getstate(), np.random.get_state()
+    for draw in (model.draw, random.random, np.random.rand):
+        model.draw = draw
+        with pytest.raises(RuntimeError, match="draws random numbers in Python"):
+            pcf.cuda_graph(model, VOLUME)
+    assert torch.equal(model.generator.get_state(), state) and random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], arrays[1]) and np.random.get_state()[2] == arrays[2]
+
+
+def test_results_that_no_graph_knows(recorder):
+    class Found:
+        def __init__(self, patches):
+            self.patches = patches
+
+    model = nn.Linear(6, 2)
+    model.forward = lambda x: Found(x)
+    with pytest.raises(RuntimeError, match="the model returns a Found, which may hold tensors"):
+        pcf.cuda_graph(model, VOLUME)
+
+
+def test_cached_parametrizations(recorder):
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(6, 2)).eval()
+    with nn.utils.parametrize.cached(), pytest.raises(ValueError, match="parametrize.cached.. keeps weights"):
+        pcf.cuda_graph(model, VOLUME)
+    with torch.no_grad():
+        graph = pcf.cuda_graph(model, VOLUME)
+        model.parametrizations.weight.original0.mul_(2)
+        assert torch.equal(graph(VOLUME + 1), model(VOLUME + 1))
+
+
 def test_a_model_that_changes_as_it_runs(recorder):
     class Counts(Draws):
         def forward(self, volume):
@@ -325,9 +398,13 @@ def test_a_model_that_changes_as_it_runs(recorder):
 def test_parameters_that_are_kept_elsewhere(recorder):
     model = Draws(lambda: 1)
     kept = model.weight
-    model.draw = lambda: kept
-    with pytest.raises(RuntimeError, match="keeps parameters elsewhere than in its modules"):
-        pcf.cuda_graph(model, VOLUME, gradients=True)
+    for elsewhere in (kept, torch.ones(1, requires_grad=True), 2 * torch.ones(1, requires_grad=True)):
+        model.draw = lambda elsewhere=elsewhere: elsewhere
+        for frozen in (False, True):
+            model.weight.requires_grad_(not frozen)
+            if elsewhere.requires_grad:
+                with pytest.raises(RuntimeError, match="keeps parameters elsewhere than in its modules"):
+                    pcf.cuda_graph(model, VOLUME, gradients=not frozen or None)
 
 
 def test_running_statistics_are_those_of_eager(recorder):
@@ -337,6 +414,21 @@ def test_running_statistics_are_those_of_eager(recorder):
     graph = pcf.cuda_graph(model, images[0])
     for each in images:
         assert torch.equal(graph(each), eager(each))
+    assert same(model.state_dict().values(), eager.state_dict().values())
+
+
+@torch.no_grad()
+def test_norms_in_training_within_a_model_that_is_not(recorder):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).eval()
+    model[0].train()
+    eager, images = copy.deepcopy(model), torch.randn(2, 3, 6, 6)
+    graph = pcf.cuda_graph(model, images)
+    assert same(model.state_dict().values(), eager.state_dict().values())
+    assert torch.equal(graph(images), eager(images))
+    assert same(model.state_dict().values(), eager.state_dict().values())
+    model[1].p = 0.2
+    with pytest.raises(ValueError, match="1.p has changed"):  # before anything has run
+        graph(images)
     assert same(model.state_dict().values(), eager.state_dict().values())
 
 
@@ -426,4 +518,12 @@ def test_what_the_recorder_asks_of_cuda(monkeypatch):
     before = real.settings()
     with sdpa_kernel(SDPBackend.MATH):
         assert real.settings() != before
+    assert real.settings() == before
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # after which torch's older switches raise when they are read
+        assert real.settings() != before
+    finally:
+        matmul.fp32_precision = precision
     assert real.settings() == before

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_what_changes_all_the_time_is_captured_ever_more_rarely(recorder):
 
 @torch.no_grad()
 def test_least_recently_used_graphs_go(recorder, capsys):
-    lifted, _, _ = models(pcf.GraphOptions(limit=70_000))
+    lifted, _, _ = models(pcf.GraphOptions(limit=100_000))
     volumes = [torch.randn(batch, 3, 8, 4, 6) for batch in (4, 5, 6, 40)]
     for volume in volumes[:2]:
         counts(recorder, lifted, volume)
@@ -176,6 +177,54 @@ def test_no_graph_holds_on_to_weights_that_are_gone(recorder, capsys):
     counts(recorder, lifted, volume)
     lifted.graphs.clear()
     assert lifted.graphs.captured == 0 and "0 captured" in report(lifted, capsys)
+
+
+@torch.no_grad()
+def test_a_model_that_moves_takes_its_graphs_along(recorder):
+    lifted, _, volume = models()
+    assert counts(recorder, lifted, volume) == [0, 1, 1]
+    storage = weakref.ref(lifted.norm.weight.untyped_storage())
+    lifted.double()
+    gc.collect()
+    assert lifted.graphs.captured == 0 and storage() is None  # before any other pass
+
+
+@torch.no_grad()
+def test_memory_that_an_eager_pass_needs(recorder, monkeypatch, capsys):
+    lifted, eager, volume = models()
+    counts(recorder, lifted, volume)
+    large = volume.repeat(2, 1, 1, 1, 1)
+    expected, run, held = eager(large), type(lifted)._run, []
+
+    def scarce(self, volume, *rest):
+        held.append(self.graphs.captured)
+        if held[-1] and len(volume) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, volume, *rest)
+
+    monkeypatch.setattr(type(lifted), "_run", scarce)
+    assert same(lifted(large), expected) and held == [1, 0] and recorder.given_back == 1
+    assert "eager, an eager pass needed its memory" in report(lifted, capsys)
+    counts(recorder, lifted, volume, 6)
+    with pytest.raises(torch.OutOfMemoryError), torch.enable_grad():  # a second run might draw other numbers
+        lifted(large)
+
+
+def test_eager_passes_do_not_wait_for_a_capture(recorder):
+    lifted, _, volume = models(pcf.GraphOptions(largest=144))
+    with lifted.graphs._lock, ThreadPoolExecutor() as threads:
+        assert threads.submit(lifted, torch.cat([volume, volume])).result(60).patches.requires_grad
+
+
+@torch.no_grad()
+def test_shallow_copies_have_graphs_of_their_own(recorder):
+    lifted, eager, volume = models()
+    counts(recorder, lifted, volume)
+    other = copy.copy(lifted)
+    other.pool_method = "PCm"
+    expected = pcf.lift(pcf.unlift(lifted), pool_method="PCm")(volume)
+    assert counts(recorder, other, volume) == [1, 2, 2]
+    assert same(other(volume), expected) and same(lifted(volume), eager(volume)) and len(recorder.recorded) == 2
 
 
 @torch.no_grad()
@@ -239,6 +288,51 @@ def test_hooks_are_called_in_every_pass(recorder, capsys):
     assert counts(recorder, lifted, volume, graph_store.REFUSED + 2)[-1] == 1
     assert len(seen) == 4 + graph_store.REFUSED + 2
     whole.remove()
+
+
+class Around(nn.Module):
+    def __init__(self, block, calls):
+        super().__init__()
+        self.block, self.calls = block, calls
+
+    def forward(self, *args):
+        self.calls.append(args)
+        return self.block(*args)
+
+
+@torch.no_grad()
+def test_what_is_around_blocks_is_called_in_every_pass(recorder, capsys):
+    calls = []
+    lifted, _, volume = models()
+    accelerated = pcf.accelerate(standins.DinoVisionTransformer("Slice2D", depth=2, patch_size=2).eval(), graphs=True)
+    for model, reason in ((lifted, "a block is within a Around"), (accelerated, "a block as a whole is called")):
+        model.blocks[0] = Around(model.blocks[0], calls)
+        counts(recorder, model, volume)
+        assert reason in report(model, capsys)
+    assert len(calls) == 6 and not recorder.recorded
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3-s", pytest.param("hf-dinov3", marks=pytest.mark.full)])
+def test_activation_checkpointing_is_eager(recorder, capsys, name):
+    pytest.importorskip("timm", reason="needs timm and transformers, whose models it runs")
+    pytest.importorskip("transformers", reason="needs timm and transformers, whose models it runs")
+    from ..host_models import BY_NAME
+
+    model, volume = BY_NAME[name].make().train(), BY_NAME[name].volume(1, 2)
+    model.set_grad_checkpointing() if "timm" in name else model.gradient_checkpointing_enable()
+    lifted = pcf.lift(model, graphs=True)
+    counts(recorder, lifted, volume)
+    assert not recorder.recorded and "activation checkpointing runs blocks again" in report(lifted, capsys)
+
+
+@torch.no_grad()
+def test_volumes_of_one_channel_have_graphs_of_their_own(recorder):
+    """The weights' sum is multiplied then, with other roundings."""
+    lifted, eager, volume = models()
+    for _ in range(3):
+        for each in (torch.randn_like(volume), torch.randn_like(volume)[:, :1].expand(-1, 3, -1, -1, -1)):
+            assert same(lifted(each), eager(each))
+    assert len(recorder.recorded) == 2
 
 
 @torch.no_grad()
@@ -365,6 +459,10 @@ def test_accelerated_models(recorder, capsys, block_type):
             assert same(got, expected)
     assert len(recorder.recorded) == 2
     assert "graphs: 2 captured" in report(model, capsys)
+    with torch.no_grad():
+        model.get_intermediate_layers.attention = "reference"
+        model.get_intermediate_layers(volume, n=2, norm=False)
+    assert "settings have changed" in report(model, capsys)
     masks = torch.zeros(1, 12, dtype=torch.bool) if block_type == "Flatten3D" else torch.zeros(2, 6, dtype=torch.bool)
     assert model(volume, masks=masks)["masks"] is masks
 
