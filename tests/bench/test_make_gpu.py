@@ -137,7 +137,8 @@ def test_parts_run_in_order_each_with_its_time(stubs, tmp_path, capsys):
     assert order(tmp_path)[2:] == ["models", "tests", "attention", "kernels", "ops", "sweep"]
     printed = capsys.readouterr().out
     assert "smoke and warm: 50 s at most" in printed and "sweep: done" in printed
-    assert "smoke: a row, until 50" in (tmp_path / "smoke.md").read_text()
+    seconds = (tmp_path / "smoke.md").read_text().removeprefix("smoke: a row, until ")
+    assert 50 // 2 < int(seconds) <= 50  # less what passed before it looked
     run = (tmp_path / "run.md").read_text()
     assert run.startswith("Some GPU, `make gpu`\n") and run.count("| done |") == 8
 
